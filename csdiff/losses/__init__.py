@@ -1,0 +1,20 @@
+"""Alignment losses: the Cauchy-Schwarz divergence, InfoNCE, their sum, and the baselines they are compared with.
+
+Tensors in, scalar out, computed in float32 or better whatever the input; nothing here knows of models or files.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cauchy_schwarz": ["cauchy_schwarz_divergence", "log_mean_kernel"],
+        "contrastive": ["info_nce"],
+        "cs_aligner": ["CSAlignerLoss"],
+        "gaussian": ["gaussian_cauchy_schwarz"],
+        "objective": ["Objective", "ObjectiveOutput"],
+        "random_features": ["random_feature_cauchy_schwarz"],
+        "registry": ["OBJECTIVES", "build_objective"],
+        "tokens": ["token_cauchy_schwarz_divergence"],
+    },
+)

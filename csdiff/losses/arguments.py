@@ -1,0 +1,64 @@
+"""Checks of what callers pass in, at the public edge; each failure is one sentence that names the argument."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    """Raise ValueError unless `rows` is a finite floating-point `(N, D)` tensor with `N > 0` and `D > 0`."""
+    check_matrix(name, rows)
+    if rows.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row; found shape {tuple(rows.shape)} (N = 0)")
+    check_finite(name, rows)
+
+
+def check_matrix(name: str, rows: Tensor) -> None:
+    """Raise ValueError unless `rows` is a floating-point `(N, D)` tensor; `N` may be 0."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor of shape (N, D); found {type(rows).__name__}")
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (N, D) with D > 0; found shape {tuple(rows.shape)}")
+    if not rows.is_floating_point():
+        raise ValueError(f"{name} must be floating point; found dtype {rows.dtype}")
+
+
+def check_finite(name: str, rows: Tensor) -> None:
+    """Raise ValueError that names the first row of `(N, D)` rows with a NaN or an infinity."""
+    finite = torch.isfinite(rows)
+    if not bool(finite.all()):
+        bad = (~finite.all(dim=1)).nonzero().flatten()
+        row = rows[bad[0]]
+        kind = "NaN" if bool(row.isnan().any()) else "infinite"
+        raise ValueError(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows are bad)")
+
+
+def check_same_width(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
+    """Raise ValueError unless the last dimensions and the devices of two tensors agree."""
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same D; found shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.device != y.device:
+        raise ValueError(f"{names[0]} and {names[1]} must be on one device; found {x.device} and {y.device}")
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` as a float, or raise ValueError unless it is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number > 0; found {value!r}")
+    return float(value)
+
+
+def check_weight(name: str, value: float) -> float:
+    """Return `value` as a float, or raise ValueError unless it is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number >= 0; found {value!r}")
+    return float(value)
+
+
+def check_block_size(block_size: int | None) -> None:
+    """Raise ValueError unless `block_size` is None or a positive integer."""
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(f"block_size must be None or an integer >= 1; found {block_size!r}")
