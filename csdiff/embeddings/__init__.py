@@ -1,0 +1,20 @@
+"""Embeddings: the encoders that make them and the store that keeps them."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "config": ["EmbedConfig"],
+        "encoders": ["load_image_encoder", "load_text_encoder", "resolve_encoder"],
+        "extraction": ["EmbedReport", "embed"],
+        "fingerprint": ["check_same_encoder", "weights_sha256"],
+        "image_encoder": ["ImageEncoder", "ImageEncoding"],
+        "loader": ["StoreBatches"],
+        "statistics": ["EmbeddingStatistics"],
+        "store": ["EmbeddingStore"],
+        "text_encoder": ["TextEncoder", "TextEncoding"],
+        "writer": ["StoreWriter", "write_store"],
+    },
+)

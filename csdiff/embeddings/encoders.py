@@ -1,0 +1,189 @@
+"""Finding and loading text and image encoders by id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from csdiff.errors import CSDiffError
+from csdiff.resources import assets_dir
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from csdiff.embeddings.image_encoder import ImageEncoder
+    from csdiff.embeddings.text_encoder import TextEncoder
+
+Tower = Literal["text", "image"]
+
+# Where a saved diffusers pipeline keeps the two towers and what prepares their input.
+_PIPELINE_FOLDERS = {
+    "text": ("text_encoder", ("tokenizer",)),
+    "image": ("image_encoder", ("image_processor", "feature_extractor")),
+}
+_HUB_PATTERNS = {
+    "text": ["*.json", "*.txt", "*.model", "model*.safetensors", "text_encoder/*.safetensors", "tokenizer/*"],
+    "image": ["*.json", "model*.safetensors", "image_encoder/*.safetensors"],
+}
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """Local folders of one encoder.
+
+    Attributes:
+        model: Folder of `config.json` and the safetensors.
+        processor: Folder of the tokenizer or of the image processor.
+        revision: Commit of the hub repository; None for a local folder.
+    """
+
+    model: Path
+    processor: Path
+    revision: str | None
+
+
+def resolve_encoder(id: str | Path) -> str:
+    """Map the name of a shipped encoder to its folder ("tiny-clip" to `assets/clip`); any other id stays as it is."""
+    return str(assets_dir() / "clip") if id == "tiny-clip" else str(id)
+
+
+def load_text_encoder(
+    id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+) -> TextEncoder:
+    """Load any transformers text encoder: a CLIP text tower with its projection, a sentence encoder, a language model.
+
+    Args:
+        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has a text encoder), or a hub id.
+        device: Where to put it; the CPU by default.
+        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
+        revision: Branch, tag or commit on the hub.
+        pooling: "projection" (CLIP), "mean", "last" or "cls". By default the projection for CLIP, what
+            `1_Pooling/config.json` says for sentence encoders, the last token for causal language models, else the mean.
+        max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
+
+    Raises:
+        CSDiffError: Nothing there, not a text encoder, weights missing, or pickled weights.
+    """
+    from csdiff.embeddings.text_encoder import TextEncoder
+
+    files = encoder_files(id, "text", revision)
+    return TextEncoder.load(str(id), files, device=device, dtype=dtype, pooling=pooling, max_length=max_length)
+
+
+def load_image_encoder(
+    id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+) -> ImageEncoder:
+    """Load an image encoder: a CLIP vision tower with its projection, or another vision model with a pooled output.
+
+    Args:
+        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has an image encoder), or a hub id.
+        device: Where to put it; the CPU by default.
+        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CSDiffError: Nothing there, not an image encoder, weights missing, or pickled weights.
+    """
+    from csdiff.embeddings.image_encoder import ImageEncoder
+
+    return ImageEncoder.load(str(id), encoder_files(id, "image", revision), device=device, dtype=dtype)
+
+
+def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> EncoderFiles:
+    """Local folders of an encoder, downloaded from the hub when the id is not a folder.
+
+    Raises:
+        CSDiffError: Neither a folder nor an id that the hub (or its local cache, when offline) knows.
+    """
+    name = resolve_encoder(id)
+    folder, commit = Path(name), None
+    if not folder.is_dir():
+        folder = _download(name, tower, revision)
+        commit = folder.name
+    if (folder / "model_index.json").exists():
+        model, processors = _PIPELINE_FOLDERS[tower]
+        processor = next((folder / p for p in processors if (folder / p).is_dir()), None)
+        if not (folder / model).is_dir() or processor is None:
+            raise CSDiffError(
+                f"{id}: expected a pipeline with {model}/ and {' or '.join(f'{p}/' for p in processors)}, found neither "
+                f"or only one; name the {tower} encoder that this pipeline was trained with."
+            )
+        return EncoderFiles(folder / model, processor, commit)
+    if not (folder / "config.json").exists():
+        raise CSDiffError(
+            f"{id}: expected a model folder with config.json, found none in {folder}; check the {tower} encoder."
+        )
+    return EncoderFiles(folder, folder, commit)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting the tensors of the other tower as unexpected."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype):
+    """`model_class.from_pretrained`, safetensors only, every weight present, in evaluation mode without gradients."""
+    import torch
+
+    device = torch.device(device or "cpu")
+    with quiet_loading():
+        try:
+            model, info = model_class.from_pretrained(
+                files.model,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CSDiffError(f"{id}: the weights cannot be loaded: {' '.join(str(error).split())}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CSDiffError(
+            f"{id}: expected a {model_class.__name__}, found no weights for {missing[0]} ({len(missing)} tensors missing); "
+            "use the encoder with its projection."
+        )
+    if dtype is None and device.type == "cpu":
+        model = model.float()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _download(name: str, tower: Tower, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CSDiffError(f"{name}: expected a folder with a {tower} encoder, found none; check the path.")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS[tower], ignore_patterns="*.fp16.*")
+        )
+    except Exception as error:  # The hub client raises some twenty kinds, all of them "could not get it".
+        reason = " ".join(str(error).split())[:200]
+        raise CSDiffError(
+            f"{name}: expected a folder or a model id on the hub for the {tower} encoder, found neither ({reason})."
+        ) from error

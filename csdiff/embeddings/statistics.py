@@ -1,0 +1,100 @@
+"""Mean, standard deviation and norms of a set of embeddings, in one pass and mergeable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddingStatistics:
+    """Statistics of `count` embeddings.
+
+    Attributes:
+        count: Number of rows behind the figures.
+        mean: `(D,)` float32, per dimension.
+        std: `(D,)` float32, per dimension, of the population (divided by `count`).
+        norm_mean: Mean L2 norm of the rows.
+        norm_std: Standard deviation of the norms (population).
+    """
+
+    count: int
+    mean: Tensor
+    std: Tensor
+    norm_mean: float
+    norm_std: float
+
+    def to_dict(self) -> dict:
+        """JSON-able form, as it stands in `csdiff.json`; the floats come back bit for bit."""
+        return {
+            "count": self.count,
+            "norm_mean": self.norm_mean,
+            "norm_std": self.norm_std,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> EmbeddingStatistics:
+        return cls(
+            count=int(values["count"]),
+            mean=torch.tensor(values["mean"], dtype=torch.float32),
+            std=torch.tensor(values["std"], dtype=torch.float32),
+            norm_mean=float(values["norm_mean"]),
+            norm_std=float(values["norm_std"]),
+        )
+
+
+@dataclass
+class Moments:
+    """Running count, mean and sum of squared deviations of rows and of their norms, in float64.
+
+    Parts are merged by the rule of Chan, Golub and LeVeque (1979), so that shards can be counted apart; merging in shard
+    order gives the same bits whoever counted which shard.
+    """
+
+    count: int
+    mean: np.ndarray  # (D + 1,): the dimensions, then the norm
+    squares: np.ndarray  # (D + 1,): sums of squared deviations from the mean
+
+    @classmethod
+    def of(cls, rows: Tensor, block: int = 16384) -> Moments:
+        """Moments of rows `(N, D)`, N >= 0."""
+        total = cls(0, np.zeros(rows.shape[1] + 1), np.zeros(rows.shape[1] + 1))
+        for part in rows.split(block):
+            if len(part):
+                # numpy sums in one thread: the same bits whatever the number of threads.
+                part = part.double().numpy()
+                part = np.concatenate([part, np.sqrt(np.square(part).sum(1, keepdims=True))], axis=1)
+                mean = part.mean(0)
+                total = total.merge(cls(len(part), mean, np.square(part - mean).sum(0)))
+        return total
+
+    def merge(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        squares = self.squares + other.squares + np.square(delta) * (self.count * other.count / count)
+        return Moments(count, mean, squares)
+
+    def statistics(self) -> EmbeddingStatistics:
+        std = np.sqrt(self.squares / max(self.count, 1))
+        return EmbeddingStatistics(
+            count=self.count,
+            mean=torch.from_numpy(self.mean[:-1]).float(),
+            std=torch.from_numpy(std[:-1]).float(),
+            norm_mean=float(self.mean[-1]),
+            norm_std=float(std[-1]),
+        )
+
+    def to_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Moments:
+        return cls(values["count"], np.array(values["mean"]), np.array(values["squares"]))

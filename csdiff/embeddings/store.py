@@ -1,0 +1,349 @@
+"""The embedding store: cached text and image embeddings on disk, memory-mapped, in the clip-retrieval layout."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csdiff.embeddings.arrays import NpyShard, ShardedArray
+from csdiff.embeddings.fingerprint import file_sha256
+from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, PARTIAL_FOLDER, find_shards
+from csdiff.embeddings.metadata import ShardedMetadata
+from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
+from csdiff.errors import CSDiffError
+
+
+# Rows that are looked at to tell whether the rows of a store without fingerprint have norm 1.
+NORM_SAMPLE = 1024
+# float16 rounds the norm of a unit vector by less than 1e-3; real CLIP norms vary by several per cent.
+UNIT_NORM_TOLERANCE = 5e-3
+# Statistics of a store that does not state them are taken over this many rows, evenly spread in blocks.
+STATISTICS_SAMPLE = 1 << 18
+# A store up to this size is compared with its checksums whenever it is opened (about a second).
+VERIFY_BYTES = 512 << 20
+# A store above this size gives mapped pages back once this many bytes of file pages have become resident.
+RESIDENT_BYTES = 512 << 20
+
+Indices = Sequence[int] | np.ndarray | Tensor | slice | range
+
+
+class EmbeddingStore:
+    """Cached embeddings of captions and images, row i of every column belonging together.
+
+    A folder in the clip-retrieval layout: `text_emb/text_emb_{k}.npy`, `img_emb/img_emb_{k}.npy` and optionally
+    `metadata/metadata_{k}.parquet`; csdiff adds `text_states`, `text_mask`, `image_tokens` and `csdiff.json`, the
+    fingerprint that says which encoders wrote it. Rows are read through memory maps, in any order, as float32.
+
+    ```python
+    store = EmbeddingStore.open("stores/coco")
+    batch = store.read([5, 0, 12])
+    batch["text_embeds"], batch["image_embeds"]  # (3, Dt), (3, D)
+    ```
+
+    Attributes:
+        path: The folder.
+        fingerprint: Content of `csdiff.json`, or None for a foreign folder.
+        text_dim: Width of the text embeddings, or None when there are none.
+        image_dim: Width of the image embeddings, or None when there are none.
+        normalized: Whether rows (image rows, if there are any) were divided by their norm before they were written.
+            Decoders cannot use such rows; retrieval can.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict | None, columns: dict[str, ShardedArray], metadata):
+        self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
+        self._columns = columns
+        self._length = len(next(iter(columns.values())))
+        self._bytes = self._length * sum(column.row_bytes for column in columns.values())
+        self._resident = _resident_file_bytes()
+        self.text_dim = self._width("text_embeds")
+        self.image_dim = self._width("image_embeds")
+        stated = None if fingerprint is None else fingerprint.get("normalized")
+        self.normalized: bool = self._unit_norm() if stated is None else bool(stated)
+        self._statistics: dict[str, EmbeddingStatistics] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool | None = None) -> EmbeddingStore:
+        """Open a store and check that it is whole.
+
+        Headers, file sizes and row counts are always checked. A folder without `csdiff.json` opens with a warning that
+        says what is unknown.
+
+        Args:
+            path: The folder.
+            verify: Compare every file with its checksum in `csdiff.json`; None does so up to 512 MiB.
+
+        Raises:
+            CSDiffError: No store there, an unfinished one, a missing or corrupt shard (named, with the expected and the
+                found checksum), or shards that do not fit together.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CSDiffError(
+                f"{path}: expected the folder of an embedding store, found no folder; make one with `csdiff embed`."
+            )
+        fingerprint = _read_fingerprint(path)
+        if fingerprint is None and (path / PARTIAL_FOLDER).exists():
+            raise CSDiffError(
+                f"{path}: this store is not finished; run the same `csdiff embed` command again, it goes on."
+            )
+        files = {} if fingerprint is None else fingerprint.get("files", {})
+        for name in files:
+            if not (path / name).is_file():
+                raise CSDiffError(
+                    f"{path / name} is missing (expected sha256 {files[name]['sha256']}); restore it, or delete the "
+                    "store and embed again."
+                )
+        columns = cls._open_columns(path, fingerprint or {}, files)
+        if verify or (verify is None and sum(file.get("bytes", 0) for file in files.values()) <= VERIFY_BYTES):
+            verify_files(path, files)
+        metadata = ShardedMetadata.open(path, find_shards(path / METADATA_FOLDER, "metadata", "parquet"))
+        store = cls(path, fingerprint, columns, metadata)
+        if metadata is not None and metadata.lengths != [len(shard) for shard in next(iter(columns.values())).shards]:
+            shards = next(iter(columns.values())).shards
+            raise CSDiffError(
+                f"{path / METADATA_FOLDER}: expected as many rows in each shard as in {shards[0].path.parent} "
+                f"({[len(shard) for shard in shards]}), found {metadata.lengths}; remove the folder or write it again."
+            )
+        if fingerprint is None:
+            store._warn_unknown()
+        return store
+
+    @classmethod
+    def _open_columns(cls, path: Path, fingerprint: dict, files: dict) -> dict[str, ShardedArray]:
+        bfloat16 = fingerprint.get("dtype") == "bfloat16"
+        found: dict[str, dict[int, NpyShard]] = {}
+        for key, (folder, stem) in ARRAY_FOLDERS.items():
+            shards = find_shards(path / folder, stem, "npy")
+            if shards:
+                found[key] = {k: NpyShard(file, bfloat16 and key != "text_mask") for k, file in shards.items()}
+        if not {"text_embeds", "image_embeds"} & found.keys():
+            raise CSDiffError(
+                f"{path}: expected text_emb/text_emb_0.npy or img_emb/img_emb_0.npy (the clip-retrieval layout), found "
+                "neither; make a store with `csdiff embed`."
+            )
+        for shards in found.values():
+            for shard in shards.values():
+                if shard.size_error:
+                    name = shard.path.relative_to(path).as_posix()
+                    sums = (
+                        f"; sha256 expected {files[name]['sha256']}, found {file_sha256(shard.path)}"
+                        if name in files
+                        else ""
+                    )
+                    raise CSDiffError(
+                        f"{shard.path} is damaged: {shard.size_error}{sums}; restore it or write it again."
+                    )
+        first_key, first = next(iter(found.items()))
+        for key, shards in found.items():
+            for number in sorted(first.keys() | shards.keys()):
+                counts = [len(group[number]) if number in group else None for group in (first, shards)]
+                if counts[0] != counts[1]:
+                    raise CSDiffError(
+                        f"{path}: shard {number} has {_rows(counts[0])} in {ARRAY_FOLDERS[first_key][0]} and "
+                        f"{_rows(counts[1])} in {ARRAY_FOLDERS[key][0]}; row i of both must belong together."
+                    )
+        size = sum(shard.row_bytes * len(shard) for shards in found.values() for shard in shards.values())
+        return {key: ShardedArray(list(shards.values()), size > RESIDENT_BYTES) for key, shards in found.items()}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.path)!r}, rows={len(self)}, text_dim={self.text_dim}, image_dim={self.image_dim})"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The columns there are, as `read` names them."""
+        return tuple(self._columns)
+
+    @property
+    def statistics(self) -> EmbeddingStatistics | None:
+        """Statistics of the image embeddings (None without images)."""
+        return self._side_statistics("image_embeds", "statistics")
+
+    @property
+    def text_statistics(self) -> EmbeddingStatistics | None:
+        """Statistics of the text embeddings (None without text)."""
+        return self._side_statistics("text_embeds", "text_statistics")
+
+    def read(self, indices: Indices, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Rows in any order, repeats allowed.
+
+        Args:
+            indices: Row numbers, or a slice or range of them.
+            keys: Columns to read; all of them by default.
+
+        Returns:
+            `text_embeds` (B, Dt), `image_embeds` (B, D), `text_states` (B, L, H) and `image_tokens` (B, V, H) in
+            float32, `text_mask` (B, L) as bool; those that the store has.
+
+        Raises:
+            IndexError: A row number outside 0..N-1.
+            KeyError: A column that the store does not have.
+        """
+        rows = self._row_numbers(indices)
+        batch = {key: self._column(key).gather(rows) for key in (self.keys if keys is None else keys)}
+        self._release_pages()
+        return batch
+
+    def blocks(self, size: int = 8192, keys: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
+        """All rows in order, `size` at a time, read sequentially: one pass over a store larger than memory."""
+        for start in range(0, len(self), size):
+            yield {
+                key: self._column(key).slice(start, min(start + size, len(self)))
+                for key in (self.keys if keys is None else keys)
+            }
+
+    def captions(self, indices: Indices) -> list[str]:
+        """Captions of these rows.
+
+        The caption column is held in memory once it has been asked for (about 80 MB a million captions).
+
+        Raises:
+            CSDiffError: The store has no captions.
+        """
+        return self._metadata_column("caption", indices)
+
+    def image_ids(self, indices: Indices) -> list[str]:
+        """Identity of the image of each row: rows with several captions of one image share it.
+
+        Raises:
+            CSDiffError: The store does not say which image a row belongs to.
+        """
+        return self._metadata_column("image_id", indices)
+
+    def column(self, name: str, indices: Indices = slice(None)) -> list:
+        """Any column of the metadata, see `metadata.names`."""
+        return self._metadata_column(name, indices)
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            CSDiffError: A file is missing or differs (named, expected and found checksum), or no checksums are known.
+        """
+        if not self.fingerprint or not self.fingerprint.get("files"):
+            raise CSDiffError(
+                f"{self.path} has no checksums to verify: {FINGERPRINT_FILE} is missing or does not list any."
+            )
+        verify_files(self.path, self.fingerprint["files"])
+
+    def _column(self, key: str) -> ShardedArray:
+        if key not in self._columns:
+            raise KeyError(f"{self.path} has no {key}; it has {', '.join(self.keys)}")
+        return self._columns[key]
+
+    def _width(self, key: str) -> int | None:
+        return self._columns[key].row_shape[-1] if key in self._columns else None
+
+    def _row_numbers(self, indices: Indices) -> np.ndarray:
+        if isinstance(indices, slice):
+            return np.arange(*indices.indices(len(self)), dtype=np.int64)
+        rows = np.ascontiguousarray(np.asarray(indices), dtype=np.int64).reshape(-1)
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise IndexError(
+                f"row {int(rows.min() if rows.min() < 0 else rows.max())} is outside 0..{len(self) - 1} of {self.path}"
+            )
+        return rows
+
+    def _release_pages(self) -> None:
+        """Keep the resident size of a large store flat; its pages remain in the system's page cache."""
+        if self._bytes > RESIDENT_BYTES and _resident_file_bytes() - self._resident > RESIDENT_BYTES:
+            for column in self._columns.values():
+                column.release()
+            self._resident = _resident_file_bytes()
+
+    def _unit_norm(self) -> bool:
+        rows = np.unique(np.linspace(0, max(len(self) - 1, 0), NORM_SAMPLE).astype(np.int64))[: len(self)]
+        key = "image_embeds" if "image_embeds" in self._columns else "text_embeds"
+        norms = self._columns[key].gather(rows).norm(dim=-1)
+        return len(norms) > 0 and bool(((norms - 1).abs() < UNIT_NORM_TOLERANCE).all())
+
+    def _side_statistics(self, key: str, name: str) -> EmbeddingStatistics | None:
+        if key not in self._columns:
+            return None
+        if name not in self._statistics:
+            stated = (self.fingerprint or {}).get(name)
+            if stated and "mean" in stated:
+                self._statistics[name] = EmbeddingStatistics.from_dict(stated)
+            else:
+                self._statistics[name] = self._measure(self._columns[key])
+        return self._statistics[name]
+
+    def _measure(self, column: ShardedArray, block: int = 4096) -> EmbeddingStatistics:
+        starts = np.arange(0, len(self), block)
+        if len(self) > STATISTICS_SAMPLE:
+            starts = np.linspace(0, len(self) - block, STATISTICS_SAMPLE // block).astype(np.int64)
+        total = Moments.of(torch.empty(0, column.row_shape[-1]))
+        for start in starts.tolist():
+            total = total.merge(Moments.of(column.slice(start, min(start + block, len(self)))))
+        return total.statistics()
+
+    def _metadata_column(self, name: str, indices: Indices) -> list:
+        if self.metadata is None or name not in self.metadata.names:
+            found = "no metadata folder" if self.metadata is None else f"only {', '.join(self.metadata.names)}"
+            raise CSDiffError(f"{self.path}: expected the column {name!r} in metadata/*.parquet, found {found}.")
+        return self.metadata.take(name, self._row_numbers(indices))
+
+    def _warn_unknown(self) -> None:
+        norms = "all rows sampled have norm 1" if self.normalized else "norms vary, so the rows look raw"
+        warnings.warn(
+            f"{self.path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, the "
+            f"tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these embeddings "
+            "fit the encoders used later.",
+            stacklevel=3,
+        )
+
+
+def verify_files(path: Path, files: dict[str, dict]) -> None:
+    """Compare files under `path` with the `sha256` stated for each.
+
+    Raises:
+        CSDiffError: A file is missing or differs; named, with the expected and the found checksum.
+    """
+    for name, stated in files.items():
+        if not (path / name).is_file():
+            raise CSDiffError(
+                f"{path / name} is missing (expected sha256 {stated['sha256']}); restore it, or embed again."
+            )
+        found = file_sha256(path / name)
+        if found != stated["sha256"]:
+            raise CSDiffError(
+                f"{path / name} is damaged: sha256 expected {stated['sha256']}, found {found}; restore it, or delete "
+                "the store and embed again."
+            )
+
+
+def _rows(count: int | None) -> str:
+    return "no file" if count is None else f"{count} rows"
+
+
+def _read_fingerprint(path: Path) -> dict | None:
+    file = path / FINGERPRINT_FILE
+    if not file.exists():
+        return None
+    try:
+        fingerprint = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CSDiffError(
+            f"{file} is not valid JSON ({error}); restore it, or remove it to read the folder as foreign."
+        ) from error
+    if not isinstance(fingerprint, dict) or fingerprint.get("kind") != "store":
+        kind = fingerprint.get("kind") if isinstance(fingerprint, dict) else type(fingerprint).__name__
+        raise CSDiffError(f'{file}: expected "kind": "store", found {kind!r}; give the folder of an embedding store.')
+    return fingerprint
+
+
+def _resident_file_bytes() -> int:
+    """Bytes of file pages that are resident in this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[2]) * 4096
+    except OSError:
+        return 0

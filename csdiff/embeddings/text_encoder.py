@@ -1,0 +1,177 @@
+"""Captions to text embeddings with any transformers text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from csdiff.embeddings.encoders import EncoderFiles, load_weights, quiet_loading
+from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.errors import CSDiffError
+
+
+# Language models state no limit, or one of a hundred thousand tokens; captions need neither.
+LONGEST_CAPTION = 512
+POOLINGS = ("projection", "mean", "last", "cls")
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """What a text encoder makes of B captions.
+
+    Attributes:
+        embeds: `(B, D)` pooled embeddings, raw: never normalised.
+        states: `(B, L, H)` last hidden states.
+        mask: `(B, L)` bool, True at the tokens of the caption.
+    """
+
+    embeds: Tensor
+    states: Tensor
+    mask: Tensor
+
+
+class TextEncoder:
+    """A frozen text encoder with its tokenizer; made by `load_text_encoder`.
+
+    Attributes:
+        dim: D, width of the pooled embeddings.
+        states_dim: H, width of the token states.
+        max_length: L, tokens a caption is cut or padded to.
+        pooling: How token states become one embedding: "projection", "mean", "last" or "cls".
+    """
+
+    def __init__(self, model, tokenizer, id: str, files: EncoderFiles, pooling: str, max_length: int):
+        self.model, self.tokenizer, self.id, self.files = model, tokenizer, id, files
+        self.pooling, self.max_length = pooling, max_length
+        self.states_dim: int = model.config.hidden_size
+        self.dim: int = model.config.projection_dim if pooling == "projection" else self.states_dim
+
+    @classmethod
+    def load(cls, id, files, *, device=None, dtype=None, pooling=None, max_length=None) -> TextEncoder:
+        from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, T5EncoderModel
+
+        config = AutoConfig.from_pretrained(files.model, local_files_only=True)
+        is_clip = config.model_type in ("clip", "clip_text_model")
+        pooling = pooling or ("projection" if is_clip else _usual_pooling(files, config))
+        if pooling not in POOLINGS or (pooling == "projection") != is_clip:
+            known = "projection" if is_clip else ", ".join(POOLINGS[1:])
+            raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
+        encoder_only = {"t5": T5EncoderModel, "umt5": T5EncoderModel, "mt5": T5EncoderModel}
+        model_class = CLIPTextModelWithProjection if is_clip else encoder_only.get(config.model_type, AutoModel)
+        tokenizer = load_tokenizer(id, files)
+        model = load_weights(model_class, files, id, device, dtype)
+        if not hasattr(model.config, "hidden_size"):
+            raise CSDiffError(f"{id}: expected a text encoder, found a {config.model_type} model; choose another.")
+        return cls(model, tokenizer, id, files, pooling, caption_length(tokenizer, max_length))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def tokenize(self, captions: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
+        """Token ids and mask, each (B, L), cut to `max_length` and padded to it (or with "longest" to the batch)."""
+        tokens = self.tokenizer(
+            list(captions), padding=padding, max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        return tokens.input_ids.to(self.device), tokens.attention_mask.bool().to(self.device)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> TextEncoding:
+        """Encode tokens; differentiable when the model's weights are."""
+        if self.pooling == "projection":
+            # Without a mask, as the diffusers priors call it: the causal tower never looks at the padding behind.
+            output = self.model(input_ids)
+            return TextEncoding(output.text_embeds, output.last_hidden_state, mask)
+        states = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        if self.pooling == "mean":
+            weights = mask.unsqueeze(-1).to(states.dtype)
+            embeds = (states * weights).sum(1) / weights.sum(1)
+        elif self.pooling == "last":
+            embeds = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        else:
+            embeds = states[:, 0]
+        return TextEncoding(embeds, states, mask)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> TextEncoding:
+        """Encode captions, padded to `max_length`; longer ones are cut."""
+        return self.forward(*self.tokenize(captions))
+
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Pooled embeddings (B, D) alone, padded only as far as the longest caption of the batch."""
+        return self.forward(*self.tokenize(captions, padding="longest")).embeds
+
+    def project(self, states: Tensor) -> Tensor:
+        """Token states (B, L, H) in the space of the embeddings (B, L, D): CLIP's projection, else as they are."""
+        return self.model.text_projection(states) if self.pooling == "projection" else states
+
+    def describe(self) -> dict:
+        """This encoder's part of a `csdiff.json`."""
+        return {
+            "id": self.id,
+            "revision": self.files.revision,
+            "weights_sha256": self._weights_sha256,
+            "dim": self.dim,
+            "class": type(self.model).__name__,
+            "pooling": self.pooling,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def describe_tokenizer(self) -> dict:
+        """The tokenizer's part of a `csdiff.json`."""
+        return {
+            "class": type(self.tokenizer).__name__,
+            "vocab_sha256": vocab_sha256(self.tokenizer),
+            "max_length": self.max_length,
+        }
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self.files.model, "text" if self.pooling == "projection" else None)
+
+
+def load_tokenizer(id: str, files: EncoderFiles):
+    """The tokenizer of an encoder, without its weights."""
+    from transformers import AutoTokenizer
+
+    with quiet_loading():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(files.processor, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CSDiffError(
+                f"{id}: expected a tokenizer in {files.processor}, found none that loads ({error})."
+            ) from error
+    if tokenizer.pad_token is None:
+        # Language models have none; the mask hides whatever stands there.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def caption_length(tokenizer, max_length: int | None = None) -> int:
+    """Tokens a caption may have: the tokenizer's limit, at most 512 unless `max_length` says otherwise."""
+    limit = tokenizer.model_max_length
+    if max_length is not None and max_length > limit:
+        raise CSDiffError(f"max_length: expected at most {limit}, the tokenizer's limit, found {max_length}.")
+    return max_length or min(limit, LONGEST_CAPTION)
+
+
+def vocab_sha256(tokenizer) -> str:
+    """SHA-256 of a tokenizer's vocabulary (tokens and their numbers)."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _usual_pooling(files: EncoderFiles, config) -> str:
+    sentence_encoder = files.model / "1_Pooling" / "config.json"
+    if sentence_encoder.exists():
+        modes = json.loads(sentence_encoder.read_text(encoding="utf-8"))
+        names = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
+        return next((name for key, name in names.items() if modes.get(key)), "mean")
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    return "last" if causal else "mean"
