@@ -1,0 +1,18 @@
+"""Maps from text embeddings into the distribution of image embeddings, one file a method."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "base": ["Adapter"],
+        "diffusion": ["DiffusionAdapter"],
+        "linear": ["LinearAdapter"],
+        "lora": ["LoRAAdapter"],
+        "mlp": ["MLPAdapter"],
+        "moments": ["PairedMoments"],
+        "names": ["ADAPTER_NAMES"],
+        "registry": ["ADAPTERS", "AutoAdapter", "build_adapter"],
+        "transformer": ["TRANSFORMER_PRESETS", "TransformerAdapter"],
+    },
+)

@@ -1,0 +1,328 @@
+"""What every adapter shares: the prior's calling convention, statistics, norm calibration, and its folder."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
+from torch import Tensor
+
+from csdiff.adapters import folder, hub
+from csdiff.adapters.card import model_card
+from csdiff.adapters.checks import require_positive
+from csdiff.errors import CSDiffError
+
+
+class Adapter(ModelMixin, ConfigMixin):
+    r"""A map from text embeddings to raw image embeddings that diffusers pipelines accept as their prior.
+
+    A subclass implements `predict`; everything else is shared. With text embedding `t` (B, Dt) the adapter computes
+
+        z = predict((t - text_mean) / text_std)               whitened prediction
+        r = z * clip_std + clip_mean                          raw image embedding
+        forward: z' such that r' = r * exp((norm_scale - 1) * log||r|| + norm_shift)
+
+    so `log||r'|| = norm_scale * log||r|| + norm_shift` with the direction of `r` untouched (identity by default).
+    `forward` returns `z'`, as diffusers' priors do; `post_process_latents` gives `r'`; `embed` does both.
+
+    Statistics are float32 buffers whatever dtype the weights are cast to. `metadata` is the content of `csdiff.json`.
+
+    Source: the calling convention is that of diffusers' `PriorTransformer` (DALL-E 2, arXiv 2204.06125, section 2.2).
+    """
+
+    uses_text_states = False
+    """Whether `text_states` must be given."""
+    uses_input_ids = False
+    """Whether training feeds token ids through the adapter's own text encoder."""
+    one_shot = True
+    """Whether one forward pass gives the image embedding."""
+
+    _STATISTICS = ("clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift")
+
+    def _init_contract(self, embedding_dim: int, text_dim: int | None) -> int:
+        """Checks the two dimensions, records the resolved `text_dim` and makes the buffers; returns `text_dim`."""
+        text_dim = embedding_dim if text_dim is None else text_dim
+        require_positive(embedding_dim=embedding_dim, text_dim=text_dim)
+        self._record(text_dim=text_dim)
+        self._init_statistics(embedding_dim, text_dim)
+        return text_dim
+
+    def _init_statistics(self, embedding_dim: int, text_dim: int) -> None:
+        float32 = torch.float32
+        self.register_buffer("clip_mean", torch.zeros(1, embedding_dim, dtype=float32))
+        self.register_buffer("clip_std", torch.ones(1, embedding_dim, dtype=float32))
+        self.register_buffer("text_mean", torch.zeros(1, text_dim, dtype=float32))
+        self.register_buffer("text_std", torch.ones(1, text_dim, dtype=float32))
+        self.register_buffer("norm_scale", torch.ones((), dtype=float32))
+        self.register_buffer("norm_shift", torch.zeros((), dtype=float32))
+        self.metadata: dict[str, Any] = {}
+
+    def _record(self, **values: Any) -> None:
+        """Changes config entries after construction, so that a copy made from the config gets them too."""
+        defaults = [name for name in self.config.get("_use_default_values", []) if name not in values]
+        self.register_to_config(**values, _use_default_values=defaults)
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        timestep: Tensor | float | int | None,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PriorTransformerOutput | tuple[Tensor]:
+        """Predicts whitened image embeddings; the signature is diffusers' `PriorTransformer.forward`.
+
+        Args:
+            hidden_states (`Tensor` of shape `(B, embedding_dim)`, or `None`): Latents; ignored without a noise token.
+            timestep: Ignored by one-shot adapters.
+            proj_embedding (`Tensor` of shape `(B, text_dim)`): Raw projected text embeddings.
+            encoder_hidden_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): The text encoder's last states.
+            attention_mask (`Tensor` of shape `(B, L)`, *optional*): True (or 1) where there is a token.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+
+        Returns:
+            `PriorTransformerOutput` with `predicted_image_embedding` (B, embedding_dim), or a tuple of it, in the
+            dtype of `proj_embedding`.
+        """
+        text = (proj_embedding.float() - self.text_mean) / self.text_std
+        whitened = self.predict(text.to(self.dtype), encoder_hidden_states, attention_mask, hidden_states)
+        whitened = self._calibrated(whitened.float()).to(proj_embedding.dtype)
+        if not return_dict:
+            return (whitened,)
+        return PriorTransformerOutput(predicted_image_embedding=whitened)
+
+    def predict(
+        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
+    ) -> Tensor:
+        """The method itself: whitened text embeddings (B, text_dim) to whitened image embeddings (B, embedding_dim)."""
+        raise NotImplementedError
+
+    def post_process_latents(self, prior_latents: Tensor) -> Tensor:
+        """Whitened (B, embedding_dim) to raw image embeddings, in the same dtype."""
+        device = prior_latents.device
+        raw = prior_latents.float() * self.clip_std.to(device) + self.clip_mean.to(device)
+        return raw.to(prior_latents.dtype)
+
+    def embed(self, text_embeds: Tensor, text_states: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """Raw text embeddings (B, text_dim) to raw image embeddings (B, embedding_dim); differentiable.
+
+        Args:
+            text_embeds (`Tensor` of shape `(B, text_dim)`): Projected, un-normalised text embeddings.
+            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
+            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
+
+        Raises:
+            CSDiffError: The last dimension of `text_embeds` is not `config.text_dim`.
+        """
+        if text_embeds.ndim != 2 or text_embeds.shape[1] != self.config.text_dim:
+            raise CSDiffError(
+                f"{type(self).__name__} expects text embeddings of shape (batch, {self.config.text_dim}), found "
+                f"{tuple(text_embeds.shape)}; encode the text with the encoder the adapter was trained for."
+            )
+        whitened = self(None, 0, text_embeds, text_states, text_mask).predicted_image_embedding
+        return self.post_process_latents(whitened)
+
+    def _calibrated(self, whitened: Tensor) -> Tensor:
+        # Written as a correction to z, so that norm_scale = 1 and norm_shift = 0 return z bit for bit.
+        norm = (whitened * self.clip_std + self.clip_mean).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        gain = torch.exp((self.norm_scale - 1) * norm.log() + self.norm_shift)
+        return gain * whitened + (gain - 1) * (self.clip_mean / self.clip_std)
+
+    @torch.no_grad()
+    def set_statistics(
+        self, mean: Tensor, std: Tensor, text_mean: Tensor | None = None, text_std: Tensor | None = None
+    ) -> None:
+        """Sets the per-dimension mean and standard deviation of raw image (and optionally raw text) embeddings.
+
+        Args:
+            mean, std (`Tensor` of shape `(embedding_dim,)` or `(1, embedding_dim)`): Of the image embeddings.
+            text_mean, text_std (`Tensor` of shape `(text_dim,)` or `(1, text_dim)`, *optional*): Of the text.
+
+        Raises:
+            CSDiffError: A wrong shape, a value that is not finite, or a negative standard deviation.
+        """
+        given = {"clip_mean": mean, "clip_std": std, "text_mean": text_mean, "text_std": text_std}
+        for name, values in given.items():
+            if values is None:
+                continue
+            buffer = getattr(self, name)
+            values = torch.as_tensor(values, dtype=torch.float32).reshape(1, -1)
+            if values.shape != buffer.shape:
+                raise CSDiffError(f"`{name}` must have {buffer.shape[1]} entries, found {values.shape[1]}.")
+            if not values.isfinite().all() or (name.endswith("std") and (values < 0).any()):
+                wrong = int((~values.isfinite() | ((values < 0) & name.endswith("std"))).sum())
+                raise CSDiffError(f"`{name}` must be finite, a deviation not negative; {wrong} entries are not.")
+            if name.endswith("std"):
+                # A constant dimension carries nothing; a small floor keeps it constant without dividing by zero.
+                values = values.clamp_min(max(1e-4 * values.mean().item(), 1e-12))
+            buffer.copy_(values)
+
+    @torch.no_grad()
+    def calibrate_norm(self, predicted_norms: Tensor, real_norms: Tensor) -> None:
+        """Makes the norms of predictions have the mean and spread of the real ones; directions stay as they are.
+
+        Fits `log n' = scale * log n + shift` so that the mean and the standard deviation of `n'` over the given
+        predictions are those of `real_norms`, and composes it with the calibration already there.
+
+        Args:
+            predicted_norms (`Tensor` of shape `(N,)`): Norms of what `embed` returns now, best on held-out data.
+            real_norms (`Tensor` of shape `(M,)`): Norms of real image embeddings.
+
+        Raises:
+            CSDiffError: Fewer than two norms, or one that is not positive and finite.
+        """
+        predicted, real = (torch.as_tensor(n).detach().double().flatten().cpu() for n in (predicted_norms, real_norms))
+        for name, norms in (("predicted_norms", predicted), ("real_norms", real)):
+            if norms.numel() < 2 or not norms.isfinite().all() or (norms <= 0).any():
+                raise CSDiffError(f"`{name}` must hold at least two positive finite norms, found {norms.numel()}.")
+        logs = predicted.log() - predicted.log().mean()
+        scale = (real.log().std() / logs.std().clamp_min(1e-12)).clamp_max(20.0)
+        for _ in range(20):
+            mapped = torch.exp(scale * logs)
+            ratio = (real.std() / real.mean()) / (mapped.std() / mapped.mean()).clamp_min(1e-12)
+            scale = (scale * ratio).clamp_max(20.0)
+        shift = (real.mean() / torch.exp(scale * logs).mean()).log() - scale * predicted.log().mean()
+        self.norm_shift.copy_(scale * self.norm_shift.double().cpu() + shift)
+        self.norm_scale.copy_(scale * self.norm_scale.double().cpu())
+
+    @torch.no_grad()
+    def reset_norm_calibration(self) -> None:
+        """Makes the norm map the identity again."""
+        self.norm_scale.fill_(1.0)
+        self.norm_shift.fill_(0.0)
+
+    def init_from(self, linear: "Adapter") -> None:
+        """Starts this adapter at a fitted `LinearAdapter`: `embed` then returns what the linear map returns.
+
+        Raises:
+            CSDiffError: The adapter has no linear part, or the dimensions differ.
+        """
+        raise CSDiffError(f"{type(self).__name__} cannot start from a linear map; mlp and transformer adapters can.")
+
+    @torch.no_grad()
+    def _copy_statistics(self, other: "Adapter") -> None:
+        for name in self._STATISTICS:
+            getattr(self, name).copy_(getattr(other, name))
+
+    def usage_inputs(self) -> list[str]:
+        """The lines of the model card's usage code that make an input and call `embed`."""
+        lines = [f"text_embeds = torch.randn(1, {self.config.text_dim})  # raw projected text embeddings"]
+        if not self.uses_text_states:
+            return [*lines, "image_embeds = adapter.embed(text_embeds)"]
+        return [
+            *lines,
+            f"text_states = torch.randn(1, 16, {self.config.states_dim})  # last hidden states of the text encoder",
+            "text_mask = torch.ones(1, 16, dtype=torch.bool)",
+            "image_embeds = adapter.embed(text_embeds, text_states, text_mask)",
+        ]
+
+    def _apply(self, fn, recurse=True):
+        # Half-precision casts would round the statistics that every embedding passes through: keep them in float32.
+        before = {name: self._buffers[name] for name in self._STATISTICS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
+
+    def _write_folder(self, directory: os.PathLike, max_shard_size: int | str, variant: str | None) -> None:
+        super().save_pretrained(directory, max_shard_size=max_shard_size, variant=variant)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function=None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the adapter folder: `config.json`, `*.safetensors`, `csdiff.json` and `README.md` (the model card).
+
+        Everything is written aside first and moved into place when whole, so that an interrupted save leaves what was
+        there before. Arguments are those of diffusers' `ModelMixin.save_pretrained`; only the main process writes.
+
+        Raises:
+            CSDiffError: The folder cannot be written, or `safe_serialization=False` (no pickle is ever written).
+        """
+        if not safe_serialization or kwargs.pop("use_flashpack", False):
+            raise CSDiffError("Adapters are saved as safetensors only; leave `safe_serialization` at True.")
+        if not is_main_process:
+            return
+        metadata = folder.complete_metadata(self.metadata)
+        with folder.written_whole(save_directory) as aside:
+            self._write_folder(aside, max_shard_size, variant)
+            (aside / folder.METADATA).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", "utf-8")
+            (aside / folder.CARD).write_text(model_card(self, metadata, kwargs.pop("card_location", ".")), "utf-8")
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Creates the repository `repo_id` if need be and commits the adapter folder to it; returns the commit's URL.
+
+        Raises:
+            CSDiffError: The Hub cannot be reached or refuses.
+        """
+        return hub.push(
+            self,
+            repo_id,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            variant=variant,
+            subfolder=subfolder,
+            safe_serialization=safe_serialization,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Loads an adapter folder, or a repository of the Hub by its id. Nothing in it is executed.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"owner/name"`.
+            torch_dtype (`torch.dtype`, *optional*): Of the weights; the statistics stay float32.
+            subfolder, variant, revision, token, cache_dir, local_files_only, force_download, device_map,
+            output_loading_info: As in diffusers' `ModelMixin.from_pretrained`.
+
+        Raises:
+            CSDiffError: A missing or incomplete folder, a pickle, a truncated file, a config of another class,
+                tensors missing, left over or of another shape, weights that are not finite.
+        """
+        hub_options = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
+        path = hub.locate(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **hub_options)
+        config = folder.read_config(path, cls)
+        metadata = folder.read_metadata(path)
+        adapter, info = cls._load_folder(path, config, kwargs)
+        folder.check_finite(path, adapter)
+        adapter.metadata = metadata
+        adapter.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return (adapter, info) if kwargs.get("output_loading_info") else adapter
+
+    @classmethod
+    def _load_folder(cls, path, config: dict[str, Any], options: dict[str, Any]):
+        """Builds the adapter from a folder whose config is checked; returns it with diffusers' loading info."""
+        folder.check_weights(path, cls, config, options.get("variant"))
+        dtype = options.get("torch_dtype")
+        options = {k: v for k, v in options.items() if k not in ("torch_dtype", "use_safetensors", "use_flashpack")}
+        options["output_loading_info"] = True
+        # Loaded in float32 and cast here, where `_apply` keeps the statistics exact.
+        adapter, info = super().from_pretrained(path, use_safetensors=True, **options)
+        return (adapter if dtype is None else torch.nn.Module.to(adapter, dtype)), info

@@ -1,0 +1,198 @@
+"""Closed-form maps, fitted in one streaming pass: mean shift, ridge, orthogonal Procrustes, whiten-recolour."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up here when it reloads a pipeline
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from csdiff.adapters.base import Adapter
+from csdiff.adapters.moments import PairedMoments, paired_batches
+from csdiff.errors import CSDiffError
+
+METHODS = ("identity", "mean_shift", "ridge", "procrustes", "coral")
+_PENALTIES = tuple(10.0**power for power in range(-6, 3))
+_SAMPLE_ROWS = 4096
+
+
+class LinearAdapter(Adapter):
+    r"""`r = A t + b` from raw text to raw image embeddings, kept as a linear layer in whitened coordinates.
+
+    | method       | A                                        | needs        |
+    | ------------ | ---------------------------------------- | ------------ |
+    | `identity`   | I, b = 0                                 | Dt = D       |
+    | `mean_shift` | I                                        | Dt = D       |
+    | `ridge`      | `Cyx (Cxx + penalty * mean_var I)^-1`    | pairs        |
+    | `procrustes` | `U V^T` of `Cyx = U S V^T`               | pairs        |
+    | `coral`      | `Cyy^(1/2) Cxx^(-1/2)`                   | Dt = D       |
+
+    with `b = mean(y) - A mean(x)` except for `identity`, `C` covariances, `mean_var` the mean of `diag(Cxx)`.
+
+    Args:
+        embedding_dim (`int`): Width of the image embeddings.
+        text_dim (`int`, *optional*): Width of the text embeddings; `embedding_dim` by default.
+        method (`str`, *optional*, defaults to `"ridge"`): How it was fitted; `fit` fills the layer.
+
+    Source: ridge, Hoerl and Kennard 1970; Procrustes, Schoenemann 1966; CORAL, Sun et al. 2016 (arXiv 1511.05547).
+    """
+
+    @register_to_config
+    def __init__(self, *, embedding_dim: int, text_dim: int | None = None, method: str = "ridge"):
+        super().__init__()
+        text_dim = self._init_contract(embedding_dim, text_dim)
+        if method not in METHODS:
+            raise CSDiffError(f"`method` must be one of {', '.join(METHODS)}, found {method!r}.")
+        if method in ("identity", "mean_shift", "coral") and text_dim != embedding_dim:
+            raise CSDiffError(
+                f"`{method}` needs text and image embeddings of one width, found {text_dim} and {embedding_dim}; "
+                "use ridge or procrustes."
+            )
+        self.linear = nn.Linear(text_dim, embedding_dim)
+        (nn.init.eye_ if text_dim == embedding_dim else nn.init.orthogonal_)(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def predict(
+        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
+    ) -> Tensor:
+        return self.linear(text)
+
+    def check_dims(self, adapter: Adapter) -> None:
+        """Raises a `CSDiffError` unless `adapter` has the dimensions of this map."""
+        mine = (self.config.text_dim, self.config.embedding_dim)
+        other = (adapter.config.text_dim, adapter.config.embedding_dim)
+        if mine != other:
+            raise CSDiffError(
+                f"The linear map goes from {mine[0]} to {mine[1]}, the adapter from {other[0]} to {other[1]}."
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        data: Any,
+        method: str = "ridge",
+        *,
+        penalties: Sequence[float] = _PENALTIES,
+        holdout: float = 0.1,
+        calibrate: bool = True,
+        batch_size: int = 8192,
+    ) -> "LinearAdapter":
+        """Fits the map in one pass over `data`, with memory independent of the number of rows.
+
+        Every `1/holdout`-th row is held out. Ridge is solved for each penalty on the other rows, the penalty with the
+        least squared error on the held-out ones (computed from their moments) is kept, and the map is solved again on
+        all rows. Held-out rows (at most 4096) also calibrate the norms.
+
+        Args:
+            data: A store (`read(indices)` giving `text_embeds` and `image_embeds`, and a length), or an iterable of
+                (text, image) batches or of dicts with those keys; raw embeddings (B, Dt) and (B, D).
+            method (`str`, *optional*, defaults to `"ridge"`): See the class.
+            penalties (sequence of `float`, *optional*): Ridge penalties to try, relative to the text's mean variance.
+            holdout (`float`, *optional*, defaults to 0.1): Fraction of rows held out, in (0, 0.5].
+            calibrate (`bool`, *optional*, defaults to `True`): Whether predicted norms get the real mean and spread.
+            batch_size (`int`, *optional*, defaults to 8192): Rows read at once from a store.
+
+        Raises:
+            CSDiffError: Fewer than four rows, rows that are not finite, penalties that are not positive, or a method
+                that does not fit the dimensions.
+        """
+        if not 0 < holdout <= 0.5:
+            raise CSDiffError(f"`holdout` must lie in (0, 0.5], found {holdout!r}.")
+        if not penalties or any(not penalty > 0 for penalty in penalties):
+            raise CSDiffError(f"`penalties` must be positive numbers, found {list(penalties)}.")
+        fitted, held, sample = _accumulate(data, holdout, batch_size)
+        every = fitted + held
+        adapter = cls(embedding_dim=every.mean_y.numel(), text_dim=every.mean_x.numel(), method=method)
+        penalty = None
+        if method == "ridge":
+            penalty = _best_penalty(fitted, held, penalties)
+        adapter.set_map(*_solve(every, method, penalty), every)
+        if calibrate and len(sample[0]) >= 2:
+            with torch.no_grad():
+                adapter.calibrate_norm(adapter.embed(sample[0]).norm(dim=1), sample[1].norm(dim=1))
+        adapter.metadata["objective"] = {"name": method, "penalty": penalty, "rows": every.count}
+        return adapter
+
+    @torch.no_grad()
+    def set_map(self, weight: Tensor, bias: Tensor, moments: PairedMoments | None = None) -> None:
+        """Stores the raw map `r = weight t + bias` (`weight` (D, Dt)); `moments` give the whitening statistics."""
+        if moments is not None:
+            self.set_statistics(
+                moments.mean_y, _deviations(moments.cov_yy), moments.mean_x, _deviations(moments.cov_xx)
+            )
+        mean, std = self.clip_mean.double(), self.clip_std.double()
+        text_mean, text_std = self.text_mean.double(), self.text_std.double()
+        weight, bias = weight.double(), bias.double()
+        self.linear.weight.copy_(weight * text_std / std.T)
+        self.linear.bias.copy_(((weight @ text_mean[0] + bias - mean[0]) / std[0]))
+
+    @torch.no_grad()
+    def raw_map(self) -> tuple[Tensor, Tensor]:
+        """The raw map: `weight` (D, Dt) and `bias` (D,), before norm calibration, in float64."""
+        weight = self.linear.weight.double() / self.text_std.double() * self.clip_std.double().T
+        bias = self.linear.bias.double() * self.clip_std.double()[0] + self.clip_mean.double()[0]
+        return weight, bias - weight @ self.text_mean.double()[0]
+
+
+def _accumulate(data, holdout, batch_size):
+    fitted = held = None
+    sample_x, sample_y, kept, position = [], [], 0, 0
+    stride = max(2, round(1 / holdout))
+    for text, image in paired_batches(data, batch_size):
+        if fitted is None:
+            origins = text.double().mean(0), image.double().mean(0)
+            fitted, held = PairedMoments(*origins), PairedMoments(*origins)
+        elif text.shape[1] != fitted.mean_x.numel() or image.shape[1] != fitted.mean_y.numel():
+            raise CSDiffError(f"The batch after {position} rows has other widths than the first one.")
+        out = (torch.arange(position, position + len(text)) % stride) == stride - 1
+        fitted.add(text[~out], image[~out])
+        held.add(text[out], image[out])
+        if kept < _SAMPLE_ROWS:
+            room = _SAMPLE_ROWS - kept
+            sample_x.append(text[out][:room])
+            sample_y.append(image[out][:room])
+            kept += len(sample_x[-1])
+        position += len(text)
+    if position < 4:
+        raise CSDiffError(f"A closed-form map needs at least 4 pairs, found {position}.")
+    return fitted, held, (torch.cat(sample_x), torch.cat(sample_y))
+
+
+def _best_penalty(fitted: PairedMoments, held: PairedMoments, penalties: Sequence[float]) -> float:
+    if held.count == 0:
+        return float(sorted(penalties)[len(penalties) // 2])
+    values, vectors = torch.linalg.eigh(fitted.cov_xx)
+    projected = vectors.T @ fitted.cov_xy
+    errors = {}
+    for penalty in penalties:
+        weight = (vectors @ (projected / (values.clamp_min(0) + penalty * values.mean())[:, None])).T
+        errors[float(penalty)] = held.squared_error(weight, fitted.mean_y - weight @ fitted.mean_x)
+    return min(errors, key=errors.get)
+
+
+def _solve(moments: PairedMoments, method: str, penalty: float | None) -> tuple[Tensor, Tensor]:
+    text_dim, image_dim = moments.cov_xy.shape
+    if method == "identity":
+        return torch.eye(image_dim).double(), torch.zeros(image_dim).double()
+    if method == "mean_shift":
+        weight = torch.eye(image_dim).double()
+    elif method == "ridge":
+        ridge = penalty * moments.cov_xx.diagonal().mean() * torch.eye(text_dim).double()
+        weight = torch.linalg.solve(moments.cov_xx + ridge, moments.cov_xy).T
+    elif method == "procrustes":
+        left, _, right = torch.linalg.svd(moments.cov_xy.T, full_matrices=False)
+        weight = left @ right
+    else:
+        weight = _power(moments.cov_yy, 0.5) @ _power(moments.cov_xx, -0.5)
+    return weight, moments.mean_y - weight @ moments.mean_x
+
+
+def _power(covariance: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    # Directions without variance would be blown up by the inverse root: floor them relative to the largest.
+    return (vectors * values.clamp_min(1e-6 * values.max()) ** exponent) @ vectors.T
+
+
+def _deviations(covariance: Tensor) -> Tensor:
+    return covariance.diagonal().clamp_min(0).sqrt()
