@@ -1,0 +1,104 @@
+"""Prompts to the image embeddings a decoder takes."""
+
+import logging
+
+import torch
+
+from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.errors import CSDiffError
+from csdiff.pipelines.decoders import DecoderSource
+from csdiff.pipelines.pairing import AdapterCard, check_encoder
+
+logger = logging.getLogger(__name__)
+
+
+class PromptEmbedder:
+    """Text encoder and adapter, loaded: prompts to raw image embeddings.
+
+    Args:
+        card: the adapter; None hands on the raw text embedding.
+        decoder: the decoder the embeddings are for.
+        device: where the models run.
+        dtype: of the text encoder; the adapter computes in float32.
+
+    Attributes:
+        text_encoder: id, revision and hash of the text encoder.
+
+    Raises:
+        CSDiffError: no text encoder is known, it is not the one the adapter was trained on, or (without an adapter)
+            its embeddings are not as wide as the decoder's.
+    """
+
+    def __init__(self, card: AdapterCard | None, decoder: DecoderSource, device: torch.device, dtype: torch.dtype):
+        self.decoder, self.device, self.dtype = decoder, device, dtype
+        self.adapter = None
+        known = (
+            decoder.encoder("text") if card is None else card.metadata.get("text_encoder") or decoder.encoder("text")
+        )
+        if not (known or {}).get("id"):
+            raise CSDiffError(
+                f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names one; "
+                "use an adapter trained from a store with a fingerprint."
+            )
+        self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
+        self.encoder = load_text_encoder(known["id"], device, dtype, revision=known.get("revision"))
+        if card is None:
+            if self.encoder.dim != decoder.embedding_dim:
+                raise CSDiffError(
+                    f"--adapter none: the text embeddings of {known['id']} have {self.encoder.dim} dimensions, but the "
+                    f"decoder takes {decoder.embedding_dim}; an adapter is needed between them."
+                )
+            return
+        # a commit of a hub repository cannot change; a folder can
+        if known.get("weights_sha256") and not known.get("revision"):
+            check_encoder(known, self.encoder.describe(), "text encoder", f"the folder {known['id']} now")
+        from csdiff.adapters import AutoAdapter
+
+        self.adapter = AutoAdapter.from_pretrained(card.path).to(device).eval()
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str], batch_size: int = 1) -> torch.Tensor:
+        """Prompts to raw image embeddings `(len(prompts), D)`; warns of prompts that are cut."""
+        rows = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            self._warn_of_cut(batch)
+            text = self.encoder.encode(batch)
+            if self.adapter is None:
+                rows.append(text.embeds)
+            else:
+                rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask))
+        return torch.cat(rows).to(self.dtype)
+
+    @torch.no_grad()
+    def negative(self, prompt: str | None) -> torch.Tensor | None:
+        """The decoder's negative `(1, D)`: the embedded negative prompt, or what the decoder was trained with.
+
+        Kandinsky 2.2 was trained with the embedding of an all-zero image; the others take zeros, their own default.
+        """
+        if prompt is not None:
+            return self.embed([prompt])
+        if self.decoder.hand_over != "kandinsky":
+            return None
+        known = self.decoder.encoder("image")
+        if not (known or {}).get("id"):
+            raise CSDiffError(
+                f"The decoder {self.decoder.source} names no image encoder, which guidance needs for its default negative; "
+                "give --negative_prompt, or --guidance 1."
+            )
+        encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
+        size = encoder.model.config.image_size
+        return encoder.forward(torch.zeros(1, 3, size, size)).embeds.to(self.dtype)
+
+    def _warn_of_cut(self, prompts: list[str]):
+        tokenizer, limit = self.encoder.tokenizer, self.encoder.max_length
+        for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                lost = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
+                logger.warning(
+                    "The prompt %r has %d tokens, the text encoder reads %d; this end is cut off: %r",
+                    prompt[:60],
+                    len(ids),
+                    limit,
+                    lost,
+                )

@@ -1,0 +1,155 @@
+"""Putting an adapter into a pipeline object that has a prior."""
+
+import functools
+import inspect
+import os
+from dataclasses import dataclass
+
+import torch
+
+from csdiff.errors import CSDiffError
+from csdiff.pipelines.pairing import check_dimensions, check_encoder, encoder_of_module
+from csdiff.pipelines.prior import is_one_shot
+from csdiff.pipelines.scheduler import OneShotScheduler
+
+
+@dataclass(frozen=True)
+class PriorSlots:
+    """Names under which a pipeline keeps its prior's parts, and how its calls name the prior's arguments."""
+
+    prior: str
+    scheduler: str
+    text_encoder: str
+    tokenizer: str
+    image_encoder: str | None
+    call_prefix: str
+    # the decoder reads the same text tower, so it must stay as it is
+    shares_text_encoder: bool = False
+
+
+KANDINSKY_PRIOR = PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder", "")
+KANDINSKY_COMBINED = PriorSlots(
+    "prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder", "prior_"
+)
+STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None, "prior_")
+UNCLIP = PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, "prior_", True)
+ALL_SLOTS = (KANDINSKY_COMBINED, STABLE_UNCLIP, UNCLIP, KANDINSKY_PRIOR)
+
+
+def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: bool = True):
+    """Puts an adapter into a pipeline that has a prior, and returns the pipeline.
+
+    The adapter becomes the prior, `OneShotScheduler` its scheduler, and the pipeline's defaults for the prior change
+    from 25 steps and guidance 4 to one step without guidance: `pipe("a red apple")` is then right as it stands.
+    Arguments given in a call are used as given. An adapter that carries its own text encoder (LoRA) brings it along.
+
+    Args:
+        pipe: `KandinskyV22PriorPipeline`, a Kandinsky 2.2 combined pipeline (text to image, image to image,
+            inpainting), `StableUnCLIPPipeline`, `UnCLIPPipeline` (see `load_karlo`), or any pipeline with the same
+            parts. It is changed in place.
+        adapter: an adapter, its folder, or a hub repository.
+        check: refuse an adapter whose dimensions or encoders are not the pipeline's.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        CSDiffError: the pipeline has no prior, or the adapter was trained for other dimensions or other encoders.
+
+    Usage:
+        >>> pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
+        >>> image = csdiff.load_adapter(pipe, "runs/my-adapter")("a red apple").images[0]
+    """
+    slots = prior_slots(pipe)
+    if isinstance(adapter, (str, os.PathLike)):
+        from csdiff.adapters import AutoAdapter
+
+        adapter = AutoAdapter.from_pretrained(adapter)
+    if check:
+        _check(pipe, slots, adapter)
+
+    reference = getattr(pipe, slots.text_encoder)
+    adapter = adapter.to(device=reference.device, dtype=reference.dtype)
+    parts = {slots.prior: adapter}
+    if is_one_shot(adapter):
+        parts[slots.scheduler] = OneShotScheduler()
+    text_encoder = getattr(adapter, "text_encoder", None)
+    if text_encoder is not None:
+        if slots.shares_text_encoder:
+            raise CSDiffError(
+                f"{type(pipe).__name__} reads one text encoder for prior and decoder, and this adapter brings its own; "
+                "use `csdiff generate`, which keeps them apart, or an adapter without a text encoder."
+            )
+        parts[slots.text_encoder] = text_encoder
+    _register(pipe, slots, parts)
+    return _with_one_shot_defaults(pipe, slots.call_prefix) if is_one_shot(adapter) else pipe
+
+
+def prior_slots(pipe) -> PriorSlots:
+    """Finds where `pipe` keeps its prior.
+
+    Raises:
+        CSDiffError: it has none.
+    """
+    components = getattr(pipe, "components", {})
+    for slots in ALL_SLOTS:
+        if all(name in components for name in (slots.prior, slots.scheduler, slots.text_encoder)):
+            return slots
+    raise CSDiffError(
+        f"load_adapter: expected a pipeline with a prior (KandinskyV22PriorPipeline, a Kandinsky 2.2 combined pipeline, "
+        f"StableUnCLIPPipeline or UnCLIPPipeline), found {type(pipe).__name__}; hand it `image_embeds` from "
+        "CSDiffPriorPipeline instead."
+    )
+
+
+def _register(pipe, slots: PriorSlots, parts: dict):
+    pipe.register_modules(**parts)
+    inner = getattr(pipe, "prior_pipe", None)
+    if inner is not None:
+        inner.register_modules(**{name.removeprefix(slots.call_prefix): part for name, part in parts.items()})
+
+
+def _check(pipe, slots: PriorSlots, adapter):
+    old = getattr(pipe, slots.prior)
+    text_encoder, image_encoder = getattr(pipe, slots.text_encoder), getattr(pipe, slots.image_encoder or "", None)
+    image_dim = getattr(getattr(image_encoder, "config", None), "projection_dim", None)
+    if image_dim is None and old is not None:
+        image_dim = old.config.embedding_dim
+    text_dim = getattr(getattr(text_encoder, "config", None), "projection_dim", None)
+    check_dimensions(adapter.config, image_dim=image_dim, text_dim=text_dim, where=type(pipe).__name__)
+    metadata = getattr(adapter, "metadata", None) or {}
+    for tower, encoder in {"text": text_encoder, "image": image_encoder}.items():
+        found = encoder_of_module(encoder, tower)
+        check_encoder(metadata.get(f"{tower}_encoder"), found, f"{tower} encoder", type(pipe).__name__)
+
+
+def _with_one_shot_defaults(pipe, prefix: str):
+    """Gives this one object a subclass of its class, of the same name, whose methods default to one unguided step."""
+    cls = type(pipe)
+    if getattr(cls, "_csdiff_one_shot", False):
+        return pipe
+    defaults = {f"{prefix}num_inference_steps": 1, f"{prefix}guidance_scale": 1.0}
+    methods = {
+        name: _with_defaults(getattr(cls, name), defaults)
+        for name in ("__call__", "interpolate")
+        if hasattr(cls, name)
+    }
+    # the same name and module, so that the saved pipeline is the stock one
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+    pipe.__class__ = type(cls.__name__, (cls,), {**methods, **names, "_csdiff_one_shot": True})
+    return pipe
+
+
+def _with_defaults(method, defaults: dict):
+    signature = inspect.signature(method)
+    known = {name: value for name, value in defaults.items() if name in signature.parameters}
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        given = signature.bind_partial(*args, **kwargs).arguments
+        return method(*args, **{**{name: value for name, value in known.items() if name not in given}, **kwargs})
+
+    call.__signature__ = signature.replace(
+        parameters=[p.replace(default=known.get(p.name, p.default)) for p in signature.parameters.values()]
+    )
+    return call

@@ -1,0 +1,262 @@
+"""Kandinsky 2.2's prior pipeline with the right defaults for a one-shot adapter."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL.Image
+import torch
+from diffusers import KandinskyV22PriorPipeline, PriorTransformer
+from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
+
+from csdiff.errors import CSDiffError
+from csdiff.pipelines.scheduler import OneShotScheduler
+
+
+class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
+    """Text prompts to CLIP image embeddings, `z = adapter(text_encoder(prompt))`, one step, no extrapolation.
+
+    A `KandinskyV22PriorPipeline` whose defaults fit an adapter: one forward pass, no classifier-free guidance (a
+    guidance scale above 1 would extrapolate away from the adapter's own answer) and negative prompts that become
+    `negative_image_embeds` for the decoder. Its output goes into any decoder that takes image embeddings.
+
+    Args:
+        prior (`Adapter`): the adapter, or any model with the forward of diffusers' `PriorTransformer`.
+        text_encoder (`CLIPTextModelWithProjection`): the frozen text tower the adapter was trained on.
+        tokenizer (`CLIPTokenizer`): its tokenizer.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*): the image tower. It gives the default negative
+            (the embedding of an all-zero image, as Kandinsky 2.2 does) and lets `interpolate` take pictures. Without
+            it the default negative is the adapter's answer to the empty prompt.
+        image_processor (`CLIPImageProcessor`, *optional*): the image tower's preprocessing.
+        scheduler (`OneShotScheduler`, *optional*): made here when left out. Another scheduler is kept only for a
+            prior that is itself a diffusion model.
+
+    Usage:
+        >>> prior = CSDiffPriorPipeline(adapter, text_encoder, tokenizer, image_encoder, image_processor)
+        >>> image_embeds, negative_image_embeds = prior("a red apple").to_tuple()
+        >>> image = decoder(image_embeds=image_embeds, negative_image_embeds=negative_image_embeds).images[0]
+    """
+
+    _optional_components = ["image_encoder", "image_processor", "scheduler"]
+
+    def __init__(self, prior, text_encoder, tokenizer, image_encoder=None, image_processor=None, scheduler=None):
+        if scheduler is None or is_one_shot(prior):
+            scheduler = OneShotScheduler()
+        super().__init__(prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Loads a saved prior pipeline, or a stock one's folder with `prior=adapter`; see `DiffusionPipeline`."""
+        index = Path(pretrained_model_name_or_path) / "model_index.json"
+        if index.is_file():
+            # diffusers takes classes of other packages only from modules that are already imported
+            for value in json.loads(index.read_text()).values():
+                if isinstance(value, list) and str(value[0]).startswith("csdiff."):
+                    importlib.import_module(value[0])
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (the signature diffusers has)
+    ) -> KandinskyPriorPipelineOutput | tuple:
+        """Embeds prompts as image embeddings.
+
+        Args:
+            prompt: one prompt or a list of `P`.
+            negative_prompt: one for all prompts, or a list of `P`; the adapter's answer to it is the decoder's
+                negative. Default: the image tower's embedding of an all-zero image.
+            num_images_per_prompt: `n`; rows of one prompt are next to each other. They differ only for adapters
+                that sample (a noise token).
+            num_inference_steps: used by diffusion priors only.
+            generator: seeds `latents`; one, or a list of `P * n`.
+            latents: noise `(P * n, D)` for adapters that sample; drawn when left out.
+            guidance_scale: above 1, extrapolates from the (negative or empty) prompt as the stock pipeline does.
+                One-shot adapters are trained to be right without it.
+            output_type: "pt" or "np".
+            return_dict: a tuple when False.
+            callback_on_step_end: called once, after the step, as in diffusers.
+            callback_on_step_end_tensor_inputs: names of the tensors the callback is given.
+
+        Returns:
+            `image_embeds` and `negative_image_embeds`, both raw `(P * n, D)`.
+
+        Raises:
+            CSDiffError: no prompts, or other numbers of prompts, negatives or generators.
+        """
+        prompts = _as_list(prompt, "prompt")
+        negatives = None if negative_prompt is None else _negatives(negative_prompt, len(prompts))
+        if guidance_scale > 1 or not is_one_shot(self.prior):
+            return super().__call__(
+                prompts,
+                negatives,
+                num_images_per_prompt=num_images_per_prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                latents=latents,
+                guidance_scale=guidance_scale,
+                output_type=output_type,
+                return_dict=return_dict,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+        if output_type not in ("pt", "np"):
+            raise CSDiffError(f"output_type must be 'pt' or 'np', found {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise CSDiffError(
+                f"callback_on_step_end_tensor_inputs: expected {self._callback_tensor_inputs}, found {unknown}."
+            )
+
+        device = self._execution_device
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = 1
+        count = len(prompts) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != count:
+            raise CSDiffError(f"generator: expected one, or a list of {count}, found a list of {len(generator)}.")
+
+        prompt_embeds, text_encoder_hidden_states, text_mask = self._encode_prompt(
+            prompts + (negatives or []), device, num_images_per_prompt, do_classifier_free_guidance=False
+        )
+        self.scheduler.set_timesteps(1, device=device)
+        timestep = self.scheduler.timesteps[0]
+        shape = (count, self.prior.config.embedding_dim)
+        latents = self.prepare_latents(shape, prompt_embeds.dtype, device, generator, latents, self.scheduler)
+        if negatives:
+            # the same noise for a prompt and its negative, so that asking for one does not change the other
+            latents = torch.cat([latents, latents])
+
+        latents = self.prior(
+            latents,
+            timestep=timestep,
+            proj_embedding=prompt_embeds,
+            encoder_hidden_states=text_encoder_hidden_states,
+            attention_mask=text_mask,
+        ).predicted_image_embedding
+        if callback_on_step_end is not None:
+            tensors = {
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "text_encoder_hidden_states": text_encoder_hidden_states,
+                "text_mask": text_mask,
+            }
+            given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            latents = callback_on_step_end(self, 0, timestep, given).pop("latents", latents)
+
+        image_embeds = self.prior.post_process_latents(latents)
+        if negatives:
+            image_embeds, negative_image_embeds = image_embeds.chunk(2)
+        else:
+            negative_image_embeds = self.get_zero_embed(count, device=image_embeds.device)
+        self.maybe_free_model_hooks()
+
+        if output_type == "np":
+            image_embeds = image_embeds.float().cpu().numpy()
+            negative_image_embeds = negative_image_embeds.float().cpu().numpy()
+        if not return_dict:
+            return (image_embeds, negative_image_embeds)
+        return KandinskyPriorPipelineOutput(image_embeds=image_embeds, negative_image_embeds=negative_image_embeds)
+
+    def get_zero_embed(self, batch_size: int = 1, device: str | torch.device | None = None) -> torch.Tensor:
+        """The default negative, `(batch_size, D)`: an all-zero image embedded, or the empty prompt without a tower."""
+        if self.image_encoder is not None:
+            return super().get_zero_embed(batch_size, device)
+        device = device or self._execution_device
+        embeds, states, mask = self._encode_prompt([""], device, 1, do_classifier_free_guidance=False)
+        prediction = self.prior(
+            torch.zeros_like(embeds[:, :1]).expand(1, self.prior.config.embedding_dim), 0, embeds, states, mask
+        )
+        return self.prior.post_process_latents(prediction.predicted_image_embedding).repeat(batch_size, 1)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        images_and_prompts: list[str | PIL.Image.Image | torch.Tensor],
+        weights: list[float],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str = "",
+        guidance_scale: float = 1.0,
+        device: str | torch.device | None = None,
+    ) -> KandinskyPriorPipelineOutput:
+        """Mixes prompts and pictures: `z = sum_i weight_i * z_i`, with `z_i` a raw image embedding.
+
+        Args:
+            images_and_prompts: prompts (through the adapter), pictures or pixel tensors `(1, 3, H, W)` (through the
+                image tower), in any order.
+            weights: one for each; they usually add up to 1.
+            num_images_per_prompt: rows returned.
+            num_inference_steps: used by diffusion priors only.
+            generator: seeds adapters that sample.
+            latents: noise `(num_images_per_prompt, D)` for them.
+            negative_prior_prompt: only with `guidance_scale` above 1, as in diffusers.
+            negative_prompt: the decoder's negative; "" is the default negative of `__call__`.
+            guidance_scale: see `__call__`.
+            device: where the pictures are embedded; the pipeline's device by default.
+
+        Returns:
+            `image_embeds` and `negative_image_embeds`, both `(num_images_per_prompt, D)`.
+
+        Raises:
+            CSDiffError: other numbers of items and weights, nothing to mix, or a picture without an image tower.
+        """
+        if not images_and_prompts or len(images_and_prompts) != len(weights):
+            raise CSDiffError(
+                f"interpolate: expected as many weights as prompts and pictures, at least one, found "
+                f"{len(images_and_prompts)} items and {len(weights)} weights."
+            )
+        if self.image_encoder is None and any(not isinstance(item, str) for item in images_and_prompts):
+            raise CSDiffError(
+                "interpolate: mixing in a picture needs an image tower; load this pipeline with image_encoder=."
+            )
+        return super().interpolate(
+            images_and_prompts,
+            weights,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+            negative_prior_prompt=negative_prior_prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            device=device or self._execution_device,
+        )
+
+
+def is_one_shot(prior: torch.nn.Module) -> bool:
+    """Whether `prior` answers in one forward pass; a stock `PriorTransformer` and the `diffusion` adapter do not."""
+    prior = getattr(prior, "_orig_mod", prior)
+    return getattr(prior, "one_shot", not isinstance(prior, PriorTransformer))
+
+
+def _as_list(prompt: str | list[str], name: str) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(item, str) for item in prompts):
+        raise CSDiffError(f"{name}: expected a string or a list of strings, found {prompt!r}.")
+    return prompts
+
+
+def _negatives(negative_prompt: str | list[str], count: int) -> list[str]:
+    negatives = _as_list(negative_prompt, "negative_prompt")
+    if len(negatives) == 1:
+        return negatives * count
+    if len(negatives) != count:
+        raise CSDiffError(
+            f"negative_prompt: expected one, or one for each of {count} prompts, found {len(negatives)}."
+        )
+    return negatives
