@@ -117,13 +117,16 @@ class Adapter(ModelMixin, ConfigMixin):
         Raises:
             CSDiffError: The last dimension of `text_embeds` is not `config.text_dim`.
         """
+        self._check_text(text_embeds)
+        whitened = self(None, 0, text_embeds, text_states, text_mask).predicted_image_embedding
+        return self.post_process_latents(whitened)
+
+    def _check_text(self, text_embeds: Tensor) -> None:
         if text_embeds.ndim != 2 or text_embeds.shape[1] != self.config.text_dim:
             raise CSDiffError(
                 f"{type(self).__name__} expects text embeddings of shape (batch, {self.config.text_dim}), found "
                 f"{tuple(text_embeds.shape)}; encode the text with the encoder the adapter was trained for."
             )
-        whitened = self(None, 0, text_embeds, text_states, text_mask).predicted_image_embedding
-        return self.post_process_latents(whitened)
 
     def _calibrated(self, whitened: Tensor) -> Tensor:
         # Written as a correction to z, so that norm_scale = 1 and norm_shift = 0 return z bit for bit.

@@ -107,7 +107,7 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
         raise CSDiffError(f"Adapter folder {path} does not exist; give a folder saved by `save_pretrained`.")
     if not path.is_dir():
         raise CSDiffError(f"{path} is a file; give the adapter folder (with {CONFIG}, *.safetensors and {METADATA}).")
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     found = config.get("_class_name")
     if not isinstance(found, str):
         raise CSDiffError(f"{path / CONFIG} names no class (`_class_name`); it is not the config of an adapter.")
@@ -128,7 +128,7 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Reads and checks `csdiff.json` of an adapter folder."""
-    metadata = _read_json(path / METADATA)
+    metadata = read_json(path / METADATA)
     if metadata.get("format") != FORMAT or metadata.get("kind") != "adapter":
         raise CSDiffError(
             f'{path / METADATA} must say "format": {FORMAT} and "kind": "adapter"; found '
@@ -137,7 +137,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object, or raises a `CSDiffError` that names the file."""
     if not file.is_file():
         raise CSDiffError(
             f"Adapter folder {file.parent} is incomplete: {file.name} is missing; it needs {CONFIG}, *.safetensors "
@@ -165,7 +166,7 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
     if single.is_file():
         return [single]
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CSDiffError(f"{index} has no `weight_map` from tensor names to files; save the adapter again.")
         shards = [path / file for file in sorted(set(weight_map.values()))]

@@ -12,7 +12,7 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.moments import PairedMoments, paired_batches
 from csdiff.errors import CSDiffError
 
-METHODS = ("identity", "mean_shift", "ridge", "procrustes", "coral")
+METHODS = ("mean_shift", "whiten", "ridge", "procrustes", "coral")
 _PENALTIES = tuple(10.0**power for power in range(-6, 3))
 _SAMPLE_ROWS = 4096
 
@@ -22,13 +22,13 @@ class LinearAdapter(Adapter):
 
     | method       | A                                        | needs        |
     | ------------ | ---------------------------------------- | ------------ |
-    | `identity`   | I, b = 0                                 | Dt = D       |
     | `mean_shift` | I                                        | Dt = D       |
+    | `whiten`     | `diag(std_y / std_x)`                    | Dt = D       |
     | `ridge`      | `Cyx (Cxx + penalty * mean_var I)^-1`    | pairs        |
     | `procrustes` | `U V^T` of `Cyx = U S V^T`               | pairs        |
     | `coral`      | `Cyy^(1/2) Cxx^(-1/2)`                   | Dt = D       |
 
-    with `b = mean(y) - A mean(x)` except for `identity`, `C` covariances, `mean_var` the mean of `diag(Cxx)`.
+    with `b = mean(y) - A mean(x)`, `C` covariances, `mean_var` the mean of `diag(Cxx)`.
 
     Args:
         embedding_dim (`int`): Width of the image embeddings.
@@ -44,7 +44,7 @@ class LinearAdapter(Adapter):
         text_dim = self._init_contract(embedding_dim, text_dim)
         if method not in METHODS:
             raise CSDiffError(f"`method` must be one of {', '.join(METHODS)}, found {method!r}.")
-        if method in ("identity", "mean_shift", "coral") and text_dim != embedding_dim:
+        if method in ("mean_shift", "whiten", "coral") and text_dim != embedding_dim:
             raise CSDiffError(
                 f"`{method}` needs text and image embeddings of one width, found {text_dim} and {embedding_dim}; "
                 "use ridge or procrustes."
@@ -173,10 +173,10 @@ def _best_penalty(fitted: PairedMoments, held: PairedMoments, penalties: Sequenc
 
 def _solve(moments: PairedMoments, method: str, penalty: float | None) -> tuple[Tensor, Tensor]:
     text_dim, image_dim = moments.cov_xy.shape
-    if method == "identity":
-        return torch.eye(image_dim).double(), torch.zeros(image_dim).double()
     if method == "mean_shift":
         weight = torch.eye(image_dim).double()
+    elif method == "whiten":
+        weight = torch.diag(_deviations(moments.cov_yy) / _deviations(moments.cov_xx).clamp_min(1e-12))
     elif method == "ridge":
         ridge = penalty * moments.cov_xx.diagonal().mean() * torch.eye(text_dim).double()
         weight = torch.linalg.solve(moments.cov_xx + ridge, moments.cov_xy).T

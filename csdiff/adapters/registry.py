@@ -6,19 +6,26 @@ from typing import Any
 
 from csdiff.adapters import folder, hub
 from csdiff.adapters.base import Adapter
+from csdiff.adapters.diffusion import DiffusionAdapter
 from csdiff.adapters.linear import LinearAdapter
+from csdiff.adapters.lora import LoRAAdapter
 from csdiff.adapters.mlp import MLPAdapter
+from csdiff.adapters.transformer import TransformerAdapter
 from csdiff.errors import CSDiffError
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "mlp": MLPAdapter,
+    "transformer": TransformerAdapter,
     "linear": LinearAdapter,
+    "lora": LoRAAdapter,
+    "diffusion": DiffusionAdapter,
 }
 """Adapter classes by name. Adding one here makes it known to training, loading and the shared tests."""
 
 
 def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None, **options: Any) -> Adapter:
-    """Builds the adapter `name` with the given dimensions; `options` are the other arguments of its class.
+    """Builds the adapter `name` with the given dimensions; `options` are the other arguments of its class
+    (and `preset` for the transformer).
 
     Raises:
         CSDiffError: An unknown name or option (the known ones are listed), or a value the class refuses.
@@ -27,10 +34,12 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
         raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(ADAPTERS)}.")
     cls = ADAPTERS[name]
     known = list(inspect.signature(cls.__init__).parameters)[1:]
+    preset = options.pop("preset", None) if cls is TransformerAdapter else None
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}.")
-    return cls(embedding_dim=embedding_dim, text_dim=text_dim, **options)
+    options.update(embedding_dim=embedding_dim, text_dim=text_dim)
+    return cls(**options) if preset is None else cls.from_preset(preset, **options)
 
 
 class AutoAdapter:

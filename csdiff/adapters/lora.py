@@ -1,0 +1,225 @@
+"""Low-rank adaptation of the text encoder itself: its projected text embedding becomes the image embedding."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up here when it reloads a pipeline
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from csdiff.adapters import folder
+from csdiff.adapters.base import Adapter
+from csdiff.adapters.checks import check_dropout, require_positive
+from csdiff.adapters.linear import LinearAdapter
+from csdiff.errors import CSDiffError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+class LoRAAdapter(Adapter):
+    r"""LoRA in every layer of a CLIP text encoder, then a per-dimension map from text to image statistics.
+
+        W x + (alpha / rank) B A x      in each target of the frozen encoder,
+        r = (t' - text_mean) / text_std * clip_std + clip_mean,    t' the adapted projected text embedding
+
+    It takes token ids rather than embeddings: train with `embed_input_ids`. For pipelines it is two parts, the text
+    encoder (`text_encoder`, or `merged_text_encoder()` free of PEFT) and a prior (`as_prior()`); as a prior itself
+    (`forward`, `embed`) it takes embeddings of its own text encoder.
+
+    Saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`, which plain PEFT loads onto the same
+    encoder) beside `config.json` and a small safetensors file with the statistics; the frozen encoder is not saved,
+    nor is it in `state_dict()`.
+
+    Args:
+        embedding_dim (`int`): Width of the image embeddings; the encoder's projection has the same.
+        text_dim (`int`, *optional*): Equal to `embedding_dim`.
+        text_encoder (`str`, *optional*, defaults to `"tiny-clip"`): Encoder id: a preset name, a folder or a Hub id.
+        rank (`int`, *optional*, defaults to 8): Rank of each update.
+        alpha (`float`, *optional*, defaults to 16): Scale, over `rank`.
+        dropout (`float`, *optional*, defaults to 0.0): On the input of each update, in [0, 1).
+        target_modules (`list[str]`, *optional*): Names of the linear layers; q, k, v, out, fc1 and fc2 by default.
+        base_model (`CLIPTextModelWithProjection`, *optional*): The encoder, if it is in memory already; not in the
+            config. Its weights are frozen and its layers wrapped in place.
+
+    Source: LoRA, arXiv 2106.09685, equation 3; rank and targets of CS-Aligner, arXiv 2502.17028.
+    """
+
+    uses_input_ids = True
+    ignore_for_config = ["base_model"]
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        text_dim: int | None = None,
+        text_encoder: str = "tiny-clip",
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: list[str] = TARGETS,
+        base_model: nn.Module | None = None,
+    ):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+
+        text_dim = self._init_contract(embedding_dim, text_dim)
+        require_positive(rank=rank)
+        check_dropout(dropout)
+        target_modules = list(target_modules)
+        self._record(target_modules=target_modules)
+        if base_model is None:
+            base_model = _load_text_encoder(text_encoder)
+        found = base_model.config.projection_dim
+        if not found == embedding_dim == text_dim:
+            raise CSDiffError(
+                f"A LoRA adapter keeps the text encoder's width: {text_encoder} projects to {found}, found text_dim "
+                f"{text_dim} and embedding_dim {embedding_dim}; use mlp or transformer for other image embeddings."
+            )
+        check_targets(base_model, target_modules, text_encoder)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none")
+        self.peft_model = get_peft_model(base_model, config)
+        self.peft_model.peft_config["default"].base_model_name_or_path = text_encoder
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_allow_frozen_missing)
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The `CLIPTextModelWithProjection` with its LoRA layers in place; give it to a pipeline as `text_encoder`."""
+        return self.peft_model.get_base_model()
+
+    def merged_text_encoder(self) -> nn.Module:
+        """A copy of the text encoder with the updates added into its weights: plain transformers, no PEFT."""
+        return copy.deepcopy(self.peft_model).merge_and_unload()
+
+    def as_prior(self) -> LinearAdapter:
+        """The part after the text encoder as an adapter without it, for a pipeline's `prior`.
+
+        With `pipe.text_encoder = adapter.text_encoder` and `pipe.prior = adapter.as_prior()` a stock prior pipeline
+        gives what `embed_input_ids` gives.
+        """
+        prior = LinearAdapter(embedding_dim=self.config.embedding_dim, method="whiten")
+        prior._copy_statistics(self)
+        prior.metadata = copy.deepcopy(self.metadata)
+        return prior.to(self.clip_mean.device).eval()
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) to adapted text embeddings (B, D) and last hidden states (B, L, H)."""
+        output = self.peft_model(input_ids=input_ids, attention_mask=attention_mask)
+        return output.text_embeds, output.last_hidden_state
+
+    def embed_input_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, L) to raw image embeddings (B, D); differentiable with respect to the LoRA weights."""
+        return self.embed(self.encode(input_ids, attention_mask)[0])
+
+    def predict(
+        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
+    ) -> Tensor:
+        return text
+
+    def set_statistics(
+        self, mean: Tensor, std: Tensor, text_mean: Tensor | None = None, text_std: Tensor | None = None
+    ) -> None:
+        """As `Adapter.set_statistics`; without text statistics the image's are taken, so that `embed` is the identity.
+
+        With those of the frozen encoder, training starts from text embeddings moved to the images' mean and spread.
+        """
+        text_mean = mean if text_mean is None else text_mean
+        text_std = std if text_std is None else text_std
+        super().set_statistics(mean, std, text_mean, text_std)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func=None) -> None:
+        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.text_encoder.gradient_checkpointing_disable()
+
+    def usage_inputs(self) -> list[str]:
+        return [
+            "input_ids = torch.zeros(1, 16, dtype=torch.long)  # of the text encoder's tokenizer",
+            "image_embeds = adapter.embed_input_ids(input_ids)",
+        ]
+
+    def _write_folder(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
+        from safetensors.torch import save_file
+
+        self.peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+        self.save_config(directory)
+        statistics = {name: getattr(self, name).contiguous() for name in self._STATISTICS}
+        save_file(statistics, directory / folder.WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]):
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        values = {name: value for name, value in config.items() if not name.startswith("_")}
+        statistics_file, peft_file = (folder.weight_files(path, name=n)[0] for n in (folder.WEIGHTS, PEFT_WEIGHTS))
+        headers = {file: folder.read_header(file) for file in (statistics_file, peft_file)}
+        _check_peft_config(path, values)
+        try:
+            adapter = cls(**values, base_model=options.get("base_model"))
+        except TypeError as error:
+            raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {error}") from error
+        lora = get_peft_model_state_dict(adapter.peft_model, save_embedding_layers=False)
+        statistics = {name: getattr(adapter, name) for name in cls._STATISTICS}
+        for file, expected in ((statistics_file, statistics), (peft_file, lora)):
+            shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            folder.compare_tensors(file, shapes, {name: (entry, file) for name, entry in headers[file].items()})
+        set_peft_model_state_dict(adapter.peft_model, load_file(peft_file))
+        adapter.load_state_dict(load_file(statistics_file), strict=False)
+        if options.get("torch_dtype") is not None:
+            nn.Module.to(adapter, options["torch_dtype"])
+        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return adapter.eval(), info
+
+
+def check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> None:
+    """Raises a `CSDiffError` unless every LoRA target names linear layers of the encoder."""
+    linear = {path.rpartition(".")[2] for path, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    missing = sorted(set(target_modules) - linear)
+    if missing or not target_modules:
+        raise CSDiffError(
+            f"LoRA targets {missing or 'are empty'} do not exist in text encoder {name}; its linear layers are "
+            f"{sorted(linear)}."
+        )
+
+
+def _check_peft_config(path: Path, values: dict[str, Any]) -> None:
+    peft_config = folder.read_json(path / PEFT_CONFIG)
+    found = {"rank": peft_config.get("r"), "target_modules": sorted(peft_config.get("target_modules") or [])}
+    expected = {"rank": values.get("rank"), "target_modules": sorted(values.get("target_modules") or [])}
+    if peft_config.get("peft_type") != "LORA" or found != expected:
+        raise CSDiffError(
+            f"{path / PEFT_CONFIG} must be a LORA config with {expected} as in {folder.CONFIG}, found "
+            f"{peft_config.get('peft_type')} with {found}; save the adapter again."
+        )
+
+
+def _load_text_encoder(name: str) -> nn.Module:
+    from transformers import CLIPTextModelWithProjection
+
+    from csdiff.embeddings import resolve_encoder
+
+    try:
+        return CLIPTextModelWithProjection.from_pretrained(resolve_encoder(name), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CSDiffError(f"Text encoder {name!r} of the LoRA adapter could not be loaded: {reason}") from error
+
+
+def _is_frozen(name: str) -> bool:
+    return "peft_model." in name and ".lora_" not in name
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix) and _is_frozen(name)]:
+        del state_dict[name]
+
+
+def _allow_frozen_missing(module: nn.Module, incompatible_keys) -> None:
+    incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if not _is_frozen(name)]

@@ -1,0 +1,256 @@
+"""Transformer over text token states, pooled embedding and a learned query."""
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from csdiff.adapters.base import Adapter
+from csdiff.adapters.checks import check_dropout, require_positive, require_states
+from csdiff.adapters.linear import LinearAdapter
+from csdiff.errors import CSDiffError
+
+TRANSFORMER_PRESETS: dict[str, dict[str, int]] = {
+    "eclipse-768": {"embedding_dim": 768, "num_layers": 10, "num_attention_heads": 16, "attention_head_dim": 32},
+    "eclipse-1280": {"embedding_dim": 1280, "num_layers": 10, "num_attention_heads": 16, "attention_head_dim": 32},
+    "tiny": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32},
+}
+"""`eclipse-*`: the 33.1M and 34.2M priors of ECLIPSE (arXiv 2312.04655); `tiny`: for the shipped stack and tests."""
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention by `scaled_dot_product_attention`; projections named as diffusers names them."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+
+    def forward(self, hidden_states: Tensor, allowed: Tensor) -> Tensor:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.to_q, self.to_k, self.to_v)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        projection, dropout = self.to_out
+        return dropout(projection(attended.transpose(1, 2).flatten(2)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and GELU feed-forward (4x), each with a residual, as the DALL-E 2 prior's blocks."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = SelfAttention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: Tensor, allowed: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), allowed)
+        return hidden_states + self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(hidden_states)))))
+
+
+class TransformerAdapter(Adapter, PeftAdapterMixin):
+    r"""One forward pass of a prior-shaped transformer: text tokens and pooled embedding in, image embedding out.
+
+    The sequence is `[text states (L), pooled text, start, query]`, each projected to the inner width, plus learned
+    positions; attention is causal and sees no padding; the query's last state is projected to the image embedding.
+    `start` holds the place of the diffusion prior's noisy image: the whitened text embedding, or, with
+    `noise_token=True`, Gaussian latents, so that one prompt has many outputs (in a pipeline the latents come from its
+    `generator`). Where the dimensions agree the output is added to the whitened text embedding and the last
+    projection starts at zero: training begins at the map that gives text the image embeddings' mean and spread.
+
+    Args:
+        embedding_dim (`int`): Width of the image embeddings.
+        text_dim (`int`, *optional*): Width of the pooled text embeddings; `embedding_dim` by default.
+        states_dim (`int`, *optional*): Width of the text encoder's token states; `text_dim` by default.
+        num_layers (`int`, *optional*, defaults to 10): Number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 16): Heads of each block.
+        attention_head_dim (`int`, *optional*, defaults to 32): Width of a head.
+        num_embeddings (`int`, *optional*, defaults to 77): Largest number of text tokens.
+        noise_token (`bool`, *optional*, defaults to `False`): Whether `start` is noise.
+        linear_skip (`bool`, *optional*, defaults to `False`): Whether the skip is a trained linear layer rather than
+            the identity; `init_from` switches it on.
+        dropout (`float`, *optional*, defaults to 0.0): In attention outputs and feed-forward layers.
+
+    Source: ECLIPSE, arXiv 2312.04655, section 3 and its appendix; masks as in diffusers' `PriorTransformer`.
+    """
+
+    uses_text_states = True
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _repeated_blocks = ["TransformerBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "positional_embedding", "query"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        text_dim: int | None = None,
+        states_dim: int | None = None,
+        num_layers: int = 10,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 32,
+        num_embeddings: int = 77,
+        noise_token: bool = False,
+        linear_skip: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        text_dim = self._init_contract(embedding_dim, text_dim)
+        states_dim = text_dim if states_dim is None else states_dim
+        self._record(states_dim=states_dim)
+        require_positive(
+            states_dim=states_dim,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            num_embeddings=num_embeddings,
+        )
+        check_dropout(dropout)
+        width = num_attention_heads * attention_head_dim
+
+        self.encoder_hidden_states_proj = nn.Linear(states_dim, width)
+        self.embedding_proj = nn.Linear(text_dim, width)
+        self.proj_in = nn.Linear(embedding_dim if noise_token else text_dim, width)
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.positional_embedding = nn.Parameter(torch.zeros(1, num_embeddings + 3, width))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, num_attention_heads, dropout) for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_to_clip_embeddings = nn.Linear(width, embedding_dim)
+        self.skip = nn.Linear(text_dim, embedding_dim) if linear_skip else None
+        self.gradient_checkpointing = False
+
+        nn.init.normal_(self.query, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.02)
+        if self._has_skip:
+            nn.init.zeros_(self.proj_to_clip_embeddings.weight)
+            nn.init.zeros_(self.proj_to_clip_embeddings.bias)
+        if linear_skip:
+            (nn.init.eye_ if text_dim == embedding_dim else nn.init.orthogonal_)(self.skip.weight)
+            nn.init.zeros_(self.skip.bias)
+
+    @classmethod
+    def from_preset(cls, preset: str, **options) -> "TransformerAdapter":
+        """Builds a preset (`eclipse-768`, `eclipse-1280`, `tiny`); `options` override or complete its values.
+
+        Raises:
+            CSDiffError: An unknown preset, or an `embedding_dim` other than the preset's.
+        """
+        if preset not in TRANSFORMER_PRESETS:
+            raise CSDiffError(f"Unknown transformer preset {preset!r}; known: {', '.join(TRANSFORMER_PRESETS)}.")
+        values = TRANSFORMER_PRESETS[preset]
+        wanted, given = values.get("embedding_dim"), options.get("embedding_dim")
+        if wanted and given and wanted != given:
+            raise CSDiffError(
+                f"Preset {preset!r} makes embeddings of width {wanted}, the data or decoder has {given}; use "
+                "another preset or set the layers directly."
+            )
+        return cls(**{**values, **options})
+
+    @property
+    def _has_skip(self) -> bool:
+        return self.skip is not None or self.config.text_dim == self.config.embedding_dim
+
+    def predict(
+        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
+    ) -> Tensor:
+        text_states = require_states(text_states, self.config.states_dim, type(self).__name__)
+        if text_states.shape[1] > self.config.num_embeddings:
+            raise CSDiffError(
+                f"{type(self).__name__} takes at most {self.config.num_embeddings} text tokens, found "
+                f"{text_states.shape[1]}; truncate the text as the training did."
+            )
+        text_states, text_mask = self._without_padding(text_states, text_mask)
+        start = text
+        if self.config.noise_token:
+            shape = (len(text), self.config.embedding_dim)
+            start = torch.randn(shape, dtype=text.dtype, device=text.device) if latents is None else latents
+        hidden_states = torch.cat(
+            [
+                self.encoder_hidden_states_proj(text_states.to(self.dtype)),
+                self.embedding_proj(text)[:, None],
+                self.proj_in(start.to(self.dtype))[:, None],
+                self.query.expand(len(text), -1, -1),
+            ],
+            dim=1,
+        )
+        length = text_states.shape[1]
+        positions = torch.cat([self.positional_embedding[:, :length], self.positional_embedding[:, -3:]], dim=1)
+        hidden_states = hidden_states + positions
+        allowed = self._allowed(text_mask, len(text), length + 3)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, allowed)
+            else:
+                hidden_states = block(hidden_states, allowed)
+        whitened = self.proj_to_clip_embeddings(self.norm_out(hidden_states[:, -1]))
+        if self.skip is not None:
+            return whitened + self.skip(text)
+        return whitened + text if self._has_skip else whitened
+
+    def _without_padding(self, text_states: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Cuts the columns that are padding in every row: no token attends to them, so the result is the same."""
+        if text_mask is None:
+            return text_states, None
+        text_mask = text_mask.to(device=text_states.device, dtype=torch.bool)
+        # The cut depends on the data, which a compiled graph cannot; there the masked columns stay.
+        if not torch.compiler.is_compiling():
+            length = max(int(text_mask.any(0).nonzero().amax()) + 1, 1) if text_mask.any() else 1
+            text_states, text_mask = text_states[:, :length], text_mask[:, :length]
+        return text_states, text_mask
+
+    def _allowed(self, text_mask: Tensor | None, batch: int, length: int) -> Tensor:
+        """Who attends to whom, (B or 1, 1, S, S): earlier tokens that are not padding, and always oneself."""
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.query.device).tril()[None]
+        if text_mask is None:
+            return causal[:, None]
+        seen = F.pad(text_mask, (0, 3), value=True)[:, None]
+        oneself = torch.eye(length, dtype=torch.bool, device=seen.device)
+        return (causal & (seen | oneself))[:, None]
+
+    def embed(
+        self,
+        text_embeds: Tensor,
+        text_states: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `Adapter.embed`; with a noise token, `generator` draws the noise (one sample a row)."""
+        self._check_text(text_embeds)
+        noise = None
+        if self.config.noise_token:
+            device = text_embeds.device if generator is None else generator.device
+            noise = torch.randn(len(text_embeds), self.config.embedding_dim, generator=generator, device=device)
+            noise = noise.to(text_embeds.device)
+        whitened = self(noise, 0, text_embeds, text_states, text_mask).predicted_image_embedding
+        return self.post_process_latents(whitened)
+
+    @torch.no_grad()
+    def init_from(self, linear: LinearAdapter) -> None:
+        linear.check_dims(self)
+        self._copy_statistics(linear)
+        if self.skip is None:
+            self.skip = nn.Linear(linear.config.text_dim, linear.config.embedding_dim)
+            self.skip.to(device=self.query.device, dtype=self.query.dtype)
+            self._record(linear_skip=True)
+        self.skip.weight.copy_(linear.linear.weight)
+        self.skip.bias.copy_(linear.linear.bias)
+        nn.init.zeros_(self.proj_to_clip_embeddings.weight)
+        nn.init.zeros_(self.proj_to_clip_embeddings.bias)
+
+
+__all__ = ["TRANSFORMER_PRESETS", "ModelMixin", "TransformerAdapter"]
