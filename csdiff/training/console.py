@@ -1,0 +1,88 @@
+"""What a person sees while an adapter is trained."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Console:
+    """Lines, a progress bar on a terminal, plain progress lines in a log file.
+
+    Args:
+        main: Only the main process speaks.
+        progress: Show progress at all.
+    """
+
+    def __init__(self, main: bool, progress: bool = True):
+        self.main, self.progress = main, progress and main
+        self.bar: tqdm | None = None
+        self._last = 0.0
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start(self, step: int, total: int) -> None:
+        """Begin progress at a step."""
+        self._first, self._total, self._began, self._last = step, total, time.perf_counter(), time.perf_counter()
+        if self.progress and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int, shown: dict[str, float] | None, rate: float | None) -> None:
+        """One step done; `shown` are the numbers of a logged step, `rate` samples a second."""
+        if self.bar is not None:
+            self.bar.update(1)
+            if shown is not None:
+                postfix = {name: f"{value:.3f}" for name, value in shown.items()}
+                self.bar.set_postfix({**postfix, "samples/s": f"{rate:,.0f}"}, refresh=False)
+        elif self.progress and shown is not None and time.perf_counter() - self._last > 10:
+            self._last = time.perf_counter()
+            left = (self._last - self._began) / max(1, step - self._first) * (self._total - step)
+            terms = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            self.say(f"step {step}/{self._total}  {terms}  {rate:,.0f} samples/s  {duration(left)} left")
+
+    def stop(self) -> None:
+        """End progress."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def table(self, title: str, columns: dict[str, dict]) -> None:
+        """Metrics side by side, one column a model; `columns` holds nested metrics by name."""
+        rows = {
+            "text -> image R@1": ("text_to_image", "r@1"),
+            "text -> image R@10": ("text_to_image", "r@10"),
+            "image -> text R@1": ("image_to_text", "r@1"),
+            "centroid gap": ("centroid_gap",),
+            "distribution gap": ("distribution_gap",),
+            "kernel distance": ("kernel_distance",),
+            "CS divergence": ("cs_divergence",),
+            "cosine to the image": ("cosine", "paired"),
+            "norm, mean ratio": ("norm", "mean_ratio"),
+            "norm, spread ratio": ("norm", "std_ratio"),
+        }
+        width = max(len(label) for label in rows)
+        self.say("")
+        self.say(f"{title:<{width}}" + "".join(f"{name:>12}" for name in columns))
+        for label, path in rows.items():
+            cells = "".join(f"{_number(metrics, path):>12}" for metrics in columns.values())
+            self.say(f"{label:<{width}}{cells}")
+        self.say("")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _number(metrics: dict, path: tuple[str, ...]) -> str:
+    for key in path:
+        metrics = metrics.get(key) if isinstance(metrics, dict) else None
+    return "-" if metrics is None else f"{metrics:.3f}"

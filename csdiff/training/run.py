@@ -1,0 +1,225 @@
+"""The course of a run: steps, validations, checkpoints, and what is said about them."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from csdiff.errors import CSDiffError
+from csdiff.training.console import Console, duration
+from csdiff.training.export import ONLINE, Exporter
+from csdiff.training.interrupts import Interrupt
+from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
+from csdiff.training.run_folder import RunFolder, flatten
+from csdiff.training.state import save_state, state_bytes
+from csdiff.training.validation import Validator
+
+_BASELINE_ROWS = 20_000
+
+
+class Run:
+    """Everything of a run, ready to go.
+
+    Args:
+        config: The run.
+        accelerator: Processes and trackers.
+        console: What a person sees.
+        folder: Where it goes.
+        sources: The data.
+        inputs: Prepares batches.
+        loop: Makes the steps.
+        exporter: Writes adapters.
+    """
+
+    def __init__(
+        self, config, accelerator, console: Console, folder: RunFolder, sources, inputs, loop: Loop, exporter: Exporter
+    ):
+        self.config, self.accelerator, self.console, self.folder = config, accelerator, console, folder
+        self.sources, self.inputs, self.loop, self.exporter = sources, inputs, loop, exporter
+        self.task = loop.task
+        self.validator: Validator | None = None
+        self.metrics: dict = {}
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the main process, which validates and writes."""
+        return self.accelerator.is_main_process
+
+    def prepare(self) -> None:
+        """Read the held-out rows and measure the baselines; the last chance to refuse something."""
+        if not self.main or self.sources.validation is None:
+            return
+        config = self.config.validation
+        rows = self.inputs.read(self.sources.validation.sample(config.limit))
+        self.validator = Validator(rows, config.metric, config.mode)
+        progress = self.loop.progress
+        if not progress.baselines:
+            fitted = self.sources.train.sample(_BASELINE_ROWS).all()
+            progress.baselines = self.validator.baselines(fitted["text_embeds"], fitted["image_embeds"])
+        for metrics in progress.baselines.values():
+            self.validator.value(metrics)
+
+    def announce(self, start) -> None:
+        """Say what is trained, on what, with what."""
+        config, say = self.config, self.console.say
+        weights = sum(p.numel() for p in self.task.parameters.values())
+        store = self.sources.store
+        held_out = 0 if self.sources.validation is None else len(self.sources.validation)
+        extra = "".join(
+            f", {len(pairs):,} {name.replace('_', ' ')} rows"
+            for name, pairs in (
+                ("unpaired_text", self.sources.unpaired_text),
+                ("unpaired_image", self.sources.unpaired_image),
+            )
+            if pairs is not None
+        )
+        precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
+        processes = self.accelerator.num_processes
+        say(
+            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {len(self.sources.train):,} pairs"
+            f"{extra}, {held_out:,} held out ({store.path}, text {store.text_dim}, image {store.image_dim})."
+        )
+        say(
+            f"{config.max_steps:,} steps of {config.batch_size:,} pairs "
+            f"({config.max_steps * config.batch_size / len(self.sources.train):.1f} epochs) on {processes} "
+            f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; output in {self.folder.path}."
+        )
+        if start is not None:
+            say(f"Continuing from {start} at step {self.loop.progress.step}.")
+
+    def go(self) -> dict:
+        """Train to the end; returns the last validation.
+
+        Raises:
+            CSDiffError: when training has broken down, or the disk is full.
+            SystemExit: after SIGTERM or SIGINT.
+        """
+        config, progress = self.config, self.loop.progress
+        self.console.start(progress.step, config.max_steps)
+        throughput, earlier, began = Throughput(config.batch_size), progress.seconds, time.perf_counter()
+        feed, interrupt = self._feed(), Interrupt()
+        try:
+            with interrupt.watched():
+                while progress.step < config.max_steps:
+                    numbers = self._step(next(feed))
+                    progress.seconds = earlier + time.perf_counter() - began
+                    throughput.count()
+                    if self._due(config.logging.every) and numbers is not None:
+                        shown = {name: float(value) for name, value in numbers.items()}
+                        self._log("train", shown | {"samples_per_second": throughput.rate()})
+                        self.console.advance(progress.step, shown, throughput.last)
+                    else:
+                        self.console.advance(progress.step, None, None)
+                    better = self._due(config.validation.every) and self._validate()
+                    stop = not self.task.agree(interrupt.signal is None)
+                    if better or stop or self._due(config.checkpoint.every):
+                        self._save()
+                    if stop and progress.step < config.max_steps:
+                        self._stop(interrupt.signal)
+        finally:
+            self.console.stop()
+            feed.close()
+        if not self.metrics:
+            self._validate()
+        return self.metrics
+
+    def _feed(self) -> Iterator[dict]:
+        config, progress = self.config, self.loop.progress
+        unpaired = config.data.unpaired_batch_size or config.batch_size
+        groups = {
+            "pairs": (self.sources.train, config.batch_size),
+            "unpaired_text": (self.sources.unpaired_text, unpaired),
+            "unpaired_image": (self.sources.unpaired_image, unpaired),
+        }
+        process = self.accelerator.process_index, self.accelerator.num_processes
+        loaders = {
+            group: self.inputs.batches(group, pairs, size, config.seed, *process, progress.step)
+            for group, (pairs, size) in groups.items()
+            if pairs is not None
+        }
+        return batches(loaders, self.inputs.prepare)
+
+    def _due(self, every: int) -> bool:
+        step = self.loop.progress.step
+        return step == self.config.max_steps or (every > 0 and step % every == 0)
+
+    def _step(self, batch: dict) -> dict | None:
+        progress = self.loop.progress
+        try:
+            numbers = self.loop.step(batch)
+        except TooManySkipped as error:
+            last = self.folder.checkpoints.latest()
+            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise CSDiffError(
+                f"{error}; {good}. Lower --learning_rate, or look for damaged rows in the data."
+            ) from None
+        if numbers is None:
+            self.console.say(f"Step {progress.step} skipped: {self.loop.skip_reason} ({progress.skipped} so far).")
+            self._log("skipped", {"reason": self.loop.skip_reason, "skipped": progress.skipped})
+        return numbers
+
+    def _log(self, kind: str, numbers: dict) -> None:
+        step = self.loop.progress.step
+        if self.main:
+            self.folder.log(step, kind, numbers)
+        flat = {f"{kind}/{k}": v for k, v in flatten(numbers).items() if isinstance(v, (int, float))}
+        self.accelerator.log(flat, step=step)
+
+    def _validate(self) -> bool:
+        """Measure averaged and online weights; whether the averaged ones are the best so far."""
+        if self.validator is None:
+            return False
+        progress = self.loop.progress
+        with self.exporter.weights(averaged=True):
+            self.metrics = self.validator.measure(self.task)
+        with self.exporter.weights(averaged=False):
+            online = self.validator.measure(self.task)
+        self._log("validation", {"average": self.metrics, "online": online, "baselines": progress.baselines})
+        value = self.validator.value(self.metrics)
+        shown = "not finite" if value is None else f"{value:.4f}"
+        self.console.say(
+            f"step {progress.step}: {self.validator.metric} {shown} on {len(self.validator.image):,} held-out rows"
+        )
+        if not self.validator.better(value, progress.best_value):
+            return False
+        progress.best_step, progress.best_value = progress.step, value
+        return True
+
+    def _save(self) -> None:
+        if not self.main:
+            return
+        loop, progress = self.loop, self.loop.progress
+
+        def write(folder: Path) -> None:
+            self.exporter.write(folder, progress.step, self.metrics)
+            save_state(folder, self.task, loop.optimizer, loop.scaler.state_dict() or None, progress)
+
+        self.folder.checkpoints.save(progress.step, write, state_bytes(self.task), progress.best_step)
+
+    def _stop(self, number: int | None) -> None:
+        name = signal.Signals(number).name if number else "a signal to another process"
+        where = self.folder.checkpoints.path(self.loop.progress.step)
+        self.console.stop()
+        self.console.say(
+            f"Stopped by {name} after step {self.loop.progress.step}; {where} is written, run the same command to continue."
+        )
+        raise SystemExit(128 + (number or signal.SIGTERM))
+
+    def finish(self) -> None:
+        """Export the adapter to the output folder and show how it did."""
+        progress, say = self.loop.progress, self.console.say
+        if not self.main:
+            return
+        self.exporter.write(self.folder.path, progress.step, self.metrics)
+        self.exporter.write(self.folder.path / ONLINE, progress.step, self.metrics, averaged=False)
+        if self.metrics:
+            self.console.table(f"step {progress.step}, held out", {**progress.baselines, "adapter": self.metrics})
+        rate = self.config.batch_size * progress.step / max(progress.seconds, 1e-9)
+        best = (
+            f", best {self.validator.metric} {progress.best_value:.4f} at step {progress.best_step}"
+            if progress.best_step
+            else ""
+        )
+        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
+        say(f"Trained for {duration(progress.seconds)} ({rate:,.0f} samples/s{best}{skipped}).")
+        say(f"Adapter: {self.folder.path}")

@@ -1,0 +1,181 @@
+"""What is trained: adapter, objective and running average, behind one `training_forward`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from csdiff.training.ema import EMA
+from csdiff.training.gradient_cache import Rows, cached_gradients, split
+
+
+class NonFinite(ArithmeticError):
+    """The embeddings or the loss of a batch are not finite; nothing was added to the gradients that counts."""
+
+
+class Embedder(nn.Module):
+    """Everything with trainable weights, as one module for DDP: rows in, embeddings in the image space out.
+
+    Args:
+        adapter: Text side.
+        image_adapter: Image side, for retrieval; None leaves image embeddings as they are.
+        tokens: Also map the token states, for a token-level term.
+    """
+
+    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None, tokens: bool = False):
+        super().__init__()
+        self.adapter, self.image_adapter, self.tokens = adapter, image_adapter, tokens
+
+    def forward(self, rows: Rows) -> dict[str, Tensor]:
+        """Embeds groups of rows.
+
+        Args:
+            rows: `pairs`, `unpaired_text`, `unpaired_image`: dicts with `text_embeds` (B, Dt), `image_embeds` (B, D)
+                and, where the adapter uses them, `text_states` (B, L, H), `text_mask` (B, L), `input_ids` (B, L).
+
+        Returns:
+            float32 tensors that depend on the weights: `prediction` (B, D); `text_tokens` (B, L, D) with tokens;
+            `image` with an image adapter; `unpaired_text`, `unpaired_image`.
+        """
+        embedded = {}
+        if "pairs" in rows:
+            pairs = rows["pairs"]
+            if self.tokens:
+                embedded["prediction"], embedded["text_tokens"] = self._text(pairs, tokens=True)
+            else:
+                embedded["prediction"] = self._text(pairs)
+            if self.image_adapter is not None:
+                embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
+        if "unpaired_text" in rows:
+            embedded["unpaired_text"] = self._text(rows["unpaired_text"])
+        if "unpaired_image" in rows:
+            embedded["unpaired_image"] = self.image_adapter.embed(rows["unpaired_image"]["image_embeds"])
+        return {name: value.float() for name, value in embedded.items()}
+
+    def _text(self, rows: dict, tokens: bool = False):
+        options = {"return_tokens": True} if tokens else {}
+        if self.adapter.uses_input_ids:
+            return self.adapter.embed_ids(rows["input_ids"], rows["attention_mask"], **options)
+        return self.adapter.embed(rows["text_embeds"], rows.get("text_states"), rows.get("text_mask"), **options)
+
+
+class AlignmentTask:
+    """Adapter, objective and EMA.
+
+    Args:
+        embedder: The trainable part.
+        objective: Module of `csdiff.losses`, made for the process group that shares the batch.
+        ema_decay: See :class:`EMA`.
+        autocast: Context the embedder computes in, by default none; the objective always computes in float32.
+        group: Process group that shares the batch, or None.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        objective: nn.Module,
+        ema_decay: float = 0.0,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.embedder, self.objective, self.autocast, self.group = embedder, objective, autocast, group
+        self.model: nn.Module = embedder
+        self.parameters = {
+            **{f"embedder.{n}": p for n, p in embedder.named_parameters() if p.requires_grad},
+            **{f"objective.{n}": p for n, p in objective.named_parameters() if p.requires_grad},
+        }
+        self.ema = EMA(self.parameters, ema_decay)
+
+    def embed(self, rows: Rows) -> dict[str, Tensor]:
+        """The embedder, wrapped for distributed training if it is, under autocast."""
+        with self.autocast():
+            return self.model(rows)
+
+    def loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
+        """The objective of embedded rows and of what in the batch does not depend on the weights."""
+        pairs = batch["pairs"]
+        inputs: dict[str, Tensor | None] = {}
+        if self.objective.uses_source_text:
+            inputs["source_text"] = pairs["text_embeds"]
+        if self.objective.uses_unpaired:
+            inputs["unpaired_text"] = embedded.get("unpaired_text")
+            inputs["unpaired_image"] = embedded.get("unpaired_image")
+            if inputs["unpaired_image"] is None and "unpaired_image" in batch:
+                inputs["unpaired_image"] = batch["unpaired_image"]["image_embeds"]
+        if self.embedder.tokens:
+            inputs |= {
+                "text_tokens": embedded["text_tokens"],
+                "image_tokens": pairs["image_tokens"],
+                "text_mask": pairs["text_mask"],
+            }
+        image = embedded.get("image", pairs["image_embeds"])
+        with torch.autocast(embedded["prediction"].device.type, enabled=False):
+            return self.objective(embedded["prediction"], image, **inputs)
+
+    def trained_rows(self, batch: Rows) -> Rows:
+        """The groups of a batch that pass through trainable weights."""
+        frozen = set() if self.embedder.image_adapter is not None else {"unpaired_image"}
+        return {group: rows for group, rows in batch.items() if group not in frozen}
+
+    def training_forward(self, batch: Rows) -> Any:
+        """Loss and terms of a batch, with the whole graph.
+
+        Raises:
+            NonFinite: if embeddings or loss are not finite, on any process.
+        """
+        return self._finite_loss(self.embed(self.trained_rows(batch)), batch)
+
+    def backward(
+        self,
+        batch: Rows,
+        micro_batch_size: int | None = None,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        reseed: Callable[[int], None] = lambda index: None,
+        no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> Any:
+        """Adds the gradient of the loss to every weight; in micro-batches where given. Returns loss and terms.
+
+        Raises:
+            NonFinite: as `training_forward`; the gradients are then to be thrown away.
+        """
+        rows = self.trained_rows(batch)
+        parts = [rows] if micro_batch_size is None else split(rows, micro_batch_size)
+        if len(parts) > 1:
+            return cached_gradients(
+                forward=self.embed,
+                micro_batches=parts,
+                loss=lambda embedded: self._finite_loss(embedded, batch),
+                backward=lambda loss: scale(loss).backward(),
+                reseed=reseed,
+                no_sync=no_sync,
+            )
+        reseed(0)
+        embedded = self.embed(rows)
+        try:
+            output = self._finite_loss(embedded, batch)
+        except NonFinite:
+            # DDP wants a backward after every forward.
+            torch.autograd.backward(list(embedded.values()), [torch.zeros_like(v) for v in embedded.values()])
+            raise
+        scale(output.loss).backward()
+        return output
+
+    def _finite_loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
+        checked = [*embedded.values(), *(rows["image_embeds"] for rows in batch.values() if "image_embeds" in rows)]
+        if not self.agree(all(bool(value.detach().isfinite().all()) for value in checked)):
+            raise NonFinite("an embedding is not finite")
+        output = self.loss(embedded, batch)
+        if not self.agree(bool(output.loss.detach().isfinite())):
+            raise NonFinite("the loss is not finite")
+        return output
+
+    def agree(self, fine: bool) -> bool:
+        """Whether something holds on every process, so that all of them take the same turn."""
+        if self.group is None:
+            return fine
+        flag = torch.tensor(float(fine), device=next(self.embedder.parameters()).device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)

@@ -1,0 +1,97 @@
+"""A training run from start to finish: `train(config)`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from csdiff.errors import CSDiffError
+from csdiff.training.assembly import build_embedder, build_inputs, build_task, check_names, check_objective
+from csdiff.training.config import TrainConfig, check
+from csdiff.training.console import Console
+from csdiff.training.embedding import embed_dataset
+from csdiff.training.export import Exporter
+from csdiff.training.loop import Loop, make_optimizer
+from csdiff.training.run import Run
+from csdiff.training.run_folder import RunFolder, flatten
+from csdiff.training.sources import open_sources
+from csdiff.training.state import load_state
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves: the folder of the finished adapter, and its held-out metrics."""
+
+    adapter_dir: Path
+    metrics: dict
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an adapter, or continue to.
+
+    The output folder becomes an adapter folder with checkpoints, `metrics.jsonl` and the resolved configuration.
+
+    Raises:
+        CSDiffError: on bad input, before anything is written; on a full disk; when training has broken down.
+        SystemExit: with 128 + signal after SIGTERM or SIGINT, once a checkpoint is written.
+    """
+    check(config)
+    check_names(config)
+    folder = RunFolder(config)
+    start = folder.start_from()
+    accelerator = _accelerator(config, folder)
+    console = Console(accelerator.is_main_process, config.logging.progress)
+
+    sources = open_sources(config, lambda path, name: embed_dataset(config, accelerator, console, path, name))
+    check_objective(config, sources)
+    embedder = build_embedder(config, sources)
+    inputs = build_inputs(config, sources, embedder.adapter, accelerator.device)
+    task = build_task(config, embedder, accelerator)
+    optimizer = make_optimizer(task, config)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+    loop = Loop(config, task, optimizer, scaler, accelerator.process_index, task.group)
+    if start is not None:
+        loop.progress, scaler_state = load_state(start, task, optimizer)
+        if scaler.is_enabled() and scaler_state:
+            scaler.load_state_dict(scaler_state)
+        if loop.progress.step > config.max_steps:
+            raise CSDiffError(
+                f"--max_steps {config.max_steps}: {start} has {loop.progress.step} steps already; give more, or "
+                "another --output_dir."
+            )
+    exporter = Exporter(config, sources, task, inputs)
+    run = Run(config, accelerator, console, folder, sources, inputs, loop, exporter)
+    run.prepare()
+
+    if accelerator.is_main_process:
+        folder.open(start, loop.progress.step)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(config.logging.project, config=_plain(flatten(asdict(config))))
+    run.announce(start)
+    metrics = run.go()
+    run.finish()
+    accelerator.end_training()
+    return TrainResult(folder.path, metrics)
+
+
+def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
+    try:
+        return Accelerator(
+            # Without this, Accelerate runs every launched process on its own where there is no accelerator.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            log_with=config.logging.trackers or None,
+            project_dir=folder.path / "logs",
+            kwargs_handlers=[
+                # Rebuilt buckets would sum in another order after a resume than before it: DDP rebuilds none when it
+                # looks for unused parameters, which also lets adapters have some.
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+            ],
+        )
+    except ValueError as error:
+        raise CSDiffError(f"--logging.trackers {config.logging.trackers}: {error}") from error
+
+
+def _plain(flat: dict) -> dict:
+    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat.items()}

@@ -1,0 +1,70 @@
+"""How good the adapter is on held-out pairs, during training."""
+
+import torch
+from torch import Tensor
+
+from csdiff.errors import CSDiffError
+from csdiff.evaluation.embedding_metrics import baseline_metrics, embedding_metrics
+from csdiff.training.run_folder import flatten
+from csdiff.training.task import AlignmentTask
+
+_LOWER_IS_BETTER = ("gap", "distance", "divergence", "median_rank")
+
+
+class Validator:
+    """Measures predictions on fixed held-out rows.
+
+    Args:
+        batches: Held-out rows, prepared for the embedder, on its device.
+        metric: Dotted key of the metric that tells the best checkpoint.
+        mode: `max`, `min`, or `auto` by the metric's name.
+    """
+
+    def __init__(self, batches: list[dict], metric: str, mode: str = "auto"):
+        self.batches, self.metric = batches, metric
+        lower = mode == "min" or (mode == "auto" and any(word in metric for word in _LOWER_IS_BETTER))
+        self.sign = -1.0 if lower else 1.0
+        self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
+        texts = [rows.get("text_embeds") for rows in batches]
+        self.text = None if texts[0] is None else torch.cat(texts).float()
+
+    @torch.no_grad()
+    def measure(self, task: AlignmentTask) -> dict:
+        """Metrics of the weights that are in the model now; the embeddings' own dimension decides on text cosines."""
+        was_training = task.embedder.training
+        task.embedder.eval()
+        try:
+            with task.autocast():
+                embedded = [task.embedder({"pairs": rows}) for rows in self.batches]
+        finally:
+            task.embedder.train(was_training)
+        prediction = torch.cat([e["prediction"] for e in embedded])
+        image = torch.cat([e["image"] for e in embedded]) if "image" in embedded[0] else self.image
+        if not prediction.isfinite().all():
+            return {"count": len(prediction), "error": "predictions are not finite"}
+        return embedding_metrics(prediction, image, self.text)
+
+    def baselines(self, train_text: Tensor, train_image: Tensor) -> dict:
+        """Metrics of raw text, mean shift and ridge on the same rows."""
+        if self.text is None:
+            return {}
+        return baseline_metrics(
+            train_text.to(self.image.device), train_image.to(self.image.device), self.text, self.image
+        )
+
+    def value(self, metrics: dict) -> float | None:
+        """The metric that decides, or None where it could not be measured.
+
+        Raises:
+            CSDiffError: if there is no metric of that name.
+        """
+        if "error" in metrics:
+            return None
+        flat = flatten(metrics)
+        if self.metric not in flat:
+            raise CSDiffError(f"--validation.metric {self.metric}: expected one of {', '.join(sorted(flat))}.")
+        return flat[self.metric]
+
+    def better(self, value: float | None, best: float | None) -> bool:
+        """Whether a value beats the best so far."""
+        return value is not None and (best is None or self.sign * value > self.sign * best)
