@@ -27,8 +27,10 @@ UNIT_NORM_TOLERANCE = 5e-3
 STATISTICS_SAMPLE = 1 << 18
 # A store up to this size is compared with its checksums whenever it is opened (about a second).
 VERIFY_BYTES = 512 << 20
-# A store above this size gives mapped pages back once this many bytes of file pages have become resident.
-RESIDENT_BYTES = 512 << 20
+# A store up to this size is mapped into memory as a whole; of a larger one only the rows asked for are read.
+MAPPED_BYTES = 4 << 30
+# A mapped store is populated once this part of its rows has been asked for: it is being trained on.
+POPULATE_AFTER = 1 / 64
 
 Indices = Sequence[int] | np.ndarray | Tensor | slice | range
 
@@ -38,7 +40,9 @@ class EmbeddingStore:
 
     A folder in the clip-retrieval layout: `text_emb/text_emb_{k}.npy`, `img_emb/img_emb_{k}.npy` and optionally
     `metadata/metadata_{k}.parquet`; csdiff adds `text_states`, `text_mask`, `image_tokens` and `csdiff.json`, the
-    fingerprint that says which encoders wrote it. Rows are read through memory maps, in any order, as float32.
+    fingerprint that says which encoders wrote it. Rows are read in any order, as float32, and never copied as a whole: a
+    store up to 4 GiB is memory-mapped, of a larger one single rows are read through the system's page cache, so that the
+    memory of the process stays flat.
 
     ```python
     store = EmbeddingStore.open("stores/coco")
@@ -59,8 +63,8 @@ class EmbeddingStore:
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
         self._columns = columns
         self._length = len(next(iter(columns.values())))
-        self._bytes = self._length * sum(column.row_bytes for column in columns.values())
-        self._resident = _resident_file_bytes()
+        self._unpopulated = [column for column in columns.values() if column.mapped]
+        self._rows_read = 0
         self.text_dim = self._width("text_embeds")
         self.image_dim = self._width("image_embeds")
         stated = None if fingerprint is None else fingerprint.get("normalized")
@@ -68,7 +72,7 @@ class EmbeddingStore:
         self._statistics: dict[str, EmbeddingStatistics] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool | None = None) -> EmbeddingStore:
+    def open(cls, path: str | Path, *, verify: bool | None = None, mapped: bool | None = None) -> EmbeddingStore:
         """Open a store and check that it is whole.
 
         Headers, file sizes and row counts are always checked. A folder without `csdiff.json` opens with a warning that
@@ -77,6 +81,7 @@ class EmbeddingStore:
         Args:
             path: The folder.
             verify: Compare every file with its checksum in `csdiff.json`; None does so up to 512 MiB.
+            mapped: Read through memory maps; None does so up to 4 GiB.
 
         Raises:
             CSDiffError: No store there, an unfinished one, a missing or corrupt shard (named, with the expected and the
@@ -99,7 +104,7 @@ class EmbeddingStore:
                     f"{path / name} is missing (expected sha256 {files[name]['sha256']}); restore it, or delete the "
                     "store and embed again."
                 )
-        columns = cls._open_columns(path, fingerprint or {}, files)
+        columns = cls._open_columns(path, fingerprint or {}, files, mapped)
         if verify or (verify is None and sum(file.get("bytes", 0) for file in files.values()) <= VERIFY_BYTES):
             verify_files(path, files)
         metadata = ShardedMetadata.open(path, find_shards(path / METADATA_FOLDER, "metadata", "parquet"))
@@ -115,7 +120,7 @@ class EmbeddingStore:
         return store
 
     @classmethod
-    def _open_columns(cls, path: Path, fingerprint: dict, files: dict) -> dict[str, ShardedArray]:
+    def _open_columns(cls, path: Path, fingerprint: dict, files: dict, mapped: bool | None) -> dict[str, ShardedArray]:
         bfloat16 = fingerprint.get("dtype") == "bfloat16"
         found: dict[str, dict[int, NpyShard]] = {}
         for key, (folder, stem) in ARRAY_FOLDERS.items():
@@ -149,7 +154,10 @@ class EmbeddingStore:
                         f"{_rows(counts[1])} in {ARRAY_FOLDERS[key][0]}; row i of both must belong together."
                     )
         size = sum(shard.row_bytes * len(shard) for shards in found.values() for shard in shards.values())
-        return {key: ShardedArray(list(shards.values()), size > RESIDENT_BYTES) for key, shards in found.items()}
+        if mapped is None:
+            mapped = size <= MAPPED_BYTES
+        _allow_open_files(sum(len(shards) for shards in found.values()))
+        return {key: ShardedArray(list(shards.values()), mapped) for key, shards in found.items()}
 
     def __len__(self) -> int:
         return self._length
@@ -188,9 +196,12 @@ class EmbeddingStore:
             KeyError: A column that the store does not have.
         """
         rows = self._row_numbers(indices)
-        batch = {key: self._column(key).gather(rows) for key in (self.keys if keys is None else keys)}
-        self._release_pages()
-        return batch
+        self._rows_read += len(rows)
+        if self._unpopulated and self._rows_read > POPULATE_AFTER * len(self):
+            for column in self._unpopulated:
+                column.populate()
+            self._unpopulated = []
+        return {key: self._column(key).gather(rows) for key in (self.keys if keys is None else keys)}
 
     def blocks(self, size: int = 8192, keys: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
         """All rows in order, `size` at a time, read sequentially: one pass over a store larger than memory."""
@@ -251,13 +262,6 @@ class EmbeddingStore:
                 f"row {int(rows.min() if rows.min() < 0 else rows.max())} is outside 0..{len(self) - 1} of {self.path}"
             )
         return rows
-
-    def _release_pages(self) -> None:
-        """Keep the resident size of a large store flat; its pages remain in the system's page cache."""
-        if self._bytes > RESIDENT_BYTES and _resident_file_bytes() - self._resident > RESIDENT_BYTES:
-            for column in self._columns.values():
-                column.release()
-            self._resident = _resident_file_bytes()
 
     def _unit_norm(self) -> bool:
         rows = np.unique(np.linspace(0, max(len(self) - 1, 0), NORM_SAMPLE).astype(np.int64))[: len(self)]
@@ -340,10 +344,14 @@ def _read_fingerprint(path: Path) -> dict | None:
     return fingerprint
 
 
-def _resident_file_bytes() -> int:
-    """Bytes of file pages that are resident in this process; 0 where the system does not say."""
+def _allow_open_files(shards: int) -> None:
+    """Every shard in use keeps one file open; the usual soft limit of 1,024 would end a store of 5 million rows."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[2]) * 4096
-    except OSError:
-        return 0
+        import resource
+    except ImportError:  # Windows has no such limit.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

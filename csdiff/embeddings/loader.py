@@ -1,0 +1,124 @@
+"""Endless shuffled batches from a store, the same whatever the number of processes and wherever they are resumed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from csdiff.embeddings.permutation import RowOrder
+from csdiff.embeddings.store import EmbeddingStore
+from csdiff.errors import CSDiffError
+
+
+class StoreBatches:
+    """Iterate over a store in random order, forever.
+
+    Every epoch is a new random permutation of the rows, which depends on `(seed, epoch)` only; the last incomplete batch
+    of an epoch is dropped. Step t reads the same global batch whatever the number of processes; each process reads its
+    part of it. Started at any step, the batches are those of an uninterrupted run, bit for bit.
+
+    ```python
+    batches = StoreBatches(store, batch_size=4096, seed=0, rank=rank, world_size=world_size, start_step=step)
+    for batch in batches:  # never ends
+        batch["text_embeds"], batch["image_embeds"], batch["index"]
+    ```
+
+    Args:
+        store: Where the rows come from.
+        batch_size: Rows of the global batch, over all processes.
+        seed: Of the order.
+        rank: Number of this process.
+        world_size: Number of processes.
+        start_step: First step to give.
+        keys: Columns to read; all by default.
+        captions: Also give `captions`, a list of strings.
+        rows: Use these rows of the store only (a split); all by default.
+        prefetch: Batches read ahead in a thread; 0 reads when asked.
+
+    Attributes:
+        epoch_size: Batches in an epoch.
+        step: The next step that will be given.
+
+    Raises:
+        CSDiffError: The batch is larger than the data, or has fewer rows than there are processes.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        *,
+        keys: Sequence[str] | None = None,
+        captions: bool = False,
+        rows: np.ndarray | range | None = None,
+        prefetch: int = 2,
+    ):
+        count = len(store) if rows is None else len(rows)
+        if not 1 <= batch_size <= count:
+            raise CSDiffError(
+                f"batch_size: expected 1 to {count}, the number of rows in use of {store.path}, found {batch_size}; "
+                "lower it or give more data."
+            )
+        if batch_size < world_size or not 0 <= rank < world_size:
+            raise CSDiffError(
+                f"batch_size: expected at least one row for each of {world_size} processes, found {batch_size} (rank {rank})."
+            )
+        self.store, self.batch_size, self.seed, self.step = store, batch_size, seed, start_step
+        self.epoch_size = count // batch_size
+        self.keys, self.with_captions, self.prefetch = keys, captions, prefetch
+        self._rows = None if rows is None else np.asarray(rows, dtype=np.int64)
+        self._count = count
+        # The parts of an uneven batch differ by one row at most.
+        self._part = slice(*(batch_size * (rank + i) // world_size for i in (0, 1)))
+        self._order: tuple[int, RowOrder] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step."""
+        return self.step // self.epoch_size
+
+    def indices(self, step: int) -> np.ndarray:
+        """Row numbers (int64) that this process reads at a step."""
+        epoch, batch = divmod(step, self.epoch_size)
+        order = self._order
+        if order is None or order[0] != epoch:
+            order = self._order = (epoch, RowOrder(self._count, self.seed, epoch))
+        start = batch * self.batch_size
+        rows = order[1][start + self._part.start : start + self._part.stop]
+        return rows if self._rows is None else self._rows[rows]
+
+    def read(self, step: int) -> dict:
+        """The batch of a step: the store's columns, and `index` (B,) int64, the rows they stand in."""
+        rows = self.indices(step)
+        batch = self.store.read(rows, self.keys)
+        batch["index"] = torch.from_numpy(rows.copy())
+        if self.with_captions:
+            batch["captions"] = self.store.captions(rows)
+        return batch
+
+    def __iter__(self) -> Iterator[dict]:
+        if self.prefetch < 1:
+            while True:
+                self.step += 1
+                yield self.read(self.step - 1)
+        # One thread: it reads in order, and torch's copies leave the interpreter to the training loop.
+        with ThreadPoolExecutor(1, thread_name_prefix="store") as reader:
+            ahead: deque = deque()
+            try:
+                while True:
+                    while len(ahead) <= self.prefetch:
+                        ahead.append(reader.submit(self.read, self.step + len(ahead)))
+                    batch = ahead.popleft().result()
+                    self.step += 1
+                    yield batch
+            finally:
+                for future in ahead:
+                    future.cancel()
