@@ -1,0 +1,132 @@
+"""Tiny random but real components: every test that needs a model gets one of these, never a mock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def build_tiny_tokenizer(max_length: int = 16):
+    """A `CLIPTokenizer` over single bytes, so that any text has an encoding."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
+    merges = [("a", "p"), ("r", "e"), ("re", "d</w>"), ("ap", "p"), ("e", "r</w>"), ("l", "e</w>"), ("app", "le</w>")]
+    symbols += [left + right for left, right in merges]
+    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
+def make_tiny_clip(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
+    """A random `CLIPModel` folder (both towers, tokenizer, image processor) of projection dimension `dim`."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    tokenizer = build_tiny_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "projection_dim": dim,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "projection_dim": dim,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
+        # Default initial weights make every embedding alike; wider ones tell captions and pictures apart.
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    path = Path(path)
+    model.eval().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def make_tiny_decoder(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
+    """A random `KandinskyV22Pipeline` folder whose U-Net is conditioned on image embeddings of `dim` only."""
+    from diffusers import DDIMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            encoder_hid_dim=dim,
+            encoder_hid_dim_type="image_proj",
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            resnet_time_scale_shift="scale_shift",
+        )
+        movq = VQModel(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            vq_embed_dim=4,
+            num_vq_embeddings=8,
+        )
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False, set_alpha_to_one=False)
+    KandinskyV22Pipeline(unet=unet.eval(), scheduler=scheduler, movq=movq.eval()).save_pretrained(path)
+    return Path(path)
+
+
+def make_pairs(n: int, text_dim: int, image_dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated text and image embeddings in two separate clouds, raw norms about 10, float32."""
+    draw = np.random.default_rng(seed)
+    maps = np.random.default_rng(12345)
+    latent = draw.standard_normal((n, 12))
+    text = latent @ maps.standard_normal((12, text_dim)) + 0.3 * draw.standard_normal((n, text_dim))
+    image = latent @ maps.standard_normal((12, image_dim)) + 0.3 * draw.standard_normal((n, image_dim))
+    text += 3 * maps.standard_normal(text_dim)
+    image += 3 * maps.standard_normal(image_dim)
+    text *= 10 / np.linalg.norm(text, axis=1).mean()
+    image *= 10 / np.linalg.norm(image, axis=1).mean()
+    return text.astype(np.float32), image.astype(np.float32)
+
+
+def make_plain_store(
+    path: str | Path, n: int = 64, text_dim: int = 16, image_dim: int = 16, seed: int = 0, unit_norm: bool = False
+) -> Path:
+    """A clip-retrieval folder of `n` pairs as anyone would write it: npy files and a parquet of captions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, image = make_pairs(n, text_dim, image_dim, seed)
+    if unit_norm:
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
+        image /= np.linalg.norm(image, axis=1, keepdims=True)
+    path = Path(path)
+    for name, rows in (("text_emb", text), ("img_emb", image)):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        np.save(path / name / f"{name}_0.npy", rows)
+    (path / "metadata").mkdir(exist_ok=True)
+    captions = [f"a picture of thing {index}" for index in range(n)]
+    pq.write_table(pa.table({"caption": captions}), path / "metadata/metadata_0.parquet")
+    return path
