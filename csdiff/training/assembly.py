@@ -5,15 +5,19 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import nn
 
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
+from csdiff.embeddings.encoders import encoder_files, load_text_encoder
+from csdiff.embeddings.store import EmbeddingStore
+from csdiff.embeddings.text_encoder import load_tokenizer
 from csdiff.errors import CSDiffError
-from csdiff.losses.objective import Objective
 from csdiff.losses.registry import OBJECTIVES, build_objective
 from csdiff.training.config import TrainConfig
-from csdiff.training.inputs import Inputs
+from csdiff.training.denoising import DIFFUSION, DenoisingObjective
+from csdiff.training.inputs import Inputs, Tokenize
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask, Embedder
 
@@ -25,10 +29,15 @@ def check_names(config: TrainConfig) -> None:
     for option, name, known in (
         ("adapter", config.adapter, ADAPTERS),
         ("image_adapter", config.image_adapter, ADAPTERS),
-        ("objective", config.objective, OBJECTIVES),
+        ("objective", config.objective, {*OBJECTIVES, DIFFUSION}),
     ):
         if name is not None and name not in known:
             raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}.")
+    if ADAPTERS[config.adapter].one_shot is (config.objective == DIFFUSION):
+        raise CSDiffError(
+            f"--adapter {config.adapter} and --objective {config.objective} do not go together: the objective "
+            f"{DIFFUSION} trains the adapter diffusion, and nothing else does."
+        )
 
 
 def build_embedder(config: TrainConfig, sources: Sources) -> Embedder:
@@ -77,6 +86,8 @@ def _start(adapter: Adapter, config: TrainConfig, sources: Sources) -> None:
     begin = config.init_from
     if isinstance(adapter, LinearAdapter):
         begin = begin or adapter.config.method
+    if begin is None and adapter.config.text_dim != adapter.config.embedding_dim and can_start(adapter):
+        begin = "ridge"
     if begin is None:
         return
     if begin in METHODS:
@@ -100,13 +111,15 @@ def _start(adapter: Adapter, config: TrainConfig, sources: Sources) -> None:
     adapter.load_state_dict(given.state_dict())
 
 
+def can_start(adapter: Adapter) -> bool:
+    """Whether an adapter can begin at a linear map."""
+    return type(adapter).init_from is not Adapter.init_from
+
+
 def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator) -> AlignmentTask:
     """The task on the device, wrapped for the processes there are."""
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
-    try:
-        objective: Objective = build_objective(config.objective, **config.objective_options, group=group)
-    except (ValueError, TypeError) as error:
-        raise CSDiffError(f"--objective_options: {error}") from error
+    objective = _objective(config, group)
     embedder.to(accelerator.device)
     objective.to(accelerator.device).train()
     task = AlignmentTask(embedder, objective, config.ema.decay, autocast_of(config, accelerator.device), group)
@@ -118,6 +131,19 @@ def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator
     return task
 
 
+def _objective(config: TrainConfig, group: dist.ProcessGroup | None) -> nn.Module:
+    if config.objective == DIFFUSION:
+        if config.objective_options:
+            raise CSDiffError(
+                f"--objective_options: {DIFFUSION} takes none, found {sorted(config.objective_options)}."
+            )
+        return DenoisingObjective(group)
+    try:
+        return build_objective(config.objective, **config.objective_options, group=group)
+    except (ValueError, TypeError) as error:
+        raise CSDiffError(f"--objective_options: {error}") from error
+
+
 def autocast_of(config: TrainConfig, device: torch.device):
     """Context factory of the computation type."""
     types = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,14 +153,72 @@ def autocast_of(config: TrainConfig, device: torch.device):
 
 
 def build_inputs(config: TrainConfig, sources: Sources, adapter: Adapter, device: torch.device) -> Inputs:
-    """What is read and what is encoded at every step; refuses combinations that cannot be."""
-    text_keys = ("text_embeds",)
-    return Inputs(device, text_keys, ("image_embeds",))
+    """What is read and what is encoded at every step.
+
+    Raises:
+        CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states that
+            are neither cached nor encoded, captions that are not there.
+    """
+    keys, data = sources.store.keys, config.data
+    states = ("text_states", "text_mask") if adapter.uses_text_states else ()
+    cached = set(states) <= set(keys)
+    text_encoder = tokenize = None
+    if adapter.uses_input_ids:
+        if data.text == "cached":
+            raise CSDiffError(
+                f"--adapter {config.adapter} changes the text encoder itself, so it cannot be trained on cached text: "
+                "set --data.text online."
+            )
+        tokenizer = load_tokenizer(adapter.config.text_encoder, encoder_files(adapter.config.text_encoder, "text"))
+        tokenize = Tokenize(tokenizer)
+    elif data.text == "online" or (data.text == "auto" and not cached):
+        text_encoder = load_text_encoder(text_encoder_id(config, sources), device)
+        _check_encoder(text_encoder.describe(), sources, "text")
+    elif not cached:
+        raise CSDiffError(
+            f"--adapter {config.adapter} needs token states, and {sources.store.path} has none: embed again with token "
+            "states, or set --data.text online."
+        )
+    if (text_encoder or tokenize) and not has_captions(sources.store):
+        raise CSDiffError(
+            f"--adapter {config.adapter} encodes captions at every step, and {sources.store.path} has no captions: "
+            "expected the column caption in metadata/*.parquet."
+        )
+    if text_encoder is not None:
+        states = ()
+    return Inputs(device, ("text_embeds", *states), ("image_embeds",), text_encoder, tokenize=tokenize)
+
+
+def text_encoder_id(config: TrainConfig, sources: Sources) -> str:
+    """The text encoder by the configuration, else the one the store was made with."""
+    name = config.data.text_encoder or (sources.fingerprint.get("text_encoder") or {}).get("id")
+    if name is None:
+        raise CSDiffError(
+            f"{sources.store.path} does not say which text encoder made it, and the text is to be encoded at every "
+            "step: name it with --data.text_encoder."
+        )
+    return name
+
+
+def has_captions(store: EmbeddingStore) -> bool:
+    """Whether a store knows its captions."""
+    return store.metadata is not None and "caption" in store.metadata.names
+
+
+def _check_encoder(found: dict, sources: Sources, side: str) -> None:
+    """Refuse to train with another encoder than the store's."""
+    stated = sources.fingerprint.get(f"{side}_encoder") or {}
+    hashes = stated.get("weights_sha256"), found.get("weights_sha256")
+    if all(hashes) and hashes[0] != hashes[1]:
+        raise CSDiffError(
+            f"--data.{side}_encoder {found['id']}: {sources.store.path} was made with {stated.get('id')}, whose weights "
+            f"differ ({hashes[0][:12]}, found {hashes[1][:12]}): use that encoder, or embed the data again."
+        )
 
 
 def check_objective(config: TrainConfig, sources: Sources) -> None:
     """Refuse data that the objective would ignore."""
-    cls = OBJECTIVES[config.objective]
+    cls = OBJECTIVES.get(config.objective, DenoisingObjective)
     for name in ("unpaired_text", "unpaired_image"):
         if getattr(sources, name) is not None and not cls.uses_unpaired:
             able = sorted(known for known, c in OBJECTIVES.items() if c.uses_unpaired)

@@ -53,7 +53,8 @@ class Exporter:
     def _calibrate(self, adapter: Adapter) -> None:
         if self._rows is None:
             self._rows = self.inputs.read(self.sources.train.sample(_CALIBRATION_ROWS))
-        predicted = torch.cat([self.task.embedder({"pairs": rows})["prediction"].norm(dim=1) for rows in self._rows])
+        torch.manual_seed(0)
+        predicted = torch.cat([self.task.embedder.predict(rows)["prediction"].norm(dim=1) for rows in self._rows])
         real = torch.cat([rows["image_embeds"].norm(dim=1) for rows in self._rows])
         if predicted.isfinite().all() and predicted.min() > 0:
             adapter.calibrate_norm(predicted, real)

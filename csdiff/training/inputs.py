@@ -6,10 +6,24 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.loader import StoreBatches
+from csdiff.embeddings.text_encoder import caption_length
 from csdiff.training.data import Pairs
 from csdiff.training.gradient_cache import Rows
 
 _CHUNK = 256
+
+
+class Tokenize:
+    """Captions to `input_ids` (B, L), cut to the tokenizer's limit and padded to the longest of the batch."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.length = tokenizer, caption_length(tokenizer)
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            captions, padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        return tokens.input_ids
 
 
 class Inputs:
@@ -21,7 +35,7 @@ class Inputs:
         image_keys: Columns read of the image side.
         text_encoder: Frozen text encoder in the loop, or None.
         image_encoder: Frozen image encoder in the loop, or None.
-        tokenize: Captions to `input_ids` and `attention_mask`, for an adapter inside the text encoder, or None.
+        tokenize: Captions to `input_ids`, for an adapter inside the text encoder, or None.
     """
 
     def __init__(
@@ -58,7 +72,7 @@ class Inputs:
         }
         captions = rows.get("captions")
         if captions is not None and self.tokenize is not None:
-            ready["input_ids"], ready["attention_mask"] = (t.to(self.device) for t in self.tokenize(captions))
+            ready["input_ids"] = self.tokenize(captions).to(self.device)
         if captions is not None and self.text_encoder is not None:
             ready |= self._encode_text(captions)
         return ready

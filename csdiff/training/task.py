@@ -22,15 +22,23 @@ class Embedder(nn.Module):
     Args:
         adapter: Text side.
         image_adapter: Image side, for retrieval; None leaves image embeddings as they are.
-        tokens: Also map the token states, for a token-level term.
+        project_text: Frozen map of token states into the space of the text embeddings, for a token-level term; None
+            without one.
     """
 
-    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None, tokens: bool = False):
+    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None, project_text=None):
         super().__init__()
-        self.adapter, self.image_adapter, self.tokens = adapter, image_adapter, tokens
+        self.adapter, self.image_adapter = adapter, image_adapter
+        # Hidden in a tuple: it is frozen, and must not become a part of this module.
+        self._project_text = (project_text,)
+
+    @property
+    def tokens(self) -> bool:
+        """Whether tokens are mapped too."""
+        return self._project_text[0] is not None
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
-        """Embeds groups of rows.
+        """What the objective needs of groups of rows.
 
         Args:
             rows: `pairs`, `unpaired_text`, `unpaired_image`: dicts with `text_embeds` (B, Dt), `image_embeds` (B, D)
@@ -38,28 +46,40 @@ class Embedder(nn.Module):
 
         Returns:
             float32 tensors that depend on the weights: `prediction` (B, D); `text_tokens` (B, L, D) with tokens;
-            `image` with an image adapter; `unpaired_text`, `unpaired_image`.
+            `image` with an image adapter; `unpaired_text`, `unpaired_image`. A diffusion prior has `error` (B,) alone.
         """
         embedded = {}
-        if "pairs" in rows:
-            pairs = rows["pairs"]
-            if self.tokens:
-                embedded["prediction"], embedded["text_tokens"] = self._text(pairs, tokens=True)
+        for group, values in rows.items():
+            if group == "unpaired_text":
+                embedded[group] = self._text(values)[0]
+            elif group == "unpaired_image":
+                embedded[group] = self.image_adapter.embed(values["image_embeds"])
+            elif not self.adapter.one_shot:
+                error = self.adapter.training_loss(
+                    values["text_embeds"], values["image_embeds"], values.get("text_states"), values.get("text_mask")
+                )
+                embedded["error"] = error.expand(len(values["image_embeds"]))
             else:
-                embedded["prediction"] = self._text(pairs)
-            if self.image_adapter is not None:
-                embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
-        if "unpaired_text" in rows:
-            embedded["unpaired_text"] = self._text(rows["unpaired_text"])
-        if "unpaired_image" in rows:
-            embedded["unpaired_image"] = self.image_adapter.embed(rows["unpaired_image"]["image_embeds"])
+                embedded |= self.predict(values, tokens=self.tokens)
         return {name: value.float() for name, value in embedded.items()}
 
-    def _text(self, rows: dict, tokens: bool = False):
-        options = {"return_tokens": True} if tokens else {}
+    def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
+        """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
+        prediction, states = self._text(pairs)
+        embedded = {"prediction": prediction}
+        if tokens:
+            projected = self._project_text[0](states if states is not None else pairs["text_states"])
+            embedded["text_tokens"] = self.adapter.embed(projected.flatten(0, 1)).unflatten(0, projected.shape[:2])
+        if self.image_adapter is not None:
+            embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
+        return {name: value.float() for name, value in embedded.items()}
+
+    def _text(self, rows: dict) -> tuple[Tensor, Tensor | None]:
+        """Predictions, and the token states where the adapter makes them itself."""
         if self.adapter.uses_input_ids:
-            return self.adapter.embed_ids(rows["input_ids"], rows["attention_mask"], **options)
-        return self.adapter.embed(rows["text_embeds"], rows.get("text_states"), rows.get("text_mask"), **options)
+            text_embeds, states = self.adapter.encode(rows["input_ids"])
+            return self.adapter.embed(text_embeds), states
+        return self.adapter.embed(rows["text_embeds"], rows.get("text_states"), rows.get("text_mask")), None
 
 
 class AlignmentTask:
@@ -96,6 +116,8 @@ class AlignmentTask:
 
     def loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
         """The objective of embedded rows and of what in the batch does not depend on the weights."""
+        if "error" in embedded:
+            return self.objective(embedded["error"])
         pairs = batch["pairs"]
         inputs: dict[str, Tensor | None] = {}
         if self.objective.uses_source_text:

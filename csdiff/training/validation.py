@@ -33,9 +33,11 @@ class Validator:
         """Metrics of the weights that are in the model now; the embeddings' own dimension decides on text cosines."""
         was_training = task.embedder.training
         task.embedder.eval()
+        # Samplers draw noise: the same noise at every validation. Training seeds every step itself.
+        torch.manual_seed(0)
         try:
             with task.autocast():
-                embedded = [task.embedder({"pairs": rows}) for rows in self.batches]
+                embedded = [task.embedder.predict(rows) for rows in self.batches]
         finally:
             task.embedder.train(was_training)
         prediction = torch.cat([e["prediction"] for e in embedded])

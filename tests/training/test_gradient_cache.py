@@ -1,0 +1,151 @@
+"""The gradient of micro-batches is the gradient of the whole batch."""
+
+import pytest
+import torch
+
+from csdiff.adapters.registry import build_adapter
+from csdiff.losses.registry import build_objective
+from csdiff.training.denoising import DenoisingObjective
+from csdiff.training.gradient_cache import cached_gradients, split
+from csdiff.training.task import AlignmentTask, Embedder
+
+ROWS, TEXT, IMAGE, LENGTH, STATES = 37, 12, 16, 6, 10
+
+
+def batch(unpaired=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.arange(LENGTH) < torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)
+    rows = {
+        "pairs": {
+            "text_embeds": torch.randn(ROWS, TEXT, generator=draw),
+            "image_embeds": torch.randn(ROWS, IMAGE, generator=draw),
+            "text_states": torch.randn(ROWS, LENGTH, STATES, generator=draw),
+            "text_mask": mask,
+        }
+    }
+    if unpaired:
+        rows["unpaired_text"] = {"text_embeds": torch.randn(23, TEXT, generator=draw)}
+        rows["unpaired_image"] = {"image_embeds": torch.randn(29, IMAGE, generator=draw)}
+    return rows
+
+
+def adapter(name, dropout):
+    torch.manual_seed(1)
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "num_embeddings": LENGTH}
+    options = {
+        "mlp": {"width": 24, "num_layers": 1, "dropout": dropout},
+        "transformer": {**sizes, "states_dim": STATES, "dropout": dropout},
+        "linear": {},
+        "diffusion": {**sizes, "states_dim": STATES, "dropout": dropout},
+    }[name]
+    built = build_adapter(name, embedding_dim=IMAGE, text_dim=TEXT, **options)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return built.train()
+
+
+def gradients(task):
+    found = {name: p.grad.clone() for name, p in task.parameters.items() if p.grad is not None}
+    for parameter in task.parameters.values():
+        parameter.grad = None
+    return found
+
+
+def assert_same(one, other, tolerance=1e-6):
+    assert one.keys() == other.keys() and one
+    scale = max(value.abs().max() for value in one.values())
+    for name, value in one.items():
+        assert (value - other[name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("micro", [1, 10, 36])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "linear"])
+def test_is_the_gradient_of_one_big_batch(name, micro):
+    task = AlignmentTask(Embedder(adapter(name, dropout=0.0)), build_objective("cs_aligner"))
+    whole = task.backward(batch()).loss
+    expected = gradients(task)
+    cached = task.backward(batch(), micro).loss
+    torch.testing.assert_close(cached, whole, rtol=1e-6, atol=1e-7)
+    assert_same(expected, gradients(task))
+
+
+def test_with_unpaired_rows_and_an_image_adapter():
+    image_adapter = build_adapter("mlp", embedding_dim=IMAGE, width=8, num_layers=1)
+    task = AlignmentTask(Embedder(adapter("mlp", 0.0), image_adapter), build_objective("cs_aligner"))
+    task.backward(batch(unpaired=True))
+    expected = gradients(task)
+    assert any(name.startswith("embedder.image_adapter") for name in expected)
+    task.backward(batch(unpaired=True), 10)
+    assert_same(expected, gradients(task))
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "diffusion"])
+def test_replays_dropout_and_noise(name):
+    """Against one graph over the same micro-batches, drawn with the same random numbers."""
+    objective = DenoisingObjective() if name == "diffusion" else build_objective("cs_aligner")
+    task = AlignmentTask(Embedder(adapter(name, dropout=0.3)), objective)
+    rows = batch()
+    parts = split(rows, 10)
+
+    def reseed(index):
+        torch.manual_seed(100 + index)
+
+    pieces = []
+    for index, part in enumerate(parts):
+        reseed(index)
+        pieces.append(task.embed(part))
+    whole = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+    task.loss(whole, rows).loss.backward()
+    expected = gradients(task)
+    task.backward(rows, 10, reseed=reseed)
+    assert_same(expected, gradients(task))
+
+
+def test_would_notice_other_dropout_masks():
+    task = AlignmentTask(Embedder(adapter("mlp", dropout=0.3)), build_objective("cs_aligner"))
+    task.backward(batch(), 10, reseed=torch.manual_seed)
+    expected = gradients(task)
+    task.backward(batch(), 10, reseed=lambda index: torch.manual_seed(index + 1))
+    with pytest.raises(AssertionError):
+        assert_same(expected, gradients(task))
+
+
+def test_accumulates_like_autograd():
+    task = AlignmentTask(Embedder(adapter("mlp", 0.0)), build_objective("cs_aligner"))
+    task.backward(batch(seed=0))
+    task.backward(batch(seed=1))
+    expected = gradients(task)
+    task.backward(batch(seed=0), 10)
+    task.backward(batch(seed=1), 10)
+    assert_same(expected, gradients(task))
+
+
+def test_keeps_the_graph_of_one_micro_batch_only():
+    weight = torch.randn(4, 4, requires_grad=True)
+    alive = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive.remove("graph")
+            return grad
+
+    def forward(rows):
+        value = rows["pairs"]["x"] @ weight
+        if torch.is_grad_enabled():
+            alive.append("graph")
+            assert len(alive) == 1
+            value = Watched.apply(value)
+        return {"prediction": value}
+
+    class Output:
+        def __init__(self, loss):
+            self.loss = loss
+
+    parts = split({"pairs": {"x": torch.randn(12, 4)}}, 4)
+    cached_gradients(forward, parts, lambda embedded: Output(embedded["prediction"].square().mean().exp()))
+    assert weight.grad is not None and not alive
