@@ -133,12 +133,6 @@ class LoRAAdapter(Adapter):
         text_std = std if text_std is None else text_std
         super().set_statistics(mean, std, text_mean, text_std)
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func=None) -> None:
-        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.text_encoder.gradient_checkpointing_disable()
-
     def usage_inputs(self) -> list[str]:
         return [
             "input_ids = torch.zeros(1, 16, dtype=torch.long)  # of the text encoder's tokenizer",

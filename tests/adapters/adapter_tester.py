@@ -1,0 +1,132 @@
+"""One small instance, and its inputs, for every adapter in the registry; the shared tests run over them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csdiff.adapters import Adapter, build_adapter
+
+DIM, STATES_DIM, TOKENS, VOCABULARY = 16, 24, 12, 99
+
+
+@dataclass
+class Case:
+    """How to build a small adapter of one kind."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    text_dim: int = DIM
+    checkpoints_gradients: bool = True
+    shards: bool = True
+
+
+CASES = {
+    "mlp": Case({"width": 8, "num_layers": 2}, text_dim=20),
+    "transformer": Case({"preset": "tiny", "states_dim": STATES_DIM, "num_embeddings": TOKENS}),
+    "linear": Case(text_dim=20, checkpoints_gradients=False),
+    "lora": Case({"rank": 2}, shards=False),
+    "diffusion": Case(
+        {
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_embeddings": TOKENS,
+            "states_dim": STATES_DIM,
+        },
+        text_dim=20,
+        checkpoints_gradients=False,
+    ),
+}
+
+
+def save_text_encoder(path) -> str:
+    """Saves a tiny random CLIP text tower with projection, for LoRA to wrap; returns the path."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(7)
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=STATES_DIM,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=DIM,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
+        pad_token_id=VOCABULARY - 1,
+    )
+    CLIPTextModelWithProjection(config).save_pretrained(path)
+    return str(path)
+
+
+def make_adapter(name: str, text_encoder: str, seed: int = 0, **options: Any) -> Adapter:
+    """The small adapter `name` with random weights everywhere, statistics set, in evaluation mode."""
+    case = CASES[name]
+    options = {**case.options, **options}
+    if name == "lora":
+        options["text_encoder"] = text_encoder
+    adapter = build_adapter(name, embedding_dim=DIM, text_dim=case.text_dim, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        adapter.set_statistics(
+            torch.randn(DIM, generator=generator),
+            torch.rand(DIM, generator=generator) + 0.5,
+            torch.randn(case.text_dim, generator=generator),
+            torch.rand(case.text_dim, generator=generator) + 0.5,
+        )
+    return adapter.eval()
+
+
+def text_inputs(name: str, batch: int = 3, seed: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Text embeddings, states and mask for the adapter `name` (`None` where it takes none)."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(batch, CASES[name].text_dim, generator=generator)
+    if name not in ("transformer", "diffusion"):
+        return embeds, None, None
+    states = torch.randn(batch, TOKENS, STATES_DIM, generator=generator)
+    mask = torch.arange(TOKENS)[None] < torch.arange(4, 4 + batch)[:, None]
+    return embeds, states, mask
+
+
+def call(adapter: Adapter, inputs: tuple[Tensor, Tensor | None, Tensor | None], **options: Any):
+    """`forward` as `KandinskyV22PriorPipeline` calls it."""
+    embeds, states, mask = inputs
+    latents = torch.randn(len(embeds), DIM, generator=torch.Generator().manual_seed(5)).to(embeds)
+    return adapter(
+        latents,
+        timestep=torch.tensor(500),
+        proj_embedding=embeds,
+        encoder_hidden_states=states,
+        attention_mask=mask,
+        **options,
+    )
+
+
+def embed(adapter: Adapter, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+    """`embed`, seeded where the adapter samples."""
+    options = {} if adapter.one_shot else {"generator": torch.Generator().manual_seed(3), "num_inference_steps": 3}
+    return adapter.embed(*inputs, **options)
+
+
+def training_loss(adapter: Adapter) -> Tensor:
+    """A loss that reaches every trainable weight, through the road that training takes."""
+    name = next(name for name, case in CASES.items() if type(adapter).__name__.lower().startswith(name))
+    inputs = text_inputs(name)
+    target = torch.linspace(-1, 1, len(inputs[0]) * DIM).view(-1, DIM)
+    if adapter.uses_input_ids:
+        return nn.functional.mse_loss(adapter.embed_input_ids(token_ids()), target)
+    if not adapter.one_shot:
+        return adapter.training_loss(inputs[0], target, *inputs[1:], generator=torch.Generator().manual_seed(0))
+    return nn.functional.mse_loss(adapter.embed(*inputs), target)
+
+
+def token_ids(batch: int = 3, seed: int = 2) -> Tensor:
+    """Token ids (batch, TOKENS), each row ended and padded by the end token."""
+    ids = torch.randint(0, VOCABULARY - 3, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
+    ids[:, 6:] = VOCABULARY - 1
+    return ids

@@ -1,0 +1,227 @@
+"""The battery that every adapter in the registry passes: calling convention, training, casts, copies."""
+
+import copy
+import inspect
+import json
+import sys
+
+import diffusers
+import pytest
+import torch
+from diffusers import PriorTransformer
+from diffusers.training_utils import EMAModel
+from tests.adapters.adapter_tester import CASES, DIM, call, embed, make_adapter, text_inputs, training_loss
+
+from csdiff import CSDiffError
+from csdiff.adapters import ADAPTER_NAMES, ADAPTERS, build_adapter
+
+
+def same(a, b, tolerance=0.0):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_every_registered_adapter_has_a_case():
+    assert tuple(ADAPTERS) == ADAPTER_NAMES
+    assert set(CASES) == set(ADAPTERS)
+
+
+def test_forward_has_the_stock_priors_signature(adapter):
+    stock = list(inspect.signature(PriorTransformer.forward).parameters)
+    assert list(inspect.signature(type(adapter).forward).parameters) == stock
+
+
+def test_pipeline_call_gives_whitened_embeddings(adapter, name):
+    inputs = text_inputs(name)
+    output = call(adapter, inputs)
+    whitened = output.predicted_image_embedding
+    assert whitened.shape == (3, DIM)
+    same(call(adapter, inputs, return_dict=False)[0], whitened)
+    same(output[0], whitened)
+    if adapter.one_shot:
+        same(adapter.post_process_latents(whitened), adapter.embed(*inputs))
+        same(adapter(None, None, *inputs)[0], whitened)
+
+
+def test_embed_is_deterministic_and_rowwise(adapter, name):
+    inputs = text_inputs(name)
+    first = embed(adapter, inputs)
+    assert first.shape == (3, DIM)
+    assert first.isfinite().all()
+    same(embed(adapter, inputs), first)
+    if adapter.one_shot:
+        alone = tuple(None if part is None else part[1:2] for part in inputs)
+        same(embed(adapter, alone), first[1:2], 1e-5)
+
+
+def test_embed_has_gradients_to_the_text(adapter, name):
+    embeds, *rest = text_inputs(name)
+    embeds.requires_grad_()
+    embed(adapter, (embeds, *rest)).square().sum().backward()
+    assert (embeds.grad.abs().sum(1) > 0).all()
+
+
+def test_training_step_reaches_every_weight(adapter):
+    adapter.train()
+    training_loss(adapter).backward()
+    trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
+    without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert trained and not without
+
+
+def test_a_few_steps_lower_the_loss(adapter):
+    optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)
+    before = training_loss(adapter).item()
+    for _ in range(15):
+        optimizer.zero_grad()
+        training_loss(adapter).backward()
+        optimizer.step()
+    assert training_loss(adapter).item() < 0.9 * before
+
+
+def test_gradient_checkpointing_changes_nothing(adapter, name):
+    if not CASES[name].checkpoints_gradients:
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            adapter.enable_gradient_checkpointing()
+        return
+    adapter.train()
+    calls = []
+    for module in adapter.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    plain = training_loss(adapter)
+    plain.backward()
+    plain_calls = len(calls)
+    expected = {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
+    adapter.zero_grad()
+    adapter.enable_gradient_checkpointing()
+    assert adapter.is_gradient_checkpointing
+    loss = training_loss(adapter)
+    loss.backward()
+    assert len(calls) > 2 * plain_calls  # layers ran again in the backward pass
+    same(loss, plain)
+    for n, p in adapter.named_parameters():
+        if n in expected:
+            same(p.grad, expected[n], 1e-6)
+    adapter.disable_gradient_checkpointing()
+    assert not adapter.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_statistics_and_answers(adapter, name, dtype):
+    inputs = text_inputs(name)
+    full = embed(adapter, inputs)
+    statistics = adapter.clip_mean.clone()
+    half = torch.nn.Module.to(adapter, dtype)
+    assert half.dtype == dtype
+    assert half.clip_mean.dtype == half.text_std.dtype == torch.float32
+    same(half.clip_mean, statistics)
+    inputs = tuple(part.to(dtype) if part is not None and part.is_floating_point() else part for part in inputs)
+    output = embed(half, inputs)
+    assert output.dtype == dtype
+    # Samplers amplify rounding; one pass must stay within a few percent.
+    if adapter.one_shot:
+        assert (output.float() - full).norm() < 0.05 * full.norm()
+
+
+def test_mixed_dtypes_are_accepted(adapter, name):
+    embeds, states, mask = text_inputs(name)
+    output = embed(adapter, (embeds.half(), None if states is None else states.half(), mask))
+    assert output.dtype == torch.float16
+
+
+def test_config_rebuilds_the_adapter(adapter, text_encoder):
+    config = json.loads(json.dumps({k: v for k, v in adapter.config.items() if not k.startswith("_")}))
+    assert config["embedding_dim"] == DIM
+    assert config["text_dim"] == adapter.text_mean.shape[1]
+    for clone in (type(adapter)(**config), type(adapter).from_config(adapter.config)):
+        assert {n: t.shape for n, t in clone.state_dict().items()} == {
+            n: t.shape for n, t in adapter.state_dict().items()
+        }
+
+
+def test_state_dict_moves_to_a_new_instance(adapter, name, text_encoder):
+    other = make_adapter(name, text_encoder, seed=9)
+    inputs = text_inputs(name)
+    assert not torch.equal(embed(other, inputs), embed(adapter, inputs))
+    other.load_state_dict(adapter.state_dict())
+    same(embed(other, inputs), embed(adapter, inputs))
+
+
+def test_deepcopy_is_independent(adapter, name):
+    adapter.metadata["data"] = {"rows": 3}
+    inputs = text_inputs(name)
+    before = embed(adapter, inputs)
+    clone = copy.deepcopy(adapter)
+    same(embed(clone, inputs), before)
+    with torch.no_grad():
+        clone.clip_mean.add_(1)
+        for parameter in clone.parameters():
+            parameter.add_(0.1)
+    clone.metadata["data"]["rows"] = 4
+    same(embed(adapter, inputs), before)
+    assert adapter.metadata["data"]["rows"] == 3
+
+
+def test_exponential_moving_average_follows_and_restores(adapter):
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    average = EMAModel(trained, decay=0.5, min_decay=0.5)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1)
+    average.step(trained)  # diffusers starts the average at the weights of the first step
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1)
+    average.step(trained)
+    average.store(trained)
+    average.copy_to(trained)
+    for now, old in zip(trained, before, strict=True):
+        same(now.detach(), old + 1.5, 1e-6)
+    average.restore(trained)
+    same(trained[0].detach(), before[0] + 2, 1e-6)
+
+
+def test_reloading_names_are_in_place(adapter):
+    module = sys.modules[type(adapter).__module__]
+    assert module.ModelMixin is diffusers.ModelMixin
+    assert not any(hasattr(diffusers.pipelines, part) for part in module.__name__.split("."))
+
+
+def test_wrong_width_is_one_sentence(adapter, name):
+    with pytest.raises(CSDiffError, match=rf"\(batch, {CASES[name].text_dim}\), found \(2, 3\)"):
+        adapter.embed(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_transformer_gives_the_same(text_encoder, backend):
+    adapter = make_adapter("transformer", text_encoder)
+    inputs = text_inputs("transformer")
+    expected = call(adapter, inputs, return_dict=False)[0]
+    compiled = torch.compile(adapter, backend=backend, fullgraph=True)
+    same(call(compiled, inputs, return_dict=False)[0], expected, 1e-5)
+
+
+def test_build_adapter_names_what_is_known():
+    with pytest.raises(CSDiffError, match="Unknown adapter 'mpl'; known: mlp, transformer"):
+        build_adapter("mpl", embedding_dim=8)
+    with pytest.raises(CSDiffError, match=r"no option 'depth'; known: .*num_layers"):
+        build_adapter("mlp", embedding_dim=8, depth=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mlp", {"embedding_dim": 0}, "`embedding_dim` must be a positive whole number, found 0"),
+        ("mlp", {"embedding_dim": 8, "width": 2.5}, "`width`"),
+        ("mlp", {"embedding_dim": 8, "dropout": 1.0}, r"`dropout` must lie in \[0, 1\)"),
+        ("transformer", {"embedding_dim": 8, "preset": "huge"}, "known: eclipse-768, eclipse-1280, tiny"),
+        ("transformer", {"embedding_dim": 8, "preset": "eclipse-768"}, "width 768, the data or decoder has 8"),
+        ("linear", {"embedding_dim": 8, "method": "lasso"}, "`method` must be one of"),
+        ("linear", {"embedding_dim": 8, "text_dim": 4, "method": "coral"}, "found 4 and 8; use ridge"),
+        ("diffusion", {"embedding_dim": 8, "condition_dropout": 2}, "`condition_dropout`"),
+    ],
+)
+def test_bad_options_are_refused(name, options, message):
+    with pytest.raises(CSDiffError, match=message):
+        build_adapter(name, **options)
