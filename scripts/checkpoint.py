@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -28,8 +28,9 @@ def save(folder: Path, step: int, modules: dict[str, torch.nn.Module], optimizer
     for name, module in modules.items():
         flatten(name, module.state_dict(), tensors, scalars)
     flatten("optimizer", optimizer.state_dict()["state"], tensors, scalars)
-    save_file(tensors, folder / "state.safetensors.tmp", metadata={"scalars": json.dumps(scalars)})
-    os.replace(folder / "state.safetensors.tmp", folder / "state.safetensors")
+    written = folder / "state.safetensors.tmp"
+    save_file(tensors, written, metadata={"scalars": json.dumps(scalars)})
+    written.replace(folder / "state.safetensors")
 
 
 def load(folder: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -37,8 +38,6 @@ def load(folder: Path, modules: dict[str, torch.nn.Module], optimizer: torch.opt
     path = folder / "state.safetensors"
     if not path.is_file():
         return 0
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as handle:
         scalars = json.loads(handle.metadata()["scalars"])
     tensors = load_file(path)

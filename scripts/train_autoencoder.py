@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from checkpoint import load, save
 from diffusers import VQModel
 from pictures import load_pictures

@@ -158,7 +158,6 @@ def draw_caption(pictures: Pictures, index: int, draw: random.Random) -> str:
 @torch.no_grad()
 def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> dict[str, float]:
     """Text-to-image retrieval by the first caption, ranked among `pictures` themselves, and the centroid gap."""
-
     processor_view = F.interpolate(pictures.pixels.float(), size=IMAGE_SIZE, mode="bicubic", antialias=True)
     pixel_values = processor_view.clamp(0, 255) / 127.5 - 1
     image = torch.cat([F.normalize(image_features(model, x, 1.0), dim=-1) for x in pixel_values.split(256)])
@@ -181,7 +180,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--keep", type=float, default=0.3, help="part of the patches seen in the first 90%% of the run")
+    parser.add_argument("--keep", type=float, default=0.3, help="part of the patches seen, but in the last tenth")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
