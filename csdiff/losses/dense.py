@@ -1,0 +1,31 @@
+"""The mean kernel written plainly: all pairs at once, in float64, differentiable as often as one likes.
+
+The yardstick of the tests, and the road of a second derivative; memory grows with the product of the set sizes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense_log_mean_kernel(x: Tensor, y: Tensor | None, widths: tuple[float, ...], *, diagonal: bool = True) -> Tensor:
+    """`log mean_ij mean_k exp(-||x_i - y_j||^2 / (2 width_k^2))` in float64; without `y` the pairs are those of `x`."""
+    x = x.double()
+    other = x if y is None else y.double()
+    centre = (x.detach().mean(dim=0) + other.detach().mean(dim=0)) / 2
+    x, other = x - centre, other - centre
+    square = (x.square().sum(1)[:, None] + other.square().sum(1)[None, :] - 2 * x @ other.T).clamp_min(0)
+    exponents = torch.stack([-square / (2 * width**2) for width in widths])
+    pairs = square.numel()
+    if y is None:
+        own = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        exponents = exponents.masked_fill(own, 0.0 if diagonal else -math.inf)
+        pairs -= 0 if diagonal else len(x)
+    return exponents.flatten().logsumexp(0) - math.log(pairs * len(widths))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or better; a zero row stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,0 +1,109 @@
+"""Rows that live on several processes: gathering them, and what each process owes the gradient.
+
+Every process of a group evaluates the same global loss on its share of rows. DDP averages gradients over the `W`
+processes, so the gradient handed back for the local rows is `W` times the derivative of the global loss by them: its
+average is then the gradient one process would find for the whole batch.
+
+Bytes: gathering sends each process's rows, padded to the longest share, once to every other process; beyond that a loss
+sends a few numbers. No gradient is sent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the local rows stand among those of all processes: rows `start` to `stop` of `total`, `world` processes."""
+
+    start: int
+    stop: int
+    total: int
+    world: int
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    """The number of processes of `group`; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def gather_rows(name: str, local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Share]:
+    """The rows of all processes in rank order, without gradient, and the local share; shares may differ in length.
+
+    Raises:
+        ValueError: on every process, when the processes disagree on the width or the dtype of the rows.
+    """
+    local = local.detach()
+    if group is None:
+        return local, Share(0, len(local), len(local), 1)
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    # The length travels with all that has to agree, so that every process raises together.
+    tail = [*local.shape[1:], _DTYPES.index(local.dtype) if local.dtype in _DTYPES else -1]
+    header = torch.tensor([len(local), *tail], dtype=torch.int64, device=local.device)
+    headers = [torch.empty_like(header) for _ in range(world)]
+    dist.all_gather(headers, header, group=group)
+    headers = torch.stack(headers).tolist()
+    if any(other[1:] != headers[0][1:] for other in headers):
+        found = [(*other[:-1], str(_DTYPES[other[-1]])) for other in headers]
+        raise ValueError(f"{name} must have the same D and dtype on every process; found (N, ..., D, dtype) {found}")
+    counts = [other[0] for other in headers]
+    longest = max(counts)
+    padded = local.new_zeros((longest, *local.shape[1:]))
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded, group=group)
+    start = sum(counts[:rank])
+    rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return rows, Share(start, start + counts[rank], sum(counts), world)
+
+
+_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool]
+
+
+def gather_numbers(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`values` of every process stacked along a new first dimension."""
+    if group is None:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+class _GlobalRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, name, group):
+        rows, ctx.share = gather_rows(name, local, group)
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.share.start : ctx.share.stop] * ctx.share.world, None, None
+
+
+def global_rows(name: str, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all processes, differentiable: for losses that every process evaluates whole.
+
+    The gradient that reaches the gathered rows is the same on every process; each keeps its own part, times `W`.
+    """
+    return local if group is None else _GlobalRows.apply(local, name, group)
+
+
+class _GlobalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.world = dist.get_world_size(group)
+        total = local.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.world, None
+
+
+def global_sum(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over processes of a local tensor, differentiable: for losses that are sums over rows."""
+    return local if group is None else _GlobalSum.apply(local, group)
