@@ -12,7 +12,6 @@ import torch
 
 from csdiff.errors import CSDiffError
 
-
 # Linux 5.14 and later; maps all pages of a range at once instead of one fault each. Python names it from 3.15 on.
 _MADV_POPULATE_READ = 22
 
@@ -162,7 +161,9 @@ class ShardedArray:
         # The loop over rows runs inside `sum` and `map`: as Python statements it would cost as much as the reads.
         read = sum(map(os.preadv, files, zip(rows), (offsets + headers).tolist()))
         if read != rows.nbytes:
-            raise OSError(f"{self.shards[0].path.parent}: expected {rows.nbytes} bytes, read {read}; a shard was cut short.")
+            raise OSError(
+                f"{self.shards[0].path.parent}: expected {rows.nbytes} bytes, read {read}; a shard was cut short."
+            )
         return torch.from_numpy(rows).view(self.storage_dtype).reshape(-1, *self.row_shape)
 
     def slice(self, start: int, stop: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 from csdiff.errors import CSDiffError
 from csdiff.resources import assets_dir
 
-
 if TYPE_CHECKING:
     import torch
 

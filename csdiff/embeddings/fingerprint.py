@@ -9,7 +9,6 @@ from pathlib import Path
 
 from csdiff.errors import CSDiffError
 
-
 # Which tensors of a CLIP folder belong to which tower: a whole CLIPModel and a tower saved alone get one hash.
 TOWER_PREFIXES = {"text": ("text_model.", "text_projection."), "image": ("vision_model.", "visual_projection.")}
 

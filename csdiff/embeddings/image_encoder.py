@@ -15,7 +15,6 @@ from csdiff.embeddings.encoders import EncoderFiles, load_weights, quiet_loading
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.errors import CSDiffError
 
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -75,6 +74,12 @@ class ImageEncoder:
         rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
         return self.processor(images=rgb, return_tensors="pt")["pixel_values"]
 
+    def blank(self) -> Tensor:
+        """Pixel values (3, S, S) of a black image."""
+        from PIL import Image
+
+        return self.preprocess([Image.new("RGB", (64, 64))])[0]
+
     def forward(self, pixel_values: Tensor) -> ImageEncoding:
         """Encode pixel values; differentiable when the model's weights are."""
         output = self.model(pixel_values.to(self.device, self.model.dtype))
@@ -95,12 +100,13 @@ class ImageEncoder:
             return tokens
         return self.model.visual_projection(self.model.vision_model.post_layernorm(tokens))
 
-    def describe(self) -> dict:
-        """This encoder's part of a `csdiff.json`."""
+    def describe(self, weights: bool = True) -> dict:
+        """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
+        identity = {}
+        if weights:
+            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
         return {
-            "id": self.id,
-            "revision": self.files.revision,
-            "weights_sha256": self._weights_sha256,
+            **identity,
             "dim": self.dim,
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-
 FINGERPRINT_FILE = "csdiff.json"
 REPORT_FILE = "report.json"
 # Work in progress of `csdiff embed`; its presence without a csdiff.json means that the store is not complete.

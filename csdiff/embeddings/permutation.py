@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-
 # Up to here an order is drawn as a whole (8 MB); above it is computed where it is asked for, in no memory.
 DRAWN_ROWS = 1 << 20
 _ROUNDS = 8

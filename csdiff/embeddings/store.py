@@ -18,7 +18,6 @@ from csdiff.embeddings.metadata import ShardedMetadata
 from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.errors import CSDiffError
 
-
 # Rows that are looked at to tell whether the rows of a store without fingerprint have norm 1.
 NORM_SAMPLE = 1024
 # float16 rounds the norm of a unit vector by less than 1e-3; real CLIP norms vary by several per cent.

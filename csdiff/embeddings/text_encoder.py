@@ -15,7 +15,6 @@ from csdiff.embeddings.encoders import EncoderFiles, load_weights, quiet_loading
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.errors import CSDiffError
 
-
 # Language models state no limit, or one of a hundred thousand tokens; captions need neither.
 LONGEST_CAPTION = 512
 POOLINGS = ("projection", "mean", "last", "cls")
@@ -111,12 +110,13 @@ class TextEncoder:
         """Token states (B, L, H) in the space of the embeddings (B, L, D): CLIP's projection, else as they are."""
         return self.model.text_projection(states) if self.pooling == "projection" else states
 
-    def describe(self) -> dict:
-        """This encoder's part of a `csdiff.json`."""
+    def describe(self, weights: bool = True) -> dict:
+        """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
+        identity = {}
+        if weights:
+            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
         return {
-            "id": self.id,
-            "revision": self.files.revision,
-            "weights_sha256": self._weights_sha256,
+            **identity,
             "dim": self.dim,
             "class": type(self.model).__name__,
             "pooling": self.pooling,

@@ -1,0 +1,13 @@
+"""Captions and images: the forms in which people keep them, read as one stream of items."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "images": ["UnreadableImage", "decode_image"],
+        "items": ["Item", "Problem"],
+        "opening": ["open_source"],
+        "sources": ["Source"],
+    },
+)
