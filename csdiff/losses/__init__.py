@@ -8,13 +8,18 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "arguments": ["NonFiniteRows"],
+        "bandwidth": ["resolve_bandwidth"],
         "cauchy_schwarz": ["cauchy_schwarz_divergence", "log_mean_kernel"],
         "contrastive": ["info_nce"],
         "cs_aligner": ["CSAlignerLoss"],
+        "distribution": ["CauchySchwarzLoss", "CoralLoss", "KernelKLLoss", "MMDLoss", "SinkhornLoss"],
         "gaussian": ["gaussian_cauchy_schwarz"],
         "objective": ["Objective", "ObjectiveOutput"],
+        "pairs": ["InfoNCELoss", "UniformAlignLoss"],
         "random_features": ["random_feature_cauchy_schwarz"],
-        "registry": ["OBJECTIVES", "build_objective"],
+        "registry": ["OBJECTIVES", "build_objective", "objective_options"],
+        "regression": ["EclipseLoss", "ProjectionLoss"],
         "tokens": ["token_cauchy_schwarz_divergence"],
     },
 )

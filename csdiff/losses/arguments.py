@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 
-def check_rows(name: str, rows: Tensor) -> None:
-    """Raise ValueError unless `rows` is a finite floating-point `(N, D)` tensor with `N > 0` and `D > 0`."""
-    check_matrix(name, rows)
-    if rows.shape[0] == 0:
-        raise ValueError(f"{name} must have at least one row; found shape {tuple(rows.shape)} (N = 0)")
-    check_finite(name, rows)
+class NonFiniteRows(ValueError):
+    """An input holds NaN or infinite numbers; a training loop may want to tell this from a wrong call."""
 
 
 def check_matrix(name: str, rows: Tensor) -> None:
@@ -31,7 +27,7 @@ def check_finite(name: str, rows: Tensor) -> None:
         bad = (~finite.all(dim=1)).nonzero().flatten()
         row = rows[bad[0]]
         kind = "NaN" if bool(row.isnan().any()) else "infinite"
-        raise ValueError(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows are bad)")
+        raise NonFiniteRows(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows)")
 
 
 def check_same_width(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:

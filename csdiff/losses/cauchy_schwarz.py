@@ -25,12 +25,12 @@ def cauchy_schwarz_divergence(
     `V(a, b) = mean_ij k(a_i, b_j)`, `k(a, b) = exp(-||a - b||^2 / (2 bandwidth^2))`
 
     that is `-log((int p q)^2 / (int p^2 int q^2))` for the kernel density estimates p and q of x and y, or
-    `-2 log cos` of the two mean embeddings in the kernel's Hilbert space. With the diagonal it is >= 0, and 0 for equal
-    sets. Two single points: `||x - y||^2 / bandwidth^2`.
+    `-2 log cos` of the two mean embeddings in the kernel's Hilbert space. With the diagonal it is >= 0, and 0 for
+    equal sets. Two single points: `||x - y||^2 / bandwidth^2`.
 
     Value and gradient come from one pass over blocks of pairs, so memory grows with N + M and not with N M. Sums are
-    taken relative to the largest exponent, so sets far apart give finite values and gradients; where float32 would lose
-    digits (bandwidth small beside the spread of the points) the pass runs in float64. A second derivative
+    taken relative to the largest exponent, so sets far apart give finite values and gradients; where float32 would
+    lose digits (bandwidth small beside the spread of the points) the pass runs in float64. A second derivative
     (`create_graph=True`) works without `group` and takes memory of the order N M.
 
     ```python
@@ -49,8 +49,8 @@ def cauchy_schwarz_divergence(
         block_size: rows and columns evaluated at once; None takes all at once up to 1024 (4096 on a GPU), else blocks
             of that size, which measured fastest. The result does not depend on it.
         group: a process group whose processes hold shares of both sets, of any length. Every process returns the value
-            for all rows; the gradient is `W` times that of the local rows, so that DDP's average over the `W` processes
-            is the gradient of one process that holds all. Each process sends its rows once to each other process,
+            for all rows; the gradient is `W` times that of the local rows, so that DDP's average over the `W`
+            processes is the gradient of one process that holds all. Each process sends its rows once to each other process,
             `(N_local + M_local) D` elements, and a few numbers; no gradients.
         within_y: `log V(y, y)` computed before by `log_mean_kernel(y, ...)` with the same options, for a set y that
             stays the same from step to step.
@@ -60,8 +60,8 @@ def cauchy_schwarz_divergence(
 
     Raises:
         ValueError: `N = 0` or `M = 0`, D that differ, rows that are not finite, `bandwidth <= 0`, an unknown rule, a
-            bandwidth that requires a gradient, `diagonal=False` with a single row, `block_size < 1`, `within_y` with a y
-            that requires a gradient.
+            bandwidth that requires a gradient, `diagonal=False` with a single row, `block_size < 1`, `within_y` with a
+            y that requires a gradient.
 
     Source:
         Yin et al., "CS-Aligner", arXiv 2502.17028; Jenssen, Principe, Erdogmus, Eltoft, "The Cauchy-Schwarz divergence
@@ -99,8 +99,11 @@ def log_mean_kernel(
     Args:
         x: `(N, D)` rows.
         y: `(M, D)` rows, or None for the pairs within x.
-        bandwidth, normalize, block_size, group: as for `cauchy_schwarz_divergence`.
+        bandwidth: as for `cauchy_schwarz_divergence`.
         diagonal: for `y=None`, whether the pairs `i = j` are included; between two sets all pairs always are.
+        normalize: divide each row by its length first.
+        block_size: as for `cauchy_schwarz_divergence`.
+        group: as for `cauchy_schwarz_divergence`.
 
     Returns:
         A scalar <= 0, float64 if an input is, else float32.

@@ -48,8 +48,9 @@ def info_nce(
     `group` and takes memory of the order N^2.
 
     Args:
-        x, y: `(N, D)` rows, any floating dtype; computed in float32 or better. The logits are plain products of the
-            rows: pass unit rows, or `normalize=True`, for cosines.
+        x: `(N, D)` rows, any floating dtype; computed in float32 or better. The logits are plain products of the rows:
+            pass unit rows, or `normalize=True`, for cosines.
+        y: `(N, D)` rows, the partners.
         temperature: a number > 0, or a tensor with one element, which may require a gradient.
         two_sided: False leaves `R` alone: x picks among y.
         normalize: divide each row by its length first; a zero row stays zero.
@@ -57,7 +58,7 @@ def info_nce(
             it.
         group: a process group whose processes hold shares of the pairs, of any length. Every process returns the value
             for all pairs; the gradient by the rows is `W` times that of the local rows and that by the temperature is
-            the whole one, so that DDP's average over the `W` processes is the gradient of one process that holds all.
+            the whole one, so that DDP's average over the `W` processes is that of one process that holds all.
             Each process sends its rows once to each other process, `2 N_local D` elements, and N numbers; no
             gradients.
 
@@ -65,7 +66,8 @@ def info_nce(
         A scalar >= 0, float64 if an input is, else float32.
 
     Raises:
-        ValueError: x and y of different shapes, no rows, rows that are not finite, `temperature <= 0`, `block_size < 1`.
+        ValueError: x and y of different shapes, no rows, rows that are not finite, `temperature <= 0`,
+            `block_size < 1`.
 
     Source:
         van den Oord, Li, Vinyals, "Representation learning with contrastive predictive coding", 2018; symmetric as in
@@ -251,10 +253,8 @@ class _Problem:
                 full, partner = (self.left.local(v) if shape == (-1, 1) else v for v in (full, positive))
                 sides.append((full.to(a.dtype).reshape(shape), partner.to(a.dtype).reshape(shape)))
 
-        if self.kept:
-            tiles = [(slice(0, len(a)), slice(0, len(b)), self.kept[0, 0])]
-        else:
-            tiles = self.tiles(a, b, share.start)
+        whole = slice(0, len(a)), slice(0, len(b))
+        tiles = [(*whole, self.kept[0, 0])] if self.kept else self.tiles(a, b, share.start)
         for rows, cols, tile in tiles:
             offset = share.start + rows.start - cols.start
             softmaxes = []

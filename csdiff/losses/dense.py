@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dense_log_mean_kernel(x: Tensor, y: Tensor | None, widths: tuple[float, ...], *, diagonal: bool = True) -> Tensor:
-    """`log mean_ij mean_k exp(-||x_i - y_j||^2 / (2 width_k^2))` in float64; without `y` the pairs are those of `x`."""
+    """`log mean_ij mean_k exp(-||x_i - y_j||^2 / (2 width_k^2))` in float64; without `y` over the pairs of `x`."""
     x = x.double()
     other = x if y is None else y.double()
     centre = (x.detach().mean(dim=0) + other.detach().mean(dim=0)) / 2

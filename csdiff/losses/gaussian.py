@@ -18,8 +18,10 @@ def gaussian_cauchy_schwarz(
     of width `s` between samples is a Parzen window of width `s / sqrt(2)` on each side.
 
     Args:
-        mean_x, mean_y: `(d,)` means.
-        cov_x, cov_y: `(d, d)` symmetric positive definite covariances.
+        mean_x: `(d,)` mean.
+        cov_x: `(d, d)` symmetric positive definite covariance.
+        mean_y: `(d,)` mean.
+        cov_y: `(d, d)` covariance.
         bandwidth: width of the kernel whose smoothing is to be included; none by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Sums of Gaussian kernels over all pairs of two sets, with the weighted averages their gradients need, block by block.
+"""Sums of Gaussian kernels over all pairs of two sets, with the weighted sums their gradients need, block by block.
 
 With `s_k = 1 / (2 width_k^2)` and `d_ij^2 = ||a_i - b_j||^2`, one pass over the pairs gives
 
@@ -6,8 +6,8 @@ With `s_k = 1 / (2 width_k^2)` and `d_ij^2 = ||a_i - b_j||^2`, one pass over the
     row_weight = sum_j   g_ij,            row_mix = sum_j g_ij b_j,        g_ij = mean_k (s_k / s_0) exp(-s_k d_ij^2)
     col_weight, col_mix likewise over i
 
-all times exp(-shift), so that nothing under- or overflows: `shift` follows the largest exponent met so far and what was
-summed before is rescaled when it grows. The derivative of `total` by `a_i` is `-2 s_0 (row_weight_i a_i - row_mix_i)`.
+all times exp(-shift), so that nothing under- or overflows: `shift` follows the largest exponent met so far and what
+was summed before is rescaled when it grows. The derivative of `total` by `a_i` is `-2 s_0 (row_weight_i a_i - row_mix_i)`.
 """
 
 import math
@@ -65,7 +65,9 @@ class Points:
 class KernelTiles:
     """Evaluates tiles of the kernel for given widths, in buffers that are used again from tile to tile."""
 
-    def __init__(self, widths: tuple[float, ...], products: Products, dtype: torch.dtype, *, small: bool, direct: bool = False):
+    def __init__(
+        self, widths: tuple[float, ...], products: Products, dtype: torch.dtype, *, small: bool, direct: bool = False
+    ):
         scales = [1 / (2 * width**2) for width in widths]
         self.base = min(scales)
         self.ratios = [scale / self.base for scale in scales]
@@ -126,10 +128,12 @@ def kernel_sums(
     """One pass over all pairs of `a` and `b`.
 
     Args:
-        a, b: the two sets.
+        a: one set.
+        b: the other.
         tiles: the kernel.
         block: rows and columns of a tile.
-        row_gradient, col_gradient: whether `row_*` and `col_*` of the result are wanted.
+        row_gradient: whether `row_*` of the result is wanted.
+        col_gradient: whether `col_*` is.
         own: the index in `b` of the first row of `a` when `a` is a part of `b`: a point's pair with itself is left out.
             When `a` is all of `b` each unordered pair is evaluated once and counted twice.
         floor: the exponent of a pair the caller will add itself; tiles that vanish beside it are skipped.

@@ -14,12 +14,12 @@ from .process_group import gather_numbers
 from .products import Products, bfloat16_is_faster
 from .row_set import BLOCK, RowSet, squared_norms, wide_dtype
 
-# `s R^2`, the largest exponent in units of the squared radius, above which rounding in float32 shows in the fifth digit.
+# `s R^2`, the exponent at the radius of the points, above which rounding in float32 shows in the fifth digit.
 FLOAT32_REACH = 40.0
 # Below this exponent `exp(.) - 1` is summed in place of `exp(.)`.
 SMALL_EXPONENT = 0.3
-# A divergence below this is the difference of nearly equal logarithms; where there are few pairs to average the rounding
-# of float32 out, it is taken again in float64.
+# A divergence below this is the difference of nearly equal logarithms; where there are few pairs to average the
+# rounding of float32 out, it is taken again in float64.
 NEARLY_EQUAL, FEW_PAIRS = 3e-4, 2**21
 # Above this `s R^2` the rounding of bfloat16 factors would change the kernel by more than that of the inputs.
 BFLOAT16_REACH = 8.0
@@ -98,6 +98,7 @@ class _LogMeanKernels(torch.autograd.Function):
         for name, one, used in (("x", left, xx), ("y", right, yy)):
             if used is True and not options.diagonal and one.share.total == 1:
                 raise ValueError(f"diagonal=False needs at least two rows in {name}; found N = 1")
+
         def evaluate(exact: bool):
             tiles, centre, widths = _place(sets, options, exact)
             block = options.block_size or _block_size(left, right)
@@ -161,8 +162,12 @@ def _differentiable_backward(ctx, x: Tensor, y: Tensor | None, grads) -> tuple[T
     return tuple(found.pop(0) if needed else None for needed in ctx.needs_input_grad[:2])
 
 
-def _place(sets: list[_PointSet], options: KernelOptions, exact: bool) -> tuple[KernelTiles, Tensor, tuple[float, ...]]:
-    """Centre the sets and choose the arithmetic that keeps five digits in float32 and ten in float64; or the `exact` one.
+def _place(
+    sets: list[_PointSet], options: KernelOptions, exact: bool
+) -> tuple[KernelTiles, Tensor, tuple[float, ...]]:
+    """Centre the sets, and choose the arithmetic that keeps five digits in float32 and ten in float64.
+
+    With `exact` it is float64.
 
     Distances do not change when both sets are moved, and `||a||^2 + ||b||^2 - 2 a.b` loses digits with the distance of
     the rows from the origin: so the origin goes between the two sets.
@@ -216,7 +221,9 @@ def _within(one: _PointSet, tiles, centre, block, grad: bool, options: KernelOpt
     )
     count = one.share.total
     # A point's pair with itself has kernel 1 and no gradient: it is added here, exactly.
-    value, log_sum = _log_mean(sums, count * (count if options.diagonal else count - 1), options, count if own == 0 else 0)
+    value, log_sum = _log_mean(
+        sums, count * (count if options.diagonal else count - 1), options, count if own == 0 else 0
+    )
     if not grad:
         return value, None
     # Each row appears on both sides of a pair: twice the derivative by one side.
@@ -224,7 +231,9 @@ def _within(one: _PointSet, tiles, centre, block, grad: bool, options: KernelOpt
     return value, one.gradient(sums.row_weight, sums.row_mix, scale, centre)
 
 
-def _between(left: _PointSet, right: _PointSet, tiles, centre, block, grads: tuple[bool, bool], options: KernelOptions):
+def _between(
+    left: _PointSet, right: _PointSet, tiles, centre, block, grads: tuple[bool, bool], options: KernelOptions
+):
     x_grad, y_grad = grads
     alone = left.share.world == 1
     sums = kernel_sums(

@@ -1,26 +1,97 @@
-"""What every training objective is: a module from predictions and real embeddings to a loss and its terms."""
+"""What every training objective is: a module from predicted and real embeddings to a loss and its terms."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+from .arguments import check_matrix
+
+INPUTS = (
+    "source_text",
+    "unpaired_text",
+    "unpaired_image",
+    "text_tokens",
+    "image_tokens",
+    "text_mask",
+    "image_mask",
+)
 
 
 @dataclass
 class ObjectiveOutput:
-    """`loss`, the scalar to differentiate, and `terms`, its detached unweighted parts by name, for the log."""
+    """`loss`, the scalar to differentiate, and `terms`, its detached parts by name, before their weights.
+
+    A term can also be read as an attribute: `output.info_nce` is `output.terms["info_nce"]`.
+    """
 
     loss: Tensor
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Tensor:
+        terms = self.__dict__.get("terms", {})
+        if name in terms:
+            return terms[name]
+        raise AttributeError(f"no term {name!r} in this output; it has {', '.join(terms) or 'none'}")
 
 
 class Objective(nn.Module):
-    """Base of all objectives; the shared call is described at `forward`.
+    """Base of the objectives; constructor arguments are keywords, fit for JSON but for `group`, and have defaults.
 
-    Class attributes say what `forward` makes use of beyond the pairs; the rest is accepted and ignored:
-    `uses_unpaired`, `uses_tokens`, `uses_source_text`.
+    `forward(prediction, image, *, source_text=None, unpaired_text=None, unpaired_image=None, text_tokens=None,
+    image_tokens=None, text_mask=None, image_mask=None) -> ObjectiveOutput`
+
+    - `prediction` `(B, D)`: the adapter's raw image-space embeddings of the captions, `image` `(B, D)`: raw embeddings
+      of their images, row by row. Normalising happens inside.
+    - `source_text` `(B, D)`: the captions' text embeddings before the adapter.
+    - `unpaired_text` `(P, D)`, `unpaired_image` `(Q, D)`: adapted captions without images, images without captions.
+    - `text_tokens` `(B, L, D)`, `image_tokens` `(B, V, D)`, with boolean masks.
+
+    The attributes `uses_unpaired`, `uses_tokens`, `uses_source_text` say which of these an objective makes use of; it
+    accepts and ignores the others. With `group` every process passes its share of the batch and gets the loss of the
+    whole; see `cauchy_schwarz_divergence`.
     """
 
     uses_unpaired: bool = False
     uses_tokens: bool = False
     uses_source_text: bool = False
+
+    def __init__(self, *, group: torch.distributed.ProcessGroup | None = None):
+        super().__init__()
+        self.group = group
+
+
+def check_ignored(inputs: dict[str, Tensor | None]) -> None:
+    """Raise TypeError if an objective was given an input that none knows: a misspelt one must not be ignored."""
+    unknown = sorted(set(inputs) - set(INPUTS))
+    if unknown:
+        raise TypeError(f"unknown inputs {unknown}; objectives take {', '.join(INPUTS)}")
+
+
+def check_pairs(prediction: Tensor, image: Tensor, names: tuple[str, str] = ("prediction", "image")) -> None:
+    """Raise ValueError unless both are floating-point `(B, D)` tensors of one shape."""
+    for name, rows in zip(names, (prediction, image), strict=True):
+        check_matrix(name, rows)
+    if prediction.shape != image.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be pairs of one shape; "
+            f"found {tuple(prediction.shape)} and {tuple(image.shape)}"
+        )
+
+
+def pool(paired: Tensor, unpaired: Tensor | None, name: str) -> Tensor:
+    """The rows of a paired and an unpaired set together."""
+    if unpaired is None:
+        return paired
+    check_matrix(name, unpaired)
+    if unpaired.shape[1] != paired.shape[1]:
+        raise ValueError(
+            f"{name} must have D = {paired.shape[1]} as the pairs do; found shape {tuple(unpaired.shape)}"
+        )
+    return torch.cat([paired, unpaired])
+
+
+def weigh(parts: list[tuple[str, float, Tensor]]) -> ObjectiveOutput:
+    """The weighted sum of named terms."""
+    loss = sum(weight * term for _, weight, term in parts)
+    return ObjectiveOutput(loss, {name: term.detach() for name, _, term in parts})

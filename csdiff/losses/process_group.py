@@ -4,8 +4,8 @@ Every process of a group evaluates the same global loss on its share of rows. DD
 processes, so the gradient handed back for the local rows is `W` times the derivative of the global loss by them: its
 average is then the gradient one process would find for the whole batch.
 
-Bytes: gathering sends each process's rows, padded to the longest share, once to every other process; beyond that a loss
-sends a few numbers. No gradient is sent.
+Bytes: gathering sends each process's rows, padded to the longest share, once to every other process; beyond that a
+loss sends a few numbers. No gradient is sent.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Where the local rows stand among those of all processes: rows `start` to `stop` of `total`, `world` processes."""
+    """Where the local rows stand among those of all `world` processes: rows `start` to `stop` of `total`."""
 
     start: int
     stop: int
     total: int
     world: int
-
-
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """The number of processes of `group`; 1 for None."""
-    return 1 if group is None else dist.get_world_size(group)
 
 
 def gather_rows(name: str, local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Share]:
@@ -70,6 +65,16 @@ def gather_numbers(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, values.contiguous(), group=group)
     return torch.stack(parts)
+
+
+def raise_together(error: ValueError | None, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Raise `error` here, and on the processes that have none a ValueError too: nobody waits for one that has left."""
+    found = torch.tensor(0 if error is None else 1, device=device)
+    failed = gather_numbers(found, group).nonzero().flatten().tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(f"the processes {failed} of the group found bad input; see their messages")
 
 
 class _GlobalRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Matrix products with float32 results, from float32 or, where the hardware multiplies them faster, bfloat16 factors."""
+"""Matrix products with float32 results, from float32 factors or, where hardware is faster with them, bfloat16."""
 
 from contextlib import contextmanager
 

@@ -1,21 +1,236 @@
-"""The token-level Cauchy-Schwarz term."""
+"""The token-level Cauchy-Schwarz term: each pair's tokens are two sets of points."""
 
 import math
 
 import torch
+from torch import Tensor
+
+from .arguments import NonFiniteRows, check_block_size, check_same_width
+from .bandwidth import Bandwidth, as_widths, resolve_bandwidth
+from .process_group import gather_numbers, gather_rows, raise_together
+from .row_set import wide_dtype
+
+# As for whole sets: reach of float32, and the divergence below which it is taken again in float64.
+FLOAT32_REACH, SMALL_EXPONENT, NEARLY_EQUAL = 40.0, 0.3, 3e-4
+# Kernel values evaluated at once when no block size is given.
+KERNELS_AT_ONCE = 2**21
 
 
-def token_cauchy_schwarz_divergence(x_tokens, y_tokens, x_mask=None, y_mask=None, *, bandwidth=0.5, diagonal=True,
-                                    normalize=False, block_size=None, group=None):
-    if normalize:
-        x_tokens, y_tokens = (torch.nn.functional.normalize(t.float(), dim=-1) for t in (x_tokens, y_tokens))
-    mx = torch.ones(x_tokens.shape[:2], dtype=torch.bool) if x_mask is None else x_mask
-    my = torch.ones(y_tokens.shape[:2], dtype=torch.bool) if y_mask is None else y_mask
+def token_cauchy_schwarz_divergence(
+    x_tokens: Tensor,
+    y_tokens: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    *,
+    bandwidth: Bandwidth = 0.5,
+    diagonal: bool = True,
+    normalize: bool = False,
+    block_size: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    r"""Mean over pairs of the Cauchy-Schwarz divergence between the tokens of x and those of y.
 
-    def log_mean(a, b, ma, mb):
-        e = -torch.cdist(a, b).square() / (2 * bandwidth**2)
-        pair = ma[:, :, None] & mb[:, None]
-        return e.masked_fill(~pair, -math.inf).flatten(1).logsumexp(1) - pair.flatten(1).sum(1).log()
+    `mean_b D(x_tokens[b, x_mask[b]], y_tokens[b, y_mask[b]])`, `D` as in `cauchy_schwarz_divergence`
 
-    x, y = x_tokens, y_tokens
-    return (log_mean(x, x, mx, mx) + log_mean(y, y, my, my) - 2 * log_mean(x, y, mx, my)).mean()
+    Many pairs are evaluated at once; value and gradient come from one pass, and memory beyond the gradient does not
+    grow with B. Masked tokens have no influence, whatever they hold, and no gradient. A second derivative is refused
+    with an error.
+
+    Args:
+        x_tokens: `(B, L, D)`.
+        y_tokens: `(B, V, D)`; L need not be V.
+        x_mask: `(B, L)` boolean, True where there is a token; all by default.
+        y_mask: `(B, V)` boolean.
+        bandwidth: as for `cauchy_schwarz_divergence`; one for all pairs. Rules look at all tokens, pooled.
+        diagonal: whether the within-set means include a token's pair with itself.
+        normalize: divide each token by its length first; a zero token stays zero.
+        block_size: pairs b evaluated at once; None takes as many as make 2 million kernel values.
+        group: a process group whose processes hold shares of the pairs, of any size. Every process returns the mean
+            over all pairs; the gradient is `W` times that of the local pairs, see `cauchy_schwarz_divergence`. Each
+            process sends two numbers (a rule for the bandwidth sends the tokens too).
+
+    Returns:
+        A scalar, float64 if an input is, else float32.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask that is not boolean, a row whose mask is empty (named), tokens that
+            are not finite, a bandwidth that is not > 0, `diagonal=False` with a single token.
+
+    Source:
+        Yin et al., "CS-Aligner", arXiv 2502.17028, section on token-level alignment.
+    """
+    error = None
+    try:
+        x_mask = _check("x_tokens", x_tokens, "x_mask", x_mask, diagonal)
+        y_mask = _check("y_tokens", y_tokens, "y_mask", y_mask, diagonal)
+        check_same_width(x_tokens, y_tokens, ("x_tokens", "y_tokens"))
+        if len(x_tokens) != len(y_tokens):
+            shapes = f"{tuple(x_tokens.shape)} and {tuple(y_tokens.shape)}"
+            raise ValueError(f"x_tokens and y_tokens must be pairs, with the same B; found shapes {shapes}")
+        check_block_size(block_size)
+    except ValueError as found:
+        error = found
+    raise_together(error, group, x_tokens.device if isinstance(x_tokens, Tensor) else torch.device("cpu"))
+    with torch.autocast(device_type=x_tokens.device.type, enabled=False):
+        if isinstance(bandwidth, str):
+            sets = ((x_tokens, x_mask), (y_tokens, y_mask))
+            pooled = [_unit(t.detach()[m], normalize) for t, m in sets]
+            widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
+        else:
+            widths = as_widths(bandwidth)
+        options = (widths, diagonal, normalize, block_size, group, torch.is_grad_enabled())
+        value = _TokenDivergence.apply(x_tokens, y_tokens, x_mask, y_mask, options)
+    return value.to(_wider(x_tokens.dtype, y_tokens.dtype))
+
+
+def _check(name: str, tokens: Tensor, mask_name: str, mask: Tensor | None, diagonal: bool) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3 or tokens.numel() == 0:
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name} must be a tensor of shape (B, tokens, D), none of them 0; found {found}")
+    if not tokens.is_floating_point():
+        raise ValueError(f"{name} must be floating point; found dtype {tokens.dtype}")
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{mask_name} must be boolean, True for a token; found dtype {mask.dtype}")
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(f"{mask_name} must have shape {tuple(tokens.shape[:2])}; found shape {tuple(mask.shape)}")
+    least = 1 if diagonal else 2
+    short = (mask.sum(dim=1) < least).nonzero().flatten().tolist()
+    if short:
+        rule = "at least one token" if diagonal else "at least two tokens with diagonal=False"
+        raise ValueError(f"{mask_name} must leave {rule} in every row; rows {short[:8]} have {least - 1} or none")
+    bad = (~torch.isfinite(tokens).all(dim=2) & mask).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteRows(f"{name} must be finite; rows {bad[:8]} hold NaN or infinite tokens")
+    return mask
+
+
+def _wider(*dtypes: torch.dtype) -> torch.dtype:
+    wider = torch.float32
+    for dtype in dtypes:
+        wider = torch.promote_types(wider, dtype)
+    return wider
+
+
+def _unit(tokens: Tensor, normalize: bool) -> Tensor:
+    tokens = tokens.to(_wider(tokens.dtype))
+    if not normalize:
+        return tokens
+    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens / torch.where(norm > 0, norm, 1)
+
+
+class _TokenDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, x_mask, y_mask, options):
+        widths, diagonal, normalize, block_size, group, with_gradient = options
+        needs = tuple(with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        block = block_size or max(1, KERNELS_AT_ONCE // max(x.shape[1], y.shape[1]) ** 2)
+        sides = ((x, x_mask, needs[0]), (y, y_mask, needs[1]))
+        grads = [torch.empty_like(t, dtype=_wider(t.dtype)) if needed else None for t, _, needed in sides]
+        values = []
+        for start in range(0, len(x), block):
+            part = slice(start, start + block)
+            chunk = _Chunk([(t[part], mask[part], needed) for t, mask, needed in sides], widths, diagonal, normalize)
+            values.append(chunk.divergence)
+            for whole, found in zip(grads, chunk.gradients, strict=True):
+                if whole is not None:
+                    whole[part] = found
+        total = torch.stack([torch.cat(values).sum(), torch.tensor(len(x), dtype=values[0].dtype, device=x.device)])
+        shares = gather_numbers(total, group)
+        value, count = shares.sum(dim=0)
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(len(shares) / float(count))
+        ctx.save_for_backward(*grads)
+        return value / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        found = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return *found, None, None, None
+
+
+class _Chunk:
+    """The divergences of some pairs, `(b,)`, and their gradients by the tokens."""
+
+    def __init__(self, sides, widths, diagonal: bool, normalize: bool):
+        self.widths, self.diagonal, self.normalize = widths, diagonal, normalize
+        wide = wide_dtype(sides[0][0].device)
+        given = _wider(*(tokens.dtype for tokens, _, _ in sides))
+        self._evaluate(sides, given)
+        if given != wide and (self.reach > FLOAT32_REACH or (self.divergence.min() < NEARLY_EQUAL and not self.small)):
+            self._evaluate(sides, wide)
+
+    def _evaluate(self, sides, dtype: torch.dtype) -> None:
+        units = [_unit(tokens.to(dtype).masked_fill(~mask[..., None], 0), self.normalize) for tokens, mask, _ in sides]
+        # Distances do not change with the origin; between the two sets of a pair it costs the fewest digits.
+        counts = [mask.sum(dim=1)[:, None, None].to(dtype) for _, mask, _ in sides]
+        centre = sum(unit.sum(dim=1, keepdim=True) / n for unit, n in zip(units, counts, strict=True)) / 2
+        points = [
+            (unit - centre).masked_fill_(~mask[..., None], 0) for unit, (_, mask, _) in zip(units, sides, strict=True)
+        ]
+        squares = [p.square().sum(dim=2) for p in points]
+        scales = [1 / (2 * width**2) for width in self.widths]
+        self.base = min(scales)
+        self.ratios = [scale / self.base for scale in scales]
+        self.reach = max(scales) * max(float(s.max()) for s in squares)
+        self.small = 4 * self.reach < SMALL_EXPONENT
+        masks = [mask for _, mask, _ in sides]
+        grads = [torch.zeros_like(p) if needed else None for p, (_, _, needed) in zip(points, sides, strict=True)]
+        divergence = 0
+        for i, j, factor in ((0, 0, 1), (1, 1, 1), (0, 1, -2)):
+            value, weight, scale = self._term(
+                points, squares, masks, i, j, grads[i] is not None or grads[j] is not None
+            )
+            divergence = divergence + factor * value
+            for side, other, w in ((i, j, weight), (j, i, None if weight is None else weight.mT)):
+                if grads[side] is not None:
+                    pull = torch.bmm(w, points[other]) - w.sum(dim=2, keepdim=True) * points[side]
+                    grads[side] += pull * (2 * factor * self.base * scale)
+        if self.diagonal:
+            divergence = divergence.clamp_min(0)
+        self.divergence = divergence
+        self.gradients = [
+            None if grad is None else self._lead_back(grad, unit, tokens.to(dtype)).masked_fill_(~mask[..., None], 0)
+            for grad, unit, (tokens, mask, _) in zip(grads, units, sides, strict=True)
+        ]
+
+    def _term(self, points, squares, masks, i: int, j: int, with_weight: bool):
+        """`log V` of sides i and j `(b,)`, kernel weights `(b, n_i, n_j)`, and the scale of the weights."""
+        pair = masks[i][:, :, None] & masks[j][:, None, :]
+        exponent = torch.baddbmm(squares[j][:, None, :], points[i], points[j].mT, beta=-self.base, alpha=2 * self.base)
+        exponent.sub_(self.base * squares[i][:, :, None]).clamp_(max=0).masked_fill_(~pair, -math.inf)
+        count = pair.sum(dim=(1, 2)).to(wide_dtype(exponent.device))
+        ones = torch.zeros_like(count)
+        if i == j:
+            # A token's pair with itself has kernel 1 and no gradient.
+            exponent.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+            tokens = masks[i].sum(dim=1).to(count.dtype)
+            ones, count = (tokens, count) if self.diagonal else (ones, count - tokens)
+        shift = torch.zeros_like(count, dtype=exponent.dtype)
+        if not self.small:
+            shift = exponent.amax(dim=(1, 2))
+            shift = torch.where(shift.isfinite(), shift, 0)
+        value, weight = 0, 0
+        for ratio in self.ratios:
+            term = torch.exp(exponent * ratio - shift[:, None, None])
+            weight = weight + term * ratio
+            # Beside kernels close to 1 it is their distance from 1 that counts.
+            counted = torch.expm1(exponent * ratio).masked_fill_(exponent.isneginf(), 0) if self.small else term
+            value = value + counted.sum(dim=(1, 2), dtype=count.dtype)
+        value, weight = value / len(self.ratios), weight / len(self.ratios)
+        if self.small:
+            log_mean = torch.log1p(value / count)
+        else:
+            log_mean = torch.logaddexp(value.log() + shift, ones.log()) - count.log()
+        scale = torch.exp(shift - log_mean - count.log()).to(exponent.dtype)[:, None, None]
+        return log_mean, weight if with_weight else None, scale
+
+    def _lead_back(self, grad: Tensor, unit: Tensor, tokens: Tensor) -> Tensor:
+        if not self.normalize:
+            return grad
+        norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+        return (grad - unit * (grad * unit).sum(dim=-1, keepdim=True)) / torch.where(norm > 0, norm, math.inf)
