@@ -260,7 +260,7 @@ def _ip_adapter_dim(weights: tuple[str, str, str]) -> int:
     local = Path(folder) / subfolder / name
     path = local if local.is_file() else Path(_download(folder, f"{subfolder}/{name}" if subfolder else name))
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError, MemoryError, OverflowError) as error:
@@ -268,7 +268,7 @@ def _ip_adapter_dim(weights: tuple[str, str, str]) -> int:
     projection = header.get("image_proj.proj.weight")
     if projection is None:
         raise CSDiffError(
-            f"ip_adapter: {path} has no image_proj.proj.weight; only IP-Adapters that take pooled image embeddings can be "
-            "driven by an adapter (not the plus, full-face or FaceID kinds)."
+            f"ip_adapter: {path} has no image_proj.proj.weight; only IP-Adapters that take pooled image embeddings "
+            "can be driven by an adapter (not the plus, full-face or FaceID kinds)."
         )
     return projection["shape"][1]

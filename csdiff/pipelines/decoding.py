@@ -32,7 +32,8 @@ class KandinskyDecoder:
         self, prompts, image_embeds, negative_image_embeds, generators, options: DrawingOptions
     ) -> list[Image.Image]:
         # the pipeline's own default is 512 pixels whatever the UNet was trained on
-        native = self.pipe.unet.config.sample_size * self.pipe.movq_scale_factor
+        sample_size = self.pipe.unet.config.sample_size
+        native = sample_size * self.pipe.movq_scale_factor if sample_size else 512
         return self.pipe(
             image_embeds=image_embeds,
             negative_image_embeds=negative_image_embeds,

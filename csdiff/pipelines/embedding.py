@@ -37,16 +37,16 @@ class PromptEmbedder:
         )
         if not (known or {}).get("id"):
             raise CSDiffError(
-                f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names one; "
-                "use an adapter trained from a store with a fingerprint."
+                f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names "
+                "one; use an adapter trained from a store with a fingerprint."
             )
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
         self.encoder = load_text_encoder(known["id"], device, dtype, revision=known.get("revision"))
         if card is None:
             if self.encoder.dim != decoder.embedding_dim:
                 raise CSDiffError(
-                    f"--adapter none: the text embeddings of {known['id']} have {self.encoder.dim} dimensions, but the "
-                    f"decoder takes {decoder.embedding_dim}; an adapter is needed between them."
+                    f"--adapter none: the text embeddings of {known['id']} have {self.encoder.dim} dimensions, but "
+                    f"the decoder takes {decoder.embedding_dim}; an adapter is needed between them."
                 )
             return
         # a commit of a hub repository cannot change; a folder can
@@ -54,20 +54,36 @@ class PromptEmbedder:
             check_encoder(known, self.encoder.describe(), "text encoder", f"the folder {known['id']} now")
         from csdiff.adapters import AutoAdapter
 
-        self.adapter = AutoAdapter.from_pretrained(card.path).to(device).eval()
+        # LoRA wraps layers of the encoder in place: what it encodes is then adapted
+        options = {"base_model": self.encoder.model} if card.kind == "LoRAAdapter" else {}
+        self.adapter = AutoAdapter.from_pretrained(card.path, **options).to(device).eval()
+
+    @property
+    def samples(self) -> bool:
+        """Whether one prompt has many embeddings: adapters with a noise token, and diffusion."""
+        return self.adapter is not None and (
+            not self.adapter.one_shot or bool(self.adapter.config.get("noise_token", False))
+        )
 
     @torch.no_grad()
-    def embed(self, prompts: list[str], batch_size: int = 1) -> torch.Tensor:
-        """Prompts to raw image embeddings `(len(prompts), D)`; warns of prompts that are cut."""
+    def embed(self, prompts: list[str], generators: list[torch.Generator] | None = None) -> torch.Tensor:
+        """Prompts to raw image embeddings `(len(prompts), D)`; warns of prompts that are cut.
+
+        Each prompt is embedded by itself, so that its embedding does not depend on what else is drawn.
+
+        Args:
+            prompts: B texts.
+            generators: B generators for adapters that sample.
+        """
+        self._warn_of_cut(prompts)
         rows = []
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            self._warn_of_cut(batch)
-            text = self.encoder.encode(batch)
+        for row, prompt in enumerate(prompts):
+            text = self.encoder.encode([prompt])
             if self.adapter is None:
                 rows.append(text.embeds)
-            else:
-                rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask))
+                continue
+            options = {"generator": generators[row]} if generators and self.samples else {}
+            rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options))
         return torch.cat(rows).to(self.dtype)
 
     @torch.no_grad()
@@ -83,8 +99,8 @@ class PromptEmbedder:
         known = self.decoder.encoder("image")
         if not (known or {}).get("id"):
             raise CSDiffError(
-                f"The decoder {self.decoder.source} names no image encoder, which guidance needs for its default negative; "
-                "give --negative_prompt, or --guidance 1."
+                f"The decoder {self.decoder.source} names no image encoder, which guidance needs for its default "
+                "negative; give --negative_prompt, or --guidance 1."
             )
         encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
         size = encoder.model.config.image_size

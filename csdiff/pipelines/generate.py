@@ -49,13 +49,18 @@ def generate(config: GenerateConfig) -> list[Path]:
     device, dtype = _device_and_dtype(config)
     embedder = PromptEmbedder(card, decoder, device, dtype)
     text_encoder = embedder.text_encoder
-    image_embeds = embedder.embed(prompts, config.batch_size)
+    seeds = [config.seed + index for index in range(config.num_images)]
+    # one generator a picture, so that its noise does not depend on what else is drawn
+    jobs = [(prompt, seed, torch.Generator("cpu").manual_seed(seed)) for prompt in prompts for seed in seeds]
+    if embedder.samples:
+        image_embeds = embedder.embed([prompt for prompt, *_ in jobs], [generator for *_, generator in jobs])
+    else:
+        image_embeds = embedder.embed(prompts).repeat_interleave(len(seeds), dim=0)
     negative_image_embeds = embedder.negative(config.negative_prompt) if guidance > 1 else None
     del embedder
 
     drawing = load_decoder(decoder, device, dtype, config.offload, config.progress)
     options = DrawingOptions(steps, guidance, config.negative_prompt, config.height, config.width)
-    jobs = [(row, config.seed + index) for row in range(len(prompts)) for index in range(config.num_images)]
     record = {
         "adapter": _adapter_record(card),
         "text_encoder": text_encoder,
@@ -74,19 +79,17 @@ def generate(config: GenerateConfig) -> list[Path]:
     paths, images = [], []
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        rows = [row for row, _ in batch]
         negatives = None if negative_image_embeds is None else negative_image_embeds.expand(len(batch), -1)
         drawn = drawing.draw(
-            [prompts[row] for row in rows],
-            image_embeds[rows],
+            [prompt for prompt, *_ in batch],
+            image_embeds[start : start + config.batch_size],
             negatives,
-            # one generator a picture, so that its noise does not depend on what else is drawn
-            [torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
+            [generator for *_, generator in batch],
             options,
         )
-        for (row, seed), image in zip(batch, drawn, strict=True):
-            own = {"prompt": prompts[row], "seed": seed, "command": _command(config, prompts[row], seed)}
-            paths.append(write_picture(folder, picture_name(prompts[row], seed), image, {**own, **record}))
+        for (prompt, seed, _), image in zip(batch, drawn, strict=True):
+            own = {"prompt": prompt, "seed": seed, "command": _command(config, prompt, seed)}
+            paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **record}))
             images.append(image)
     if config.grid and len(images) > 1:
         columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else None
@@ -107,7 +110,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise CSDiffError(
-                f"prompts_file: expected a text file with one prompt a line, cannot read {config.prompts_file} ({reason})."
+                f"prompts_file: expected a text file with one prompt a line, cannot read {config.prompts_file} "
+                f"({reason})."
             ) from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:

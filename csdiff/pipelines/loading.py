@@ -41,7 +41,8 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
 
     The adapter becomes the prior, `OneShotScheduler` its scheduler, and the pipeline's defaults for the prior change
     from 25 steps and guidance 4 to one step without guidance: `pipe("a red apple")` is then right as it stands.
-    Arguments given in a call are used as given. An adapter that carries its own text encoder (LoRA) brings it along.
+    Arguments given in a call are used as given. An adapter that changes the text encoder (LoRA) brings it along,
+    merged. A diffusion adapter gets the scheduler it was trained for, and the pipeline's defaults stay.
 
     Args:
         pipe: `KandinskyV22PriorPipeline`, a Kandinsky 2.2 combined pipeline (text to image, image to image,
@@ -68,19 +69,21 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     if check:
         _check(pipe, slots, adapter)
 
-    reference = getattr(pipe, slots.text_encoder)
-    adapter = adapter.to(device=reference.device, dtype=reference.dtype)
-    parts = {slots.prior: adapter}
-    if is_one_shot(adapter):
-        parts[slots.scheduler] = OneShotScheduler()
-    text_encoder = getattr(adapter, "text_encoder", None)
-    if text_encoder is not None:
+    parts = {}
+    if getattr(adapter, "uses_input_ids", False):
         if slots.shares_text_encoder:
             raise CSDiffError(
-                f"{type(pipe).__name__} reads one text encoder for prior and decoder, and this adapter brings its own; "
-                "use `csdiff generate`, which keeps them apart, or an adapter without a text encoder."
+                f"{type(pipe).__name__} reads one text encoder for prior and decoder, and this adapter brings its "
+                "own; use `csdiff generate`, which keeps them apart, or an adapter without a text encoder."
             )
-        parts[slots.text_encoder] = text_encoder
+        # without PEFT, so that the pipeline saves and reloads as a stock one
+        parts[slots.text_encoder], adapter = adapter.merged_text_encoder(), adapter.as_prior()
+    parts[slots.prior] = adapter
+    parts[slots.scheduler] = OneShotScheduler() if is_one_shot(adapter) else _diffusion_scheduler(slots)
+    text_encoder = getattr(pipe, slots.text_encoder)
+    for name in (slots.prior, slots.text_encoder):
+        if name in parts:
+            _move(parts[name], text_encoder.device, text_encoder.dtype)
     _register(pipe, slots, parts)
     return _with_one_shot_defaults(pipe, slots.call_prefix) if is_one_shot(adapter) else pipe
 
@@ -96,8 +99,8 @@ def prior_slots(pipe) -> PriorSlots:
         if all(name in components for name in (slots.prior, slots.scheduler, slots.text_encoder)):
             return slots
     raise CSDiffError(
-        f"load_adapter: expected a pipeline with a prior (KandinskyV22PriorPipeline, a Kandinsky 2.2 combined pipeline, "
-        f"StableUnCLIPPipeline or UnCLIPPipeline), found {type(pipe).__name__}; hand it `image_embeds` from "
+        "load_adapter: expected a pipeline with a prior (KandinskyV22PriorPipeline, a Kandinsky 2.2 combined "
+        f"pipeline, StableUnCLIPPipeline or UnCLIPPipeline), found {type(pipe).__name__}; hand it `image_embeds` from "
         "CSDiffPriorPipeline instead."
     )
 
@@ -107,6 +110,23 @@ def _register(pipe, slots: PriorSlots, parts: dict):
     inner = getattr(pipe, "prior_pipe", None)
     if inner is not None:
         inner.register_modules(**{name.removeprefix(slots.call_prefix): part for name, part in parts.items()})
+
+
+def _move(model: torch.nn.Module, device: torch.device, dtype: torch.dtype):
+    model.to(device)
+    # diffusers warns of every cast, also of one to the dtype that is there
+    if model.dtype != dtype:
+        model.to(dtype=dtype)
+
+
+def _diffusion_scheduler(slots: PriorSlots):
+    """For adapters that denoise: whitened embeddings reach beyond the [-1, 1] to which schedulers clip by default."""
+    from diffusers import DDPMScheduler, UnCLIPScheduler
+
+    if slots is STABLE_UNCLIP:
+        # it does not say which step comes next, so UnCLIPScheduler would take steps of one
+        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=10.0)
+    return UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)
 
 
 def _check(pipe, slots: PriorSlots, adapter):

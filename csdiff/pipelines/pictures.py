@@ -22,8 +22,13 @@ def check_output_folder(output: str | os.PathLike) -> Path:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise CSDiffError(f"output: expected a folder, found the file {existing}; give another --output.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise CSDiffError(f"output: {folder} cannot be written (no permission in {existing}); give another --output.")
+    try:
+        # permission bits do not tell of read-only disks and special folders
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise CSDiffError(
+            f"output: {folder} cannot be written ({error.strerror} in {existing}); give another --output."
+        ) from error
     return folder
 
 
@@ -75,15 +80,16 @@ def _same_text(path: Path, text: str) -> bool:
 
 
 def _write_whole(path: Path, write):
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
         # mkstemp makes files for the owner alone; give them the usual permissions
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -23,7 +23,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     `negative_image_embeds` for the decoder. Its output goes into any decoder that takes image embeddings.
 
     Args:
-        prior (`Adapter`): the adapter, or any model with the forward of diffusers' `PriorTransformer`.
+        prior (`Adapter`): the adapter, or any model with the forward of diffusers' `PriorTransformer`. A LoRA adapter
+            takes the text encoder's place too, merged.
         text_encoder (`CLIPTextModelWithProjection`): the frozen text tower the adapter was trained on.
         tokenizer (`CLIPTokenizer`): its tokenizer.
         image_encoder (`CLIPVisionModelWithProjection`, *optional*): the image tower. It gives the default negative
@@ -42,20 +43,63 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     _optional_components = ["image_encoder", "image_processor", "scheduler"]
 
     def __init__(self, prior, text_encoder, tokenizer, image_encoder=None, image_processor=None, scheduler=None):
+        if getattr(prior, "uses_input_ids", False):
+            prior, text_encoder = prior.as_prior(), prior.merged_text_encoder()
         if scheduler is None or is_one_shot(prior):
             scheduler = OneShotScheduler()
         super().__init__(prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a saved prior pipeline, or a stock one's folder with `prior=adapter`; see `DiffusionPipeline`."""
-        index = Path(pretrained_model_name_or_path) / "model_index.json"
+        """Loads a saved prior pipeline, a stock one's folder with `prior=adapter`, or an adapter folder.
+
+        Of an adapter folder the encoders are loaded that its `csdiff.json` names.
+
+        Args:
+            pretrained_model_name_or_path: folder, or hub repository of a pipeline.
+            **kwargs: as for `DiffusionPipeline.from_pretrained` (`torch_dtype`, components by name, ...).
+
+        Raises:
+            CSDiffError: the adapter folder is broken, names no text encoder, or one without a CLIP projection.
+            OSError: nothing there.
+
+        Usage:
+            >>> prior = CSDiffPriorPipeline.from_pretrained("runs/my-adapter")
+        """
+        folder = Path(pretrained_model_name_or_path)
+        index = folder / "model_index.json"
+        if (folder / "csdiff.json").is_file() and not index.is_file():
+            return cls._from_adapter_folder(folder, **kwargs)
         if index.is_file():
             # diffusers takes classes of other packages only from modules that are already imported
-            for value in json.loads(index.read_text()).values():
+            for value in json.loads(index.read_text(encoding="utf-8")).values():
                 if isinstance(value, list) and str(value[0]).startswith("csdiff."):
                     importlib.import_module(value[0])
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_adapter_folder(cls, folder: Path, torch_dtype: torch.dtype | None = None, **components):
+        from csdiff.adapters import AutoAdapter
+        from csdiff.embeddings import load_image_encoder, load_text_encoder
+
+        adapter = AutoAdapter.from_pretrained(folder, torch_dtype=torch_dtype)
+        parts = dict(components)
+        known = adapter.metadata.get("text_encoder") or {}
+        if "text_encoder" not in parts or "tokenizer" not in parts:
+            if not known.get("id"):
+                raise CSDiffError(f"{folder}/csdiff.json names no text encoder; give text_encoder= and tokenizer=.")
+            text = load_text_encoder(known["id"], dtype=torch_dtype, revision=known.get("revision"))
+            if text.pooling != "projection":
+                raise CSDiffError(
+                    f"{known['id']} has no CLIP text projection, which this pipeline's calls need; encode the text "
+                    "with csdiff.embeddings.load_text_encoder and call adapter.embed."
+                )
+            parts = {"text_encoder": text.model, "tokenizer": text.tokenizer, **parts}
+        known = adapter.metadata.get("image_encoder") or {}
+        if "image_encoder" not in parts and known.get("id"):
+            image = load_image_encoder(known["id"], dtype=torch_dtype, revision=known.get("revision"))
+            parts |= {"image_encoder": image.model, "image_processor": image.processor}
+        return cls(adapter, **parts)
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,216 @@
+"""`CSDiffPriorPipeline`, and the stock prior pipeline with an adapter in it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
+from PIL import Image
+from tiny_pipelines import DIM, PROMPT, clip_parts, prior_transformer
+
+from csdiff import CSDiffError
+from csdiff.pipelines import CSDiffPriorPipeline, OneShotScheduler
+
+PROMPTS = ["a red apple", "a cat", "two blue boats"]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_clip):
+    return clip_parts(tiny_clip)
+
+
+@pytest.fixture
+def pipe(parts, adapter):
+    pipe = CSDiffPriorPipeline(adapter, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_embeddings_are_the_adapters(pipe, adapter, embed, zero_image_embeds):
+    image_embeds, negative_image_embeds = pipe(PROMPT).to_tuple()
+    torch.testing.assert_close(image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+    torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 25])
+def test_the_stock_pipeline_gives_the_same(parts, adapter, embed, steps):
+    stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=OneShotScheduler(), **parts)
+    stock.set_progress_bar_config(disable=True)
+    output = stock(PROMPTS, num_inference_steps=steps, guidance_scale=1.0)
+    torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS), atol=1e-5, rtol=0)
+
+
+def test_several_prompts_are_independent_of_each_other(pipe):
+    together = pipe(PROMPTS).image_embeds
+    alone = torch.cat([pipe(prompt).image_embeds for prompt in PROMPTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_num_images_per_prompt_repeats_each_prompt_in_place(pipe, adapter, embed):
+    output = pipe(PROMPTS, num_images_per_prompt=2)
+    expected = embed(adapter, *PROMPTS).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(output.image_embeds, expected, atol=1e-5, rtol=0)
+    assert output.negative_image_embeds.shape == (6, DIM)
+
+
+@pytest.mark.parametrize("negative", ["blurry", ["blurry"], ["blurry", "grey", "dark"]])
+def test_negative_prompts_become_negative_image_embeds(pipe, adapter, embed, negative):
+    output = pipe(PROMPTS, negative_prompt=negative, num_images_per_prompt=2)
+    texts = ["blurry"] * 3 if len(negative) != 3 else negative
+    expected = embed(adapter, *texts).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(output.negative_image_embeds, expected, atol=1e-5, rtol=0)
+    expected = embed(adapter, *PROMPTS).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(output.image_embeds, expected, atol=1e-5, rtol=0)
+
+
+def test_generators_one_for_each_row(pipe, adapter, embed):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    output = pipe(PROMPTS[:2], negative_prompt="blurry", num_images_per_prompt=2, generator=generators)
+    assert output.image_embeds.shape == output.negative_image_embeds.shape == (4, DIM)
+
+
+def test_guidance_above_one_extrapolates_as_the_stock_pipeline_does(pipe, parts, adapter, embed):
+    image_embeds = pipe(PROMPT, guidance_scale=4.0).image_embeds
+    text, empty = embed(adapter, PROMPT), embed(adapter, "")
+    torch.testing.assert_close(image_embeds, empty + 4 * (text - empty), atol=1e-4, rtol=0)
+
+
+def test_dict_tuple_and_numpy_agree(pipe):
+    output = pipe(PROMPT)
+    image_embeds, negative_image_embeds = pipe(PROMPT, return_dict=False)
+    assert torch.equal(output.image_embeds, image_embeds)
+    assert torch.equal(output.negative_image_embeds, negative_image_embeds)
+    array = pipe(PROMPT, output_type="np").image_embeds
+    assert isinstance(array, np.ndarray)
+    np.testing.assert_array_equal(array, image_embeds.numpy())
+
+
+def test_callback_sees_and_may_replace_the_latents(pipe, adapter):
+    seen = []
+
+    def replace(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    image_embeds = pipe(
+        PROMPT, callback_on_step_end=replace, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]
+    ).image_embeds
+    assert seen == [(0, 0, ["latents", "prompt_embeds"])]
+    # whitened zeros are the mean of the image embeddings
+    torch.testing.assert_close(image_embeds, adapter.clip_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tiny_clip, adapter, embed, dtype):
+    expected = embed(adapter, PROMPT)
+    pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    image_embeds = pipe(PROMPT, negative_prompt="blurry").image_embeds
+    assert image_embeds.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(image_embeds.float(), expected) > 0.995
+
+
+def test_model_offload_hooks_and_gives_the_same(tiny_clip, adapter, embed):
+    pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip))
+    pipe.set_progress_bar_config(disable=True)
+    # the processor stands in for the accelerator: the hooks are the same, only the copies are free
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.prior, "_hf_hook")
+    assert hasattr(pipe.text_encoder, "_hf_hook")
+    for _ in range(2):
+        torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+    pipe.interpolate([PROMPT, Image.new("RGB", (32, 32), "red")], [0.5, 0.5])
+
+
+def test_compiled_prior_runs_saves_and_reloads(pipe, adapter, embed, tmp_path):
+    pipe.prior = torch.compile(adapter, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+    pipe.save_pretrained(tmp_path)
+    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path)
+    assert type(reloaded.prior) is type(adapter)
+
+
+def test_save_and_reload_the_whole_pipeline(pipe, adapter, tmp_path):
+    before = pipe(PROMPT, negative_prompt="blurry")
+    pipe.save_pretrained(tmp_path)
+    for cls in (CSDiffPriorPipeline, KandinskyV22PriorPipeline):
+        reloaded = cls.from_pretrained(tmp_path)
+        reloaded.set_progress_bar_config(disable=True)
+        after = reloaded(PROMPT, negative_prompt="blurry", num_inference_steps=1, guidance_scale=1.0)
+        assert torch.equal(before.image_embeds, after.image_embeds)
+        assert torch.equal(before.negative_image_embeds, after.negative_image_embeds)
+        assert isinstance(reloaded.scheduler, OneShotScheduler)
+    assert reloaded.prior.metadata["text_encoder"] == adapter.metadata["text_encoder"]
+
+
+def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(parts, tiny_clip, adapter, embed, tmp_path):
+    prior = prior_transformer(tiny_clip, DIM)
+    KandinskyV22PriorPipeline(
+        prior=prior, scheduler=UnCLIPScheduler(prediction_type="sample"), **parts
+    ).save_pretrained(tmp_path)
+    pipe = CSDiffPriorPipeline.from_pretrained(tmp_path, prior=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+
+
+def test_without_an_image_encoder(parts, adapter, embed, tmp_path):
+    pipe = CSDiffPriorPipeline(adapter, parts["text_encoder"], parts["tokenizer"])
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(PROMPTS[:2])
+    torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.negative_image_embeds, embed(adapter, "", ""), atol=1e-5, rtol=0)
+    pipe.save_pretrained(tmp_path)
+    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path)
+    assert reloaded.image_encoder is None
+    assert torch.equal(reloaded(PROMPTS[:2]).image_embeds, output.image_embeds)
+    with pytest.raises(CSDiffError, match="image tower"):
+        pipe.interpolate([Image.new("RGB", (32, 32))], [1.0])
+
+
+def test_interpolate_mixes_prompts_and_pictures(pipe, adapter, encoders, embed, zero_image_embeds):
+    picture = Image.new("RGB", (48, 40), "red")
+    pixels = torch.randn(1, 3, encoders["image"].model.config.image_size, encoders["image"].model.config.image_size)
+    output = pipe.interpolate(["a cat", picture, pixels], [0.5, 0.2, 0.3], num_images_per_prompt=2)
+    expected = 0.5 * embed(adapter, "a cat")
+    expected = expected + 0.2 * encoders["image"].encode([picture]).embeds
+    with torch.no_grad():
+        expected = expected + 0.3 * encoders["image"].forward(pixels).embeds
+    torch.testing.assert_close(output.image_embeds, expected.repeat(2, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.negative_image_embeds, zero_image_embeds.repeat(2, 1), atol=1e-5, rtol=0)
+    named = pipe.interpolate(["a cat"], [1.0], negative_prompt="blurry")
+    torch.testing.assert_close(named.negative_image_embeds, embed(adapter, "blurry"), atol=1e-5, rtol=0)
+
+
+def test_a_diffusion_prior_keeps_its_scheduler_and_steps(parts, tiny_clip):
+    scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
+    prior = prior_transformer(tiny_clip, DIM)
+    torch.nn.init.ones_(prior.clip_std)
+    pipe = CSDiffPriorPipeline(prior, **parts, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    seeded = [
+        pipe(PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(s)).image_embeds for s in (0, 0, 1)
+    ]
+    assert pipe.num_timesteps == 3
+    assert torch.equal(seeded[0], seeded[1])
+    assert not torch.equal(seeded[0], seeded[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": []}, "prompt: expected a string or a list"),
+        ({"prompt": 3}, "found 3"),
+        ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "one for each of 3 prompts, found 2"),
+        ({"prompt": PROMPTS, "generator": [torch.Generator()]}, "a list of 3, found a list of 1"),
+        ({"prompt": PROMPT, "output_type": "pil"}, "'pt' or 'np', found 'pil'"),
+        ({"prompt": PROMPT, "callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, arguments, words):
+    with pytest.raises(CSDiffError, match=words):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(("items", "weights"), [([], []), (["a"], [0.5, 0.5])])
+def test_interpolate_wants_as_many_weights_as_items(pipe, items, weights):
+    with pytest.raises(CSDiffError, match="as many weights"):
+        pipe.interpolate(items, weights)
