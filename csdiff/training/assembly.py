@@ -10,14 +10,15 @@ from torch import nn
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
-from csdiff.embeddings.encoders import encoder_files, load_text_encoder
+from csdiff.embeddings.encoders import load_image_encoder, load_text_encoder
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.embeddings.text_encoder import load_tokenizer
 from csdiff.errors import CSDiffError
 from csdiff.losses.registry import OBJECTIVES, build_objective
 from csdiff.training.config import TrainConfig
+from csdiff.training.data import is_store
 from csdiff.training.denoising import DIFFUSION, DenoisingObjective
 from csdiff.training.inputs import Inputs, Tokenize
+from csdiff.training.pictures import Pictures
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask, Embedder
 
@@ -117,7 +118,7 @@ def can_start(adapter: Adapter) -> bool:
 
 
 def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator) -> AlignmentTask:
-    """The task on the device, wrapped for the processes there are."""
+    """The task on the device, for the processes there are."""
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
     objective = _objective(config, group)
     embedder.to(accelerator.device)
@@ -127,7 +128,6 @@ def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator
         raise CSDiffError(f"--adapter {config.adapter} has no weights to train.")
     if config.compile:
         embedder.compile()
-    task.model = accelerator.prepare_model(embedder)
     return task
 
 
@@ -152,41 +152,91 @@ def autocast_of(config: TrainConfig, device: torch.device):
     )
 
 
-def build_inputs(config: TrainConfig, sources: Sources, adapter: Adapter, device: torch.device) -> Inputs:
-    """What is read and what is encoded at every step.
+def wants_tokens(config: TrainConfig) -> bool:
+    """Whether the objective is to see tokens: its `token_weight` is given and not 0."""
+    return bool(config.objective_options.get("token_weight"))
+
+
+def wants_states(config: TrainConfig) -> bool:
+    """Whether token states of the text are to be cached when a dataset is embedded."""
+    adapter = ADAPTERS[config.adapter]
+    return (
+        config.data.text != "online"
+        and not adapter.uses_input_ids
+        and (adapter.uses_text_states is not False or wants_tokens(config))
+    )
+
+
+def build_inputs(config: TrainConfig, sources: Sources, embedder: Embedder, device: torch.device) -> Inputs:
+    """What is read and what is encoded at every step; gives the embedder its projection of tokens.
 
     Raises:
         CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states that
-            are neither cached nor encoded, captions that are not there.
+            are neither cached nor encoded, captions or pictures that are not there.
     """
-    keys, data = sources.store.keys, config.data
-    states = ("text_states", "text_mask") if adapter.uses_text_states else ()
+    adapter, keys, data, tokens = embedder.adapter, sources.store.keys, config.data, wants_tokens(config)
+    states = (
+        ("text_states", "text_mask") if adapter.uses_text_states or (tokens and not adapter.uses_input_ids) else ()
+    )
     cached = set(states) <= set(keys)
-    text_encoder = tokenize = None
+    text_encoder = tokenize = image_encoder = pictures = None
     if adapter.uses_input_ids:
         if data.text == "cached":
             raise CSDiffError(
                 f"--adapter {config.adapter} changes the text encoder itself, so it cannot be trained on cached text: "
                 "set --data.text online."
             )
-        tokenizer = load_tokenizer(adapter.config.text_encoder, encoder_files(adapter.config.text_encoder, "text"))
-        tokenize = Tokenize(tokenizer)
-    elif data.text == "online" or (data.text == "auto" and not cached):
+        tokenize = Tokenize(adapter.config.text_encoder)
+    elif data.text == "cached" and not cached:
+        raise CSDiffError(
+            f"--adapter {config.adapter} needs token states, and {sources.store.path} has none: embed again with "
+            "--text_states true, or set --data.text online."
+        )
+    online = data.text == "online" or not cached
+    if tokenize is None and (online or tokens):
         text_encoder = load_text_encoder(text_encoder_id(config, sources), device)
         _check_encoder(text_encoder.describe(), sources, "text")
-    elif not cached:
-        raise CSDiffError(
-            f"--adapter {config.adapter} needs token states, and {sources.store.path} has none: embed again with token "
-            "states, or set --data.text online."
-        )
-    if (text_encoder or tokenize) and not has_captions(sources.store):
+    if (tokenize or online) and not has_captions(sources.store):
         raise CSDiffError(
             f"--adapter {config.adapter} encodes captions at every step, and {sources.store.path} has no captions: "
             "expected the column caption in metadata/*.parquet."
         )
-    if text_encoder is not None:
-        states = ()
-    return Inputs(device, ("text_embeds", *states), ("image_embeds",), text_encoder, tokenize=tokenize)
+    image_keys = ("image_embeds",)
+    if tokens:
+        image_encoder, pictures = _image_tokens(config, sources, device)
+        image_keys = ("image_embeds",) if pictures else ("image_embeds", "image_tokens")
+        embedder.project_text_with(adapter.text_encoder.text_projection if tokenize else text_encoder.project)
+    return Inputs(
+        device,
+        ("text_embeds", *(() if online else states)),
+        image_keys,
+        text_encoder if online and tokenize is None else None,
+        tokenize,
+        image_encoder,
+        pictures,
+    )
+
+
+def _image_tokens(config: TrainConfig, sources: Sources, device: torch.device):
+    """The image encoder that projects tokens, and the pictures it is to see where tokens are not cached."""
+    name = config.data.image_encoder or (sources.fingerprint.get("image_encoder") or {}).get("id")
+    if name is None:
+        raise CSDiffError(
+            f"--objective_options.token_weight: {sources.store.path} does not say which image encoder made it, and "
+            "its projection is needed for the tokens: name it with --data.image_encoder."
+        )
+    encoder = load_image_encoder(name, device)
+    _check_encoder(encoder.describe(), sources, "image")
+    cached = "image_tokens" in sources.store.keys
+    if config.data.image != "online" and cached:
+        return encoder, None
+    path = config.data.images or (None if is_store(config.data.train) else config.data.train)
+    if config.data.image == "cached" or path is None:
+        raise CSDiffError(
+            f"--objective_options.token_weight: the token term needs image tokens, and {sources.store.path} has none: "
+            "embed again with --image_tokens true, or name the dataset with the pictures with --data.images."
+        )
+    return encoder, Pictures(path)
 
 
 def text_encoder_id(config: TrainConfig, sources: Sources) -> str:
@@ -211,8 +261,8 @@ def _check_encoder(found: dict, sources: Sources, side: str) -> None:
     hashes = stated.get("weights_sha256"), found.get("weights_sha256")
     if all(hashes) and hashes[0] != hashes[1]:
         raise CSDiffError(
-            f"--data.{side}_encoder {found['id']}: {sources.store.path} was made with {stated.get('id')}, whose weights "
-            f"differ ({hashes[0][:12]}, found {hashes[1][:12]}): use that encoder, or embed the data again."
+            f"--data.{side}_encoder {found['id']}: {sources.store.path} was made with {stated.get('id')}, whose "
+            f"weights differ ({hashes[0][:12]}, found {hashes[1][:12]}): use that encoder, or embed the data again."
         )
 
 

@@ -85,7 +85,7 @@ class Checkpoints:
         aside = self.folder / f"{_PARTIAL}{name}"
         aside.unlink(missing_ok=True)
         aside.symlink_to(self.path(step).name, target_is_directory=True)
-        os.replace(aside, self.folder / name)
+        aside.replace(self.folder / name)
 
     def _full_message(self, target: Path, size: int) -> str:
         last = self.latest()
@@ -119,11 +119,11 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     if target.exists():
         replaced = target.with_name(f"{_PARTIAL}replaced-{target.name}")
         shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(target, replaced)
-        os.rename(aside, target)
+        target.rename(replaced)
+        aside.rename(target)
         shutil.rmtree(replaced)
     else:
-        os.rename(aside, target)
+        aside.rename(target)
     _sync(target.parent)
 
 
@@ -132,7 +132,7 @@ def write_file(target: Path, text: str) -> None:
     aside = target.with_name(f"{_PARTIAL}{target.name}")
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
-    os.replace(aside, target)
+    aside.replace(target)
     _sync(target.parent)
 
 

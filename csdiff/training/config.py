@@ -25,7 +25,9 @@ class DataConfig:
     text: Literal["auto", "cached", "online"] = "auto"
     """Text embeddings from the store, or from the text encoder at every step; auto asks the adapter."""
     image: Literal["auto", "cached", "online"] = "auto"
-    """Image embeddings from the store, or from the image encoder at every step; auto asks the objective."""
+    """Image tokens from the store, or from the image encoder at every step; auto asks the objective."""
+    images: str | None = None
+    """Dataset with the pictures of the store, for an image encoder at every step; by default the one embedded."""
     text_encoder: str | None = None
     """Text encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
     image_encoder: str | None = None

@@ -12,7 +12,6 @@ The result is the gradient of one big batch; memory is that of one micro-batch, 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ def cached_gradients(
     loss: Callable[[dict[str, Tensor]], Any],
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     reseed: Callable[[int], None] = lambda index: None,
-    no_sync: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Any:
     """Add to the gradient of every weight what `loss` of the joined micro-batches gives.
 
@@ -39,7 +37,6 @@ def cached_gradients(
         loss: Objective of the joined embeddings; its result has a scalar `.loss`.
         backward: Backward of the loss, for example with the loss scale of float16.
         reseed: Sets the random state of a micro-batch by its index, so that both passes draw the same dropout masks.
-        no_sync: Context in which a distributed model does not reduce gradients; entered for all but the last backward.
 
     Returns:
         What `loss` returned.
@@ -61,9 +58,8 @@ def cached_gradients(
     place = dict.fromkeys(joined, 0)
     for index, rows in enumerate(micro_batches):
         reseed(index)
-        with no_sync() if index < len(micro_batches) - 1 else nullcontext():
-            embedded = forward(rows)
-            torch.autograd.backward(list(embedded.values()), [gradients[name][place[name]] for name in embedded])
+        embedded = forward(rows)
+        torch.autograd.backward(list(embedded.values()), [gradients[name][place[name]] for name in embedded])
         for name in embedded:
             place[name] += 1
     return output

@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
@@ -51,12 +49,11 @@ class Loop:
         optimizer: Over the task's weights.
         scaler: Loss scaler of float16; disabled otherwise.
         rank: Of this process.
-        group: Process group that shares the batch, or None.
     """
 
-    def __init__(self, config: TrainConfig, task: AlignmentTask, optimizer, scaler, rank: int = 0, group=None):
+    def __init__(self, config: TrainConfig, task: AlignmentTask, optimizer, scaler, rank: int = 0):
         self.config, self.task, self.optimizer, self.scaler = config, task, optimizer, scaler
-        self.rank, self.group = rank, group
+        self.rank = rank
         self.progress = Progress()
 
     def step(self, batch: Rows) -> dict[str, torch.Tensor | float] | None:
@@ -75,9 +72,8 @@ class Loop:
                 config.micro_batch_size,
                 scale=self.scaler.scale,
                 reseed=self._reseed,
-                no_sync=getattr(self.task.model, "no_sync", nullcontext),
             )
-            self._average_objective_gradients()
+            self.task.average_gradients()
             norm = self._clip()
             reason = None if torch.isfinite(norm) else "the gradient is not finite"
         except NonFinite as problem:
@@ -103,14 +99,6 @@ class Loop:
         seed = self.config.seed * 0x9E3779B97F4A7C15 + self.progress.step * 0xBF58476D1CE4E5B9
         seed += self.rank * 0x94D049BB133111EB + micro_batch * 0xD6E8FEB86659FD93
         torch.manual_seed(seed % 2**63)
-
-    def _average_objective_gradients(self) -> None:
-        """DDP averages the embedder's gradients; the objective's few weights are outside of it."""
-        if self.group is not None:
-            for parameter in self.task.objective.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad, group=self.group)
-                    parameter.grad /= dist.get_world_size(self.group)
 
     def _clip(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -138,7 +126,8 @@ class TooManySkipped(CSDiffError):
 
     def __init__(self, progress: Progress, reason: str):
         super().__init__(
-            f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because {reason}"
+            f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because "
+            f"{reason}"
         )
 
 

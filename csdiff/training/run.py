@@ -76,13 +76,15 @@ class Run:
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
         processes = self.accelerator.num_processes
         say(
-            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {len(self.sources.train):,} pairs"
-            f"{extra}, {held_out:,} held out ({store.path}, text {store.text_dim}, image {store.image_dim})."
+            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on "
+            f"{len(self.sources.train):,} pairs{extra}, {held_out:,} held out ({store.path}, "
+            f"text {store.text_dim}, image {store.image_dim})."
         )
         say(
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs "
             f"({config.max_steps * config.batch_size / len(self.sources.train):.1f} epochs) on {processes} "
-            f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; output in {self.folder.path}."
+            f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; "
+            f"output in {self.folder.path}."
         )
         if start is not None:
             say(f"Continuing from {start} at step {self.loop.progress.step}.")
@@ -201,7 +203,8 @@ class Run:
         where = self.folder.checkpoints.path(self.loop.progress.step)
         self.console.stop()
         self.console.say(
-            f"Stopped by {name} after step {self.loop.progress.step}; {where} is written, run the same command to continue."
+            f"Stopped by {name} after step {self.loop.progress.step}; {where} is written, run the same "
+            "command to continue."
         )
         raise SystemExit(128 + (number or signal.SIGTERM))
 

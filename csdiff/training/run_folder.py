@@ -1,6 +1,7 @@
 """The output folder of a run: whose it is, where to continue, and its record of numbers."""
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -117,7 +118,7 @@ class RunFolder:
         for path in list(self.path.iterdir()):
             # Embeddings made for the earlier run serve the new one; they carry their own fingerprint.
             if not path.name.startswith("previous-") and path.name != "store":
-                os.rename(path, aside / path.name)
+                path.rename(aside / path.name)
 
     def _forget_after(self, step: int) -> None:
         """Drop metrics of steps that a killed run had logged beyond its last checkpoint."""
@@ -135,5 +136,12 @@ class RunFolder:
 
     def log(self, step: int, kind: str, numbers: dict) -> None:
         """Append one line to `metrics.jsonl`."""
-        with open(self.path / METRICS_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False, default=float) + "\n")
+        with (self.path / METRICS_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **_finite(numbers)}) + "\n")
+
+
+def _finite(value):
+    """JSON has no infinities: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -73,8 +73,8 @@ def load_state(folder: Path, task: AlignmentTask, optimizer: torch.optim.Optimiz
         content = json.loads((source / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CSDiffError(
-            f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give another "
-            "with --resume."
+            f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give "
+            "another with --resume."
         ) from error
     expected = {f"online.{name}": tuple(p.shape) for name, p in task.parameters.items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith("online.")}

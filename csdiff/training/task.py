@@ -17,25 +17,31 @@ class NonFinite(ArithmeticError):
 
 
 class Embedder(nn.Module):
-    """Everything with trainable weights, as one module for DDP: rows in, embeddings in the image space out.
+    """Everything with trainable weights, as one module: rows in, embeddings in the image space out.
 
     Args:
         adapter: Text side.
         image_adapter: Image side, for retrieval; None leaves image embeddings as they are.
-        project_text: Frozen map of token states into the space of the text embeddings, for a token-level term; None
-            without one.
     """
 
-    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None, project_text=None):
+    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None):
         super().__init__()
         self.adapter, self.image_adapter = adapter, image_adapter
-        # Hidden in a tuple: it is frozen, and must not become a part of this module.
-        self._project_text = (project_text,)
+        self._project_text: Callable[[Tensor], Tensor] | None = None
+
+    def project_text_with(self, projection: Callable[[Tensor], Tensor]) -> None:
+        """Map tokens too, for a token-level term.
+
+        Args:
+            projection: Token states (B, L, H) to the space of the text embeddings (B, L, Dt), by the text encoder.
+        """
+        # A bound method: the encoder behind it is frozen and must not become a part of this module.
+        self._project_text = projection
 
     @property
     def tokens(self) -> bool:
         """Whether tokens are mapped too."""
-        return self._project_text[0] is not None
+        return self._project_text is not None
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         """What the objective needs of groups of rows.
@@ -68,7 +74,7 @@ class Embedder(nn.Module):
         prediction, states = self._text(pairs)
         embedded = {"prediction": prediction}
         if tokens:
-            projected = self._project_text[0](states if states is not None else pairs["text_states"])
+            projected = self._project_text(states if states is not None else pairs["text_states"])
             embedded["text_tokens"] = self.adapter.embed(projected.flatten(0, 1)).unflatten(0, projected.shape[:2])
         if self.image_adapter is not None:
             embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
@@ -102,17 +108,18 @@ class AlignmentTask:
         group: dist.ProcessGroup | None = None,
     ):
         self.embedder, self.objective, self.autocast, self.group = embedder, objective, autocast, group
-        self.model: nn.Module = embedder
         self.parameters = {
             **{f"embedder.{n}": p for n, p in embedder.named_parameters() if p.requires_grad},
             **{f"objective.{n}": p for n, p in objective.named_parameters() if p.requires_grad},
         }
+        if group is not None:
+            self.broadcast()
         self.ema = EMA(self.parameters, ema_decay)
 
     def embed(self, rows: Rows) -> dict[str, Tensor]:
-        """The embedder, wrapped for distributed training if it is, under autocast."""
+        """What the embedder makes of rows, in the computation type."""
         with self.autocast():
-            return self.model(rows)
+            return self.embedder(rows)
 
     def loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
         """The objective of embedded rows and of what in the batch does not depend on the weights."""
@@ -156,7 +163,6 @@ class AlignmentTask:
         micro_batch_size: int | None = None,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         reseed: Callable[[int], None] = lambda index: None,
-        no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> Any:
         """Adds the gradient of the loss to every weight; in micro-batches where given. Returns loss and terms.
 
@@ -172,16 +178,9 @@ class AlignmentTask:
                 loss=lambda embedded: self._finite_loss(embedded, batch),
                 backward=lambda loss: scale(loss).backward(),
                 reseed=reseed,
-                no_sync=no_sync,
             )
         reseed(0)
-        embedded = self.embed(rows)
-        try:
-            output = self._finite_loss(embedded, batch)
-        except NonFinite:
-            # DDP wants a backward after every forward.
-            torch.autograd.backward(list(embedded.values()), [torch.zeros_like(v) for v in embedded.values()])
-            raise
+        output = self._finite_loss(self.embed(rows), batch)
         scale(output.loss).backward()
         return output
 
@@ -193,6 +192,27 @@ class AlignmentTask:
         if not self.agree(bool(output.loss.detach().isfinite())):
             raise NonFinite("the loss is not finite")
         return output
+
+    def average_gradients(self) -> None:
+        """Replace every gradient by its mean over the processes, in one reduction.
+
+        The objective scales the gradients it hands back so that this mean is the gradient of the whole batch. One flat
+        reduction after the last backward adds in the same order at every step, which DDP's buckets do not once they
+        are rebuilt: a resumed run would differ in the last bits.
+        """
+        if self.group is None:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        flat /= dist.get_world_size(self.group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    def broadcast(self) -> None:
+        """Give every process the weights of the first one."""
+        for tensor in (*self.parameters.values(), *self.embedder.adapter.buffers()):
+            dist.broadcast(tensor.detach(), 0, group=self.group)
 
     def agree(self, fine: bool) -> bool:
         """Whether something holds on every process, so that all of them take the same turn."""

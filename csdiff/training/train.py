@@ -1,13 +1,22 @@
 """A training run from start to finish: `train(config)`."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from csdiff.errors import CSDiffError
-from csdiff.training.assembly import build_embedder, build_inputs, build_task, check_names, check_objective
+from csdiff.training.assembly import (
+    build_embedder,
+    build_inputs,
+    build_task,
+    check_names,
+    check_objective,
+    wants_states,
+    wants_tokens,
+)
 from csdiff.training.config import TrainConfig, check
 from csdiff.training.console import Console
 from csdiff.training.embedding import embed_dataset
@@ -43,14 +52,15 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = _accelerator(config, folder)
     console = Console(accelerator.is_main_process, config.logging.progress)
 
-    sources = open_sources(config, lambda path, name: embed_dataset(config, accelerator, console, path, name))
+    states, tokens = wants_states(config), wants_tokens(config) and config.data.image != "online"
+    sources = open_sources(config, partial(embed_dataset, config, accelerator, states=states, tokens=tokens))
     check_objective(config, sources)
     embedder = build_embedder(config, sources)
-    inputs = build_inputs(config, sources, embedder.adapter, accelerator.device)
+    inputs = build_inputs(config, sources, embedder, accelerator.device)
     task = build_task(config, embedder, accelerator)
     optimizer = make_optimizer(task, config)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
-    loop = Loop(config, task, optimizer, scaler, accelerator.process_index, task.group)
+    loop = Loop(config, task, optimizer, scaler, accelerator.process_index)
     if start is not None:
         loop.progress, scaler_state = load_state(start, task, optimizer)
         if scaler.is_enabled() and scaler_state:
@@ -83,11 +93,6 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
             mixed_precision="no",
             log_with=config.logging.trackers or None,
             project_dir=folder.path / "logs",
-            kwargs_handlers=[
-                # Rebuilt buckets would sum in another order after a resume than before it: DDP rebuilds none when it
-                # looks for unused parameters, which also lets adapters have some.
-                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-            ],
         )
     except ValueError as error:
         raise CSDiffError(f"--logging.trackers {config.logging.trackers}: {error}") from error

@@ -52,7 +52,8 @@ def gradients(task):
 
 
 def assert_same(one, other, tolerance=1e-6):
-    assert one.keys() == other.keys() and one
+    assert one
+    assert one.keys() == other.keys()
     scale = max(value.abs().max() for value in one.values())
     for name, value in one.items():
         assert (value - other[name]).abs().max() <= tolerance * scale, name
@@ -148,4 +149,5 @@ def test_keeps_the_graph_of_one_micro_batch_only():
 
     parts = split({"pairs": {"x": torch.randn(12, 4)}}, 4)
     cached_gradients(forward, parts, lambda embedded: Output(embedded["prediction"].square().mean().exp()))
-    assert weight.grad is not None and not alive
+    assert weight.grad is not None
+    assert not alive

@@ -1,0 +1,71 @@
+"""Two real processes on gloo: the objective is that of the whole batch, and a run may change its process count."""
+
+import json
+
+import pytest
+import torch
+import training_processes as processes
+from safetensors.torch import load_file, save_file
+
+
+def gradients_of_a_batch(store, output, micro):
+    """The gradient of the first global batch, after whatever averaging there is; written by the main process."""
+    from accelerate import Accelerator
+
+    from csdiff.training.assembly import build_embedder, build_inputs, build_task
+    from csdiff.training.sources import open_sources
+
+    accelerator = Accelerator(cpu=True)
+    made = processes.config(store, output, batch_size=25, micro_batch_size=micro)
+    made.adapter_options["dropout"] = 0.0
+    sources = open_sources(made, None)
+    embedder = build_embedder(made, sources)
+    inputs = build_inputs(made, sources, embedder, accelerator.device)
+    task = build_task(made, embedder, accelerator)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    batch = {"pairs": next(inputs.batches("pairs", sources.train, 25, 0, rank, size, 0))}
+    output_of = task.backward(inputs.prepare(batch), micro)
+    task.average_gradients()
+    found = {name: p.grad for name, p in task.parameters.items()} | {"loss": output_of.loss.detach().reshape(1)}
+    if accelerator.is_main_process:
+        save_file({"processes": torch.tensor([size]), **found}, output / f"{size}-{micro}.safetensors")
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+def test_the_gradient_is_that_of_one_process(plain_store, tmp_path, micro):
+    """25 rows: the two processes have 12 and 13."""
+    assert processes.finish(processes.start(gradients_of_a_batch, plain_store, tmp_path, None)) == [0]
+    assert processes.group(gradients_of_a_batch, plain_store, tmp_path, micro) == [0, 0]
+    one = load_file(tmp_path / "1-None.safetensors")
+    two = load_file(tmp_path / f"2-{micro}.safetensors")
+    assert (one.pop("processes").item(), two.pop("processes").item()) == (1, 2)
+    assert one.keys() == two.keys()
+    scale = max(value.abs().max() for name, value in one.items() if name != "loss")
+    for name, value in one.items():
+        assert (value - two[name]).abs().max() <= 1e-6 * (value.abs().max() if name == "loss" else scale), name
+
+
+def test_a_run_continues_on_another_process_count(plain_store, tmp_path):
+    """Without dropout the process count changes rounding only: all three runs see one sample order."""
+    losses = {}
+    for name, counts in {"one": (1, 1), "two": (2, 2), "changing": (2, 1)}.items():
+        for count, steps in zip(counts, (6, 12), strict=True):
+            made = processes.config(plain_store, tmp_path / name, max_steps=steps, **{"schedule.name": "constant"})
+            made.schedule.warmup_steps = 2
+            made.adapter_options["dropout"] = 0.0
+            codes = processes.group(processes.train, made, size=count)
+            assert codes == [0] * count
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
+        assert len(losses[name]) == 12
+    torch.testing.assert_close(losses["two"], losses["one"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["changing"], losses["one"], rtol=1e-4, atol=1e-5)
+
+
+def test_killed_and_resumed_with_two_processes(plain_store, tmp_path):
+    made = processes.config(plain_store, tmp_path / "undisturbed")
+    assert processes.group(processes.train, made) == [0, 0]
+    made = processes.config(plain_store, tmp_path / "killed")
+    assert all(processes.group(processes.train_and_die, made, "after a step", 7))
+    assert processes.group(processes.train, made) == [0, 0]
+    assert processes.everything(tmp_path / "killed") == processes.everything(tmp_path / "undisturbed")

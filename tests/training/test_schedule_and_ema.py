@@ -1,0 +1,58 @@
+"""Learning rate and running average."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from csdiff.training.config import ScheduleConfig
+from csdiff.training.ema import EMA
+from csdiff.training.schedule import learning_rate_factor, warmup_steps
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_warms_up_to_the_peak_and_ends_low(name):
+    config = ScheduleConfig(name=name, warmup_steps=10, final_ratio=0.1)
+    factors = [learning_rate_factor(config, step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1
+    assert factors[-1] == pytest.approx(1 if name == "constant" else 0.1)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
+
+
+def test_default_warmup():
+    assert warmup_steps(ScheduleConfig(), 2000) == 100
+    assert warmup_steps(ScheduleConfig(), 10**6) == 500
+    assert learning_rate_factor(ScheduleConfig(), 0, 1) == 1
+
+
+def test_average_is_the_weighted_sum_of_the_past():
+    parameter = nn.Parameter(torch.zeros(3))
+    ema = EMA({"w": parameter}, decay=0.5)
+    expected = torch.zeros(3)
+    for step in range(1, 30):
+        parameter.data.fill_(float(step))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    torch.testing.assert_close(ema.average["w"], expected)
+
+
+def test_applied_gives_the_online_weights_back_bit_for_bit():
+    parameter = nn.Parameter(torch.randn(100))
+    before = parameter.detach().clone()
+    ema = EMA({"w": parameter}, decay=0.9)
+    parameter.data += 1
+    online = parameter.detach().clone()
+    with ema.applied():
+        assert torch.equal(parameter, before)
+    assert torch.equal(parameter, online)
+
+
+def test_no_decay_follows_the_weights():
+    parameter = nn.Parameter(torch.randn(5))
+    ema = EMA({"w": parameter}, decay=0.0)
+    parameter.data += 3
+    ema.update(1)
+    assert torch.equal(ema.average["w"], parameter)
