@@ -32,6 +32,7 @@ class PromptEmbedder:
     def __init__(self, card: AdapterCard | None, decoder: DecoderSource, device: torch.device, dtype: torch.dtype):
         self.decoder, self.device, self.dtype = decoder, device, dtype
         self.adapter = None
+        self.image_encoder = decoder.encoder("image") or (card.metadata.get("image_encoder") if card else None)
         known = (
             decoder.encoder("text") if card is None else card.metadata.get("text_encoder") or decoder.encoder("text")
         )
@@ -96,11 +97,11 @@ class PromptEmbedder:
             return self.embed([prompt])
         if self.decoder.hand_over != "kandinsky":
             return None
-        known = self.decoder.encoder("image")
+        known = self.image_encoder
         if not (known or {}).get("id"):
             raise CSDiffError(
-                f"The decoder {self.decoder.source} names no image encoder, which guidance needs for its default "
-                "negative; give --negative_prompt, or --guidance 1."
+                f"Neither the decoder {self.decoder.source} nor the adapter names an image encoder, which guidance "
+                "needs for its default negative; give --negative_prompt, or --guidance 1."
             )
         encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
         size = encoder.model.config.image_size

@@ -1,0 +1,187 @@
+"""`load_adapter`: what it refuses, and adapters that are more than a prior."""
+
+import pytest
+import torch
+from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, UnCLIPScheduler
+from tiny_pipelines import (
+    DIM,
+    PROMPT,
+    clip_parts,
+    karlo_folder,
+    prior_transformer,
+    random_adapter,
+    stable_unclip,
+)
+
+from csdiff import CSDiffError, load_adapter
+from csdiff.adapters import DiffusionAdapter, LoRAAdapter, TransformerAdapter
+from csdiff.pipelines import CSDiffPriorPipeline, load_karlo
+
+
+@pytest.fixture
+def pipe(tiny_clip):
+    """A stock prior pipeline."""
+    scheduler = UnCLIPScheduler(prediction_type="sample")
+    pipe = KandinskyV22PriorPipeline(
+        prior=prior_transformer(tiny_clip, DIM), scheduler=scheduler, **clip_parts(tiny_clip)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def lora(metadata, tiny_clip):
+    torch.manual_seed(0)
+    adapter = LoRAAdapter(embedding_dim=DIM, text_encoder=str(tiny_clip), rank=2).eval()
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5, torch.randn(DIM), torch.rand(DIM) + 0.5)
+    adapter.metadata = dict(metadata)
+    return adapter
+
+
+def lora_embeds(adapter, tokenizer, prompt):
+    tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return adapter.embed_input_ids(tokens.input_ids)
+
+
+def test_lora_brings_its_text_encoder_and_is_saved_merged(pipe, lora, tmp_path):
+    expected = lora_embeds(lora, pipe.tokenizer, PROMPT)
+    load_adapter(pipe, lora)
+    torch.testing.assert_close(pipe(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    reloaded = KandinskyV22PriorPipeline.from_pretrained(tmp_path)
+    reloaded.set_progress_bar_config(disable=True)
+    seen = reloaded(PROMPT, num_inference_steps=1, guidance_scale=1.0).image_embeds
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_in_our_prior_pipeline(lora, tiny_clip):
+    pipe = CSDiffPriorPipeline(lora, **clip_parts(tiny_clip))
+    pipe.set_progress_bar_config(disable=True)
+    expected = lora_embeds(lora, pipe.tokenizer, PROMPT)
+    torch.testing.assert_close(pipe(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_leaves_the_decoders_text_encoder_alone(lora, tiny_clip, tmp_path):
+    pipe = stable_unclip(tiny_clip, DIM)
+    own = pipe.text_encoder
+    load_adapter(pipe, lora)
+    assert pipe.text_encoder is own
+    assert pipe.prior_text_encoder is not own
+    with pytest.raises(CSDiffError, match="one text encoder for prior and decoder"):
+        load_karlo(lora, karlo_folder(tmp_path, tiny_clip, DIM), check=False)
+
+
+def test_text_states_and_masks_reach_the_transformer(pipe, encoders, metadata, embed):
+    text = encoders["text"]
+    adapter = TransformerAdapter.from_preset(
+        "tiny", embedding_dim=DIM, states_dim=text.states_dim, num_embeddings=text.max_length
+    ).eval()
+    torch.nn.init.normal_(adapter.proj_to_clip_embeddings.weight)
+    adapter.metadata = dict(metadata)
+    prompts = ["a cat", "a rather longer prompt", ""]
+    seen = load_adapter(pipe, adapter)(prompts).image_embeds
+    torch.testing.assert_close(seen, embed(adapter, *prompts), atol=1e-5, rtol=1e-5)
+
+
+def test_a_noise_token_draws_from_the_generator(pipe, encoders, metadata):
+    text = encoders["text"]
+    adapter = TransformerAdapter.from_preset(
+        "tiny", embedding_dim=DIM, states_dim=text.states_dim, num_embeddings=text.max_length, noise_token=True
+    )
+    torch.nn.init.normal_(adapter.proj_to_clip_embeddings.weight)
+    adapter.metadata = dict(metadata)
+    ours = CSDiffPriorPipeline(adapter, **clip_parts_of(pipe))
+    ours.set_progress_bar_config(disable=True)
+
+    def draw(seed, **options):
+        return ours(PROMPT, num_images_per_prompt=2, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(0).image_embeds, draw(0).image_embeds)
+    assert not torch.equal(draw(0).image_embeds, draw(1).image_embeds)
+    assert not torch.equal(*draw(0).image_embeds)
+    # a negative prompt does not change what the prompt gives
+    torch.testing.assert_close(draw(0).image_embeds, draw(0, negative_prompt="blurry").image_embeds)
+
+
+def clip_parts_of(pipe):
+    return {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "image_encoder", "image_processor")}
+
+
+def test_a_diffusion_adapter_gets_its_scheduler_and_many_steps(pipe, encoders, metadata, tiny_clip):
+    text = encoders["text"]
+    adapter = DiffusionAdapter(
+        embedding_dim=DIM,
+        states_dim=text.states_dim,
+        num_embeddings=text.max_length,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+    ).eval()
+    adapter.metadata = dict(metadata)
+    load_adapter(pipe, adapter)
+    assert isinstance(pipe.scheduler, UnCLIPScheduler)
+    encoded = text.encode([PROMPT])
+    with torch.no_grad():
+        expected = adapter.embed(
+            encoded.embeds,
+            encoded.states,
+            encoded.mask,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+        )
+    seen = pipe(PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seen.image_embeds, expected, atol=1e-4, rtol=1e-4)
+    stable = load_adapter(stable_unclip(tiny_clip, DIM), adapter)
+    stable.set_progress_bar_config(disable=True)
+    stable(PROMPT, prior_num_inference_steps=3, num_inference_steps=1, output_type="np")
+    assert len(stable.prior_scheduler.timesteps) == 3
+
+
+def test_from_an_adapter_folder(adapter_folder, adapter, embed, zero_image_embeds):
+    prior = CSDiffPriorPipeline.from_pretrained(adapter_folder)
+    prior.set_progress_bar_config(disable=True)
+    image_embeds, negative_image_embeds = prior(PROMPT).to_tuple()
+    torch.testing.assert_close(image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+    torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)
+    half = CSDiffPriorPipeline.from_pretrained(adapter_folder, torch_dtype=torch.bfloat16)
+    assert half.text_encoder.dtype == half.prior.dtype == torch.bfloat16
+
+
+def test_an_adapter_folder_that_names_no_encoder(tmp_path):
+    random_adapter().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CSDiffError, match="names no text encoder"):
+        CSDiffPriorPipeline.from_pretrained(tmp_path / "adapter")
+
+
+def test_pipelines_without_a_prior_are_refused(tiny_decoder, adapter):
+    with pytest.raises(CSDiffError, match="found KandinskyV22Pipeline; hand it `image_embeds`"):
+        load_adapter(KandinskyV22Pipeline.from_pretrained(tiny_decoder), adapter)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dim": 24}, "image embeddings of 24 dimensions, but KandinskyV22PriorPipeline takes 16"),
+        (
+            {"dim": DIM, "text_dim": 24},
+            "takes text embeddings of 24 dimensions, but KandinskyV22PriorPipeline gives 16",
+        ),
+    ],
+)
+def test_other_dimensions_are_refused(pipe, options, words):
+    prior = pipe.prior
+    with pytest.raises(CSDiffError, match=words):
+        load_adapter(pipe, random_adapter(**options))
+    assert pipe.prior is prior
+
+
+@pytest.mark.parametrize("tower", ["text_encoder", "image_encoder"])
+def test_other_encoders_are_refused_unless_told_otherwise(pipe, adapter, metadata, tower):
+    adapter.metadata = {**metadata, tower: {"id": "elsewhere/clip", "weights_sha256": "0" * 64}}
+    with pytest.raises(CSDiffError, match=f"trained on the {tower.replace('_', ' ')} elsewhere/clip"):
+        load_adapter(pipe, adapter)
+    assert load_adapter(pipe, adapter, check=False).prior is adapter
