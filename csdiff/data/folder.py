@@ -18,9 +18,9 @@ TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.j
 class ImageFolderSource(IndexedSource):
     """A folder of images.
 
-    With a table, the table decides: its rows are the items, and a file that is not there is a problem. Without one, the
-    items are all images below the folder in the order of their names, and `picture.txt` beside `picture.png` holds its
-    captions, one a line.
+    With a table, the table decides: its rows are the items, and a file that is not there is a problem. Without one,
+    the items are all images below the folder in the order of their names, and `picture.txt` beside `picture.png`
+    holds its captions, one a line.
 
     Args:
         folder: Of the images.
@@ -36,10 +36,10 @@ class ImageFolderSource(IndexedSource):
         self.folder, self.table = folder, table
         if table is None:
             names = sorted(
-                os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+                (Path(parent) / name).relative_to(folder).as_posix()
                 for parent, _, files in os.walk(folder, followlinks=True)
                 for name in files
-                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES
             )
             if not names:
                 raise CSDiffError(f"{folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from csdiff.data.items import Item, Problem, caption_list
 from csdiff.data.sources import IndexedSource
@@ -61,8 +62,7 @@ class HuggingFaceSource(IndexedSource):
         content, path = image.get("bytes"), image.get("path")
         if content is None and path is not None:
             try:
-                with open(path, "rb") as file:
-                    content = file.read()
+                content = Path(path).read_bytes()
             except OSError as error:
                 return Problem(str(index), "missing_image", str(error))
         if content is None:

@@ -26,13 +26,14 @@ def open_source(
 
     Args:
         source: One of
-            a folder of images, captioned by `metadata.jsonl` / `.csv` / `.parquet` / `.json` in it, by `captions_file`, by
-            text files beside the images, or not at all;
-            a table (`.jsonl`, `.csv`, `.tsv`, `.json`, `.parquet`) of captions and image files, relative to its folder;
-            a table or `.txt` file of captions alone;
-            a parquet file, or a folder of them named after their splits, with the images inside;
-            webdataset shards: a `.tar` file, a folder of them, or a pattern such as `data/{00000..00099}.tar`;
-            a folder written by `datasets.Dataset.save_to_disk`, or the id of a data set on the hub.
+
+            - a folder of images, captioned by `metadata.jsonl` / `.csv` / `.parquet` / `.json` in it, by
+              `captions_file`, by text files beside the images, or not at all;
+            - a table (`.jsonl`, `.csv`, `.tsv`, `.json`, `.parquet`) of captions and image files, relative to its
+            folder; - a table or `.txt` file of captions alone;
+            - a parquet file, or a folder of them named after their splits, with the images inside;
+            - webdataset shards: a `.tar` file, a folder of them, or a pattern such as `data/{00000..00099}.tar`;
+            - a folder written by `datasets.Dataset.save_to_disk`, or the id of a data set on the hub.
         split: Of a data set that has several.
         subset: Configuration of a data set on the hub.
         captions_file: Table for a folder of images, when it is not in the folder.
@@ -111,8 +112,8 @@ def _open_parquet(files: list[Path], columns: tuple) -> Source:
         return ParquetSource(files, *columns)
     if len(files) > 1:
         raise CSDiffError(
-            f"{files[0].parent}: expected a column of image bytes in the {len(files)} parquet files of the split, found "
-            f"{', '.join(schema.names)}; give one file."
+            f"{files[0].parent}: expected a column of image bytes in the {len(files)} parquet files of the split, "
+            f"found {', '.join(schema.names)}; give one file."
         )
     return _table_source(files[0], files[0].parent, columns)
 

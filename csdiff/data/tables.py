@@ -52,7 +52,8 @@ def read_table(
     """Read a caption table.
 
     Args:
-        path: `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects or strings), `.parquet`, or `.txt` (a caption a line).
+        path: `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects or strings), `.parquet`, or `.txt` (a caption a
+            line).
         image_column: Column of image file names; the usual names are tried by default.
         caption_column: Column of captions (strings or lists of strings); the usual names are tried by default.
         extra_columns: Further columns to keep, as text.
@@ -78,7 +79,8 @@ def read_table(
     if names is None and texts is None:
         raise CSDiffError(
             f"{path}: expected a column of captions ({', '.join(CAPTION_COLUMNS[:3])}, ...) or of image files "
-            f"({', '.join(IMAGE_COLUMNS[:3])}, ...), found {', '.join(columns) or 'no columns'}; name it with caption_column."
+            f"({', '.join(IMAGE_COLUMNS[:3])}, ...), found {', '.join(columns) or 'no columns'}; "
+            "name it with caption_column."
         )
     length = len(next(iter(columns.values())))
     captions = [caption_list(value) for value in columns[texts]] if texts else [[] for _ in range(length)]
@@ -127,7 +129,7 @@ def _grouped(files: list[str], captions: list[list[str]], extra: dict[str, list]
 def _read_csv(path: Path, delimiter: str = ",") -> dict[str, list]:
     import csv
 
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         columns: dict[str, list] = {name: [] for name in reader.fieldnames or []}
         for row in reader:
@@ -140,7 +142,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> dict[str, list]:
 
 def _read_json_lines(path: Path) -> dict[str, list]:
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

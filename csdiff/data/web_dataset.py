@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from csdiff.data.images import IMAGE_SUFFIXES
@@ -15,8 +16,8 @@ from csdiff.data.tables import CAPTION_COLUMNS
 class WebDatasetSource(Source):
     """Tar files in which `key.jpg`, `key.txt` and `key.json` belong together; one unit a file.
 
-    Captions are the lines of `key.txt`, or the caption field of `key.json`. A damaged archive gives the items before the
-    damage, then a problem.
+    Captions are the lines of `key.txt`, or the caption field of `key.json`. A damaged archive gives the items before
+    the damage, then a problem.
 
     Args:
         files: In order.
@@ -40,7 +41,7 @@ class WebDatasetSource(Source):
         self._names = stems if len(set(stems)) == len(stems) else [str(unit) for unit in range(len(stems))]
         self.image_column, self.caption_column, self.extra_columns = image_column, caption_column, list(extra_columns)
         # What the first entries have, the archive has: an entry without is then a problem of that entry.
-        first = [item for item, _ in zip(self.read(0, 0), range(100))]
+        first = list(islice(self.read(0, 0), 100))
         items = [item for item in first if isinstance(item, Item)]
         self.has_captions = any(item.captions for item in items)
         self.has_images = any(item.image is not None for item in items) or not items

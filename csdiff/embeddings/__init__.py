@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "statistics": ["EmbeddingStatistics"],
         "store": ["EmbeddingStore"],
         "text_encoder": ["TextEncoder", "TextEncoding"],
-        "writer": ["StoreWriter", "write_store"],
+        "from_tensors": ["write_store"],
+        "writer": ["StoreWriter"],
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from itertools import repeat
@@ -19,7 +20,8 @@ _MADV_POPULATE_READ = 22
 class NpyShard:
     """One npy file; never unpickles.
 
-    The header is read and checked against the size of the file when the shard is made; its rows are opened on first use.
+    The header is read and checked against the size of the file when the shard is made; its rows are opened on first
+    use.
 
     Args:
         path: The npy file.
@@ -32,7 +34,7 @@ class NpyShard:
     def __init__(self, path: Path, bfloat16: bool = False):
         self.path, self.bfloat16 = path, bfloat16
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 version = np.lib.format.read_magic(file)
                 read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
                 self.shape, fortran, self.dtype = read_header[version[0]](file)
@@ -42,7 +44,7 @@ class NpyShard:
         except (OSError, ValueError, KeyError) as error:
             raise CSDiffError(f"{path} is not a readable npy file ({error}); write this shard again.") from error
         allowed = ("uint16",) if bfloat16 else ("float16", "float32", "float64", "bool")
-        if self.dtype.name not in allowed or len(self.shape) < 2 or fortran:
+        if self.dtype.name not in allowed or not self.dtype.isnative or len(self.shape) < 2 or fortran:
             raise CSDiffError(
                 f"{path}: expected a C-ordered array of at least two dimensions of {' / '.join(allowed)}, found "
                 f"{self.dtype} {self.shape}{' in Fortran order' if fortran else ''}; save it again in that form."
@@ -50,7 +52,8 @@ class NpyShard:
         self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         expected, found = self.offset + len(self) * self.row_bytes, path.stat().st_size
         # A longer file than the header says is as wrong as a truncated one.
-        self.size_error = None if expected == found else f"expected {expected:,} bytes, found {found:,}"
+        if expected != found:
+            raise CSDiffError(f"{path} is damaged: its header says {expected:,} bytes, found {found:,}; restore it.")
         self._tensor: torch.Tensor | None = None
         self._map = None
         self._file = None
@@ -77,15 +80,14 @@ class NpyShard:
     def populate(self) -> None:
         """Read the whole shard and map its pages at once: twenty times cheaper than one page fault a row."""
         self.tensor()
-        try:
+        # An older system faults the pages in one by one.
+        with contextlib.suppress(AttributeError, OSError):
             self._map.madvise(_MADV_POPULATE_READ)
-        except (AttributeError, OSError):
-            pass  # An older system faults the pages in one by one.
 
     def descriptor(self) -> int:
         """An open file descriptor for positioned reads."""
         if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)
+            self._file = self.path.open("rb", buffering=0)
             if hasattr(os, "posix_fadvise"):
                 # Rows are far apart: what the system would read ahead is not wanted.
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -105,9 +107,10 @@ class ShardedArray:
 
     Args:
         shards: In row order, all of one shape but for the rows.
-        mapped: Gather rows through memory maps, the fastest once mapped. Otherwise by positioned reads, at about half the
-            speed: mapped pages count as memory of the process, and mapping one page for each row of an array much larger
-            than memory costs more than reading it.
+        mapped: Gather rows through memory maps, the fastest once mapped. Otherwise by positioned reads, at about half
+            the
+            speed: mapped pages count as memory of the process, and mapping one page for each row of an array much
+            larger than memory costs more than reading it.
     """
 
     def __init__(self, shards: list[NpyShard], mapped: bool = True):
@@ -142,7 +145,7 @@ class ShardedArray:
         used, first = np.unique(shard_of[order], return_index=True)
         edges = [*first.tolist(), len(indices)]
         gathered = torch.empty((len(indices), *self.row_shape), dtype=self.storage_dtype)
-        for shard, start, stop in zip(used.tolist(), edges[:-1], edges[1:]):
+        for shard, start, stop in zip(used.tolist(), edges[:-1], edges[1:], strict=True):
             torch.index_select(self.shards[shard].tensor(), 0, local[start:stop], out=gathered[start:stop])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
@@ -169,7 +172,7 @@ class ShardedArray:
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop`, read sequentially: float32, or bool for masks."""
         parts = []
-        for shard, first in zip(self.shards, self.starts.tolist()):
+        for shard, first in zip(self.shards, self.starts[:-1].tolist(), strict=True):
             low, high = max(start - first, 0), min(stop - first, len(shard))
             if low < high:
                 parts.append(shard.rows(low, high))

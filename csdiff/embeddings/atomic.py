@@ -25,7 +25,7 @@ def move(source: Path, target: Path) -> None:
 def write_json(path: Path, content: object, indent: int | None = None) -> None:
     """Write JSON aside, flush it to the disk, and give it its name."""
     aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=indent, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -28,7 +28,8 @@ class EmbedConfig:
     subset: str | None = None
     """Configuration of a data set on the hub."""
     captions_file: str | None = None
-    """Table of captions for an image folder, when it does not lie in the folder as metadata.jsonl, .csv or .parquet."""
+    """Table of captions for an image folder, when it does not lie in the folder as metadata.jsonl, .csv or
+    .parquet."""
     image_column: str | None = None
     """Column of images or image files; the usual names are tried by default."""
     caption_column: str | None = None

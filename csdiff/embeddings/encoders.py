@@ -67,7 +67,8 @@ def load_text_encoder(
         dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
         revision: Branch, tag or commit on the hub.
         pooling: "projection" (CLIP), "mean", "last" or "cls". By default the projection for CLIP, what
-            `1_Pooling/config.json` says for sentence encoders, the last token for causal language models, else the mean.
+            `1_Pooling/config.json` says for sentence encoders, the last token for causal language models, else the
+            mean.
         max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
 
     Raises:
@@ -118,8 +119,8 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
         processor = next((folder / p for p in processors if (folder / p).is_dir()), None)
         if not (folder / model).is_dir() or processor is None:
             raise CSDiffError(
-                f"{id}: expected a pipeline with {model}/ and {' or '.join(f'{p}/' for p in processors)}, found neither "
-                f"or only one; name the {tower} encoder that this pipeline was trained with."
+                f"{id}: expected a pipeline with {model}/ and {' or '.join(f'{p}/' for p in processors)}, found "
+                f"neither or only one; name the {tower} encoder that this pipeline was trained with."
             )
         return EncoderFiles(folder / model, processor, commit)
     if not (folder / "config.json").exists():
@@ -164,8 +165,8 @@ def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CSDiffError(
-            f"{id}: expected a {model_class.__name__}, found no weights for {missing[0]} ({len(missing)} tensors missing); "
-            "use the encoder with its projection."
+            f"{id}: expected a {model_class.__name__}, found no weights for {missing[0]} "
+            f"({len(missing)} tensors missing); use the encoder with its projection."
         )
     if dtype is None and device.type == "cpu":
         model = model.float()

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from csdiff.data.images import DECODING
 from csdiff.data.items import REASONS, Problem
 from csdiff.data.opening import open_source
@@ -19,7 +21,7 @@ from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.embeddings.layout import REPORT_FILE
 from csdiff.embeddings.passes import CaptionPass, ImagePass, check_limit
 from csdiff.embeddings.rows import report
-from csdiff.embeddings.writer import StoreWriter, store_fingerprint
+from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError
 
 # Options that decide the content of a store; the others may change between an interruption and its continuation.
@@ -53,17 +55,17 @@ class EmbedReport:
 def embed(config: EmbedConfig) -> EmbedReport:
     """Encode a data set once into an embedding store.
 
-    Works in two passes over the shards, one encoder at a time: images are decoded and encoded and with that the rows are
-    decided, then captions are encoded and the shard becomes visible. Each shard is made by one process from start to end,
-    so the number of processes changes no byte; a run that was killed goes on with the first step that is not whole. The
-    store holds `report.json` with everything that was left out.
+    Works in two passes over the shards, one encoder at a time: images are decoded and encoded and with that the rows
+    are decided, then captions are encoded and the shard becomes visible. Each shard is made by one process from start
+    to end, so the number of processes changes no byte; a run that was killed goes on with the first step that is not
+    whole. The store holds `report.json` with everything that was left out.
 
     Args:
         config: Every option.
 
     Raises:
-        CSDiffError: Bad input: nothing to read, no such encoder, a folder in use or made with other options, more left out
-            than `max_skipped` allows, or nothing left. Found as far as possible before anything is written.
+        CSDiffError: Bad input: nothing to read, no such encoder, a folder in use or made with other options, more
+            left out than `max_skipped` allows, or nothing left. Found as far as possible before anything is written.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -89,7 +91,8 @@ def embed(config: EmbedConfig) -> EmbedReport:
     if units == 0:
         raise CSDiffError(f"{config.source}: expected at least one item, found none.")
     # Ranks do not finish together, and nothing is exchanged before they all have.
-    state = PartialState(cpu=config.device == "cpu", timeout=timedelta(days=7))
+    # Without `cpu`, accelerate takes every process of a CPU launch for the only one.
+    state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=7))
     device = config.device or state.device
     if config.text_encoder and not with_text and state.is_main_process:
         print(f"{config.source} has no captions: only its images are embedded.", file=sys.stderr)
@@ -145,7 +148,6 @@ def _plan(config: EmbedConfig, source: Source, text_files, image_files) -> dict:
 
 def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, with_images: bool, with_text: bool) -> None:
     import numpy
-    import torch
     import transformers
 
     shards = [writer.rows(shard) for shard in range(writer.shards)]
@@ -159,7 +161,7 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, with_image
     plan = writer.plan()
     notes = writer.record(0)["notes"]
     fingerprint = {
-        **store_fingerprint(writer, plan),
+        **writer.fingerprint(plan),
         "text_encoder": {**plan["text_encoder"], **notes["text_encoder"]} if with_text else None,
         "image_encoder": {**plan["image_encoder"], **shards[0]["image_encoder"]} if with_images else None,
         "tokenizer": notes.get("tokenizer"),

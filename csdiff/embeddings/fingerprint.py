@@ -15,7 +15,7 @@ TOWER_PREFIXES = {"text": ("text_model.", "text_projection."), "image": ("vision
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
@@ -41,8 +41,8 @@ def weights_sha256(folder: str | Path, tower: str | None = None) -> str:
     if not files:
         found = sorted(path.name for path in folder.glob("*.bin")) or "no weights"
         raise CSDiffError(
-            f"{folder}: expected safetensors weights, found {found}; pickled weights are never read, save the model with "
-            "save_pretrained(..., safe_serialization=True)."
+            f"{folder}: expected safetensors weights, found {found}; pickled weights are never read, save the model "
+            "with save_pretrained(..., safe_serialization=True)."
         )
     # `model.safetensors` beside `model.fp16.safetensors`: the plain name is the one that transformers loads.
     plain = [path for path in files if path.name == "model.safetensors"]
@@ -57,7 +57,7 @@ def weights_sha256(folder: str | Path, tower: str | None = None) -> str:
             continue
         path, start, stop, dtype, shape = entries[name]
         if path not in maps:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         digest.update(json.dumps([name, dtype, shape]).encode())
         with memoryview(maps[path]) as view:
@@ -96,7 +96,7 @@ def check_same_encoder(expected: dict | None, found: dict | None, what: str, exp
 def _tensors(path: Path) -> dict[str, tuple]:
     """Place, dtype and shape of every tensor of a safetensors file, from its header."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if not 0 < size <= path.stat().st_size - 8:
                 raise ValueError("the header is longer than the file")

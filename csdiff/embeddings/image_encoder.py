@@ -95,7 +95,7 @@ class ImageEncoder:
         return self.forward(self.preprocess(images))
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Token states (B, V, H) in the space of the embeddings (B, V, D): CLIP's norm and projection, else as they are."""
+        """Token states (B, V, H) in the space of the embeddings (B, V, D); as they are without a projection."""
         if not self.is_clip:
             return tokens
         return self.model.visual_projection(self.model.vision_model.post_layernorm(tokens))

@@ -17,9 +17,9 @@ from csdiff.errors import CSDiffError
 class StoreBatches:
     """Iterate over a store in random order, forever.
 
-    Every epoch is a new random permutation of the rows, which depends on `(seed, epoch)` only; the last incomplete batch
-    of an epoch is dropped. Step t reads the same global batch whatever the number of processes; each process reads its
-    part of it. Started at any step, the batches are those of an uninterrupted run, bit for bit.
+    Every epoch is a new random permutation of the rows, which depends on `(seed, epoch)` only; the last incomplete
+    batch of an epoch is dropped. Step t reads the same global batch whatever the number of processes; each process
+    reads its part of it. Started at any step, the batches are those of an uninterrupted run, bit for bit.
 
     ```python
     batches = StoreBatches(store, batch_size=4096, seed=0, rank=rank, world_size=world_size, start_step=step)
@@ -69,7 +69,8 @@ class StoreBatches:
             )
         if batch_size < world_size or not 0 <= rank < world_size:
             raise CSDiffError(
-                f"batch_size: expected at least one row for each of {world_size} processes, found {batch_size} (rank {rank})."
+                f"batch_size: expected at least one row for each of {world_size} processes, found {batch_size} "
+                f"(rank {rank})."
             )
         self.store, self.batch_size, self.seed, self.step = store, batch_size, seed, start_step
         self.epoch_size = count // batch_size

@@ -25,7 +25,7 @@ class ShardedMetadata:
         self._columns: dict[str, pa.ChunkedArray] = {}
 
     @classmethod
-    def open(cls, path: Path, shards: dict[int, Path]) -> ShardedMetadata | None:
+    def open(cls, shards: dict[int, Path]) -> ShardedMetadata | None:
         """Read the footers; None when there are no shards.
 
         Raises:

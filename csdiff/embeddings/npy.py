@@ -34,7 +34,7 @@ class NpyWriter:
         self._measure = measure
         self.moments: Moments | None = None
         self._shape: tuple[int, ...] | None = None
-        self._file = open(path, "wb")
+        self._file = path.open("wb")
 
     def append(self, rows: Tensor) -> None:
         """Add rows (B, ...)."""

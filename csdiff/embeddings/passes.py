@@ -149,7 +149,7 @@ class ImagePass:
 
     @torch.no_grad()
     def _encode(self, pixels: list, repeats: list[int]) -> dict:
-        encoding = self.encoder.forward(torch.stack(pixels))
+        encoding = self.encoder.forward(torch.stack(filled(pixels, self.config.batch_size)))
         places = torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats)).to(encoding.embeds.device)
         columns = {"image_embeds": encoding.embeds, "image_tokens": encoding.tokens}
         return {key: columns[key][places].cpu() for key in self.keys}
@@ -210,11 +210,17 @@ class CaptionPass:
         self.writer.publish(shard, arrays, notes)
 
     def _encode(self, encoder, captions: list[str]) -> dict:
+        count, captions = len(captions), filled(captions, self.config.batch_size)
         if not self.config.text_states:
-            return {"text_embeds": encoder.embed(captions).cpu()}
+            return {"text_embeds": encoder.embed(captions)[:count].cpu()}
         encoding = encoder.encode(captions)
         columns = {"text_embeds": encoding.embeds, "text_states": encoding.states, "text_mask": encoding.mask}
-        return {key: columns[key].cpu() for key in self.keys}
+        return {key: columns[key][:count].cpu() for key in self.keys}
+
+
+def filled(batch: list, size: int) -> list:
+    """A batch filled up with its last entry: matrix products of one shape round alike, on any number of threads."""
+    return batch + batch[-1:] * (size - len(batch))
 
 
 def precision(config: EmbedConfig) -> torch.dtype | None:
@@ -247,9 +253,9 @@ def check_limit(config: EmbedConfig, problems: int, items: int, example: Problem
     if problems <= (max(allowed, ALWAYS_ALLOWED) if config.max_skipped > 0 else 0):
         return
     raise CSDiffError(
-        f"{config.source}: expected at most {config.max_skipped:.1%} of {items:,} items to be left out (max_skipped), found "
-        f"{problems:,} already, for example {example.id}: {example.reason.replace('_', ' ')} ({example.detail}); look at the "
-        "data, or raise max_skipped and run again: what is done is kept."
+        f"{config.source}: expected at most {config.max_skipped:.1%} of {items:,} items to be left out (max_skipped), "
+        f"found {problems:,} already, for example {example.id}: {example.reason.replace('_', ' ')} "
+        f"({example.detail}); look at the data, or raise max_skipped and run again: what is done is kept."
     )
 
 

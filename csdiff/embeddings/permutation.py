@@ -12,9 +12,9 @@ _ROUNDS = 8
 class RowOrder:
     """Random permutation of `range(count)` that depends on `seed` and `epoch` only.
 
-    Up to a million rows: the order of hashed row numbers, a draw from all permutations. Above, a Feistel network on the
-    smallest number of bits that holds the row numbers, followed until it lands inside them (cycle walking; Black and
-    Rogaway 2002): a pseudo-random permutation that gives any part of the order without storing the rest.
+    Up to a million rows: the order of hashed row numbers, a draw from all permutations. Above, a Feistel network on
+    the smallest number of bits that holds the row numbers, followed until it lands inside them (cycle walking; Black
+    and Rogaway 2002): a pseudo-random permutation that gives any part of the order without storing the rest.
 
     Args:
         count: Number of rows, at least 1.

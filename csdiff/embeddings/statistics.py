@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# float16 rounds the norm of a unit vector by less than 1e-3; real CLIP norms vary by several per cent.
+UNIT_NORM_TOLERANCE = 5e-3
+
 
 @dataclass(frozen=True)
 class EmbeddingStatistics:
@@ -52,8 +55,8 @@ class EmbeddingStatistics:
 class Moments:
     """Running count, mean and sum of squared deviations of rows and of their norms, in float64.
 
-    Parts are merged by the rule of Chan, Golub and LeVeque (1979), so that shards can be counted apart; merging in shard
-    order gives the same bits whoever counted which shard.
+    Parts are merged by the rule of Chan, Golub and LeVeque (1979), so that shards can be counted apart; merging in
+    shard order gives the same bits whoever counted which shard.
     """
 
     count: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.arrays import NpyShard, ShardedArray
-from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, PARTIAL_FOLDER, find_shards
+from csdiff.embeddings.arrays import ShardedArray
+from csdiff.embeddings.integrity import check_files, open_metadata, open_shards, read_fingerprint
+from csdiff.embeddings.layout import FINGERPRINT_FILE, PARTIAL_FOLDER
 from csdiff.embeddings.metadata import ShardedMetadata
-from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
+from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, EmbeddingStatistics, Moments
 from csdiff.errors import CSDiffError
 
 # Rows that are looked at to tell whether the rows of a store without fingerprint have norm 1.
 NORM_SAMPLE = 1024
-# float16 rounds the norm of a unit vector by less than 1e-3; real CLIP norms vary by several per cent.
-UNIT_NORM_TOLERANCE = 5e-3
 # Statistics of a store that does not state them are taken over this many rows, evenly spread in blocks.
 STATISTICS_SAMPLE = 1 << 18
 # A store up to this size is compared with its checksums whenever it is opened (about a second).
@@ -39,9 +36,9 @@ class EmbeddingStore:
 
     A folder in the clip-retrieval layout: `text_emb/text_emb_{k}.npy`, `img_emb/img_emb_{k}.npy` and optionally
     `metadata/metadata_{k}.parquet`; csdiff adds `text_states`, `text_mask`, `image_tokens` and `csdiff.json`, the
-    fingerprint that says which encoders wrote it. Rows are read in any order, as float32, and never copied as a whole: a
-    store up to 4 GiB is memory-mapped, of a larger one single rows are read through the system's page cache, so that the
-    memory of the process stays flat.
+    fingerprint that says which encoders wrote it. Rows are read in any order, as float32, and never copied as a
+    whole: a store up to 4 GiB is memory-mapped, of a larger one single rows are read through the system's page cache,
+    so that the memory of the process stays flat.
 
     ```python
     store = EmbeddingStore.open("stores/coco")
@@ -58,7 +55,13 @@ class EmbeddingStore:
             Decoders cannot use such rows; retrieval can.
     """
 
-    def __init__(self, path: Path, fingerprint: dict | None, columns: dict[str, ShardedArray], metadata):
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: dict | None,
+        columns: dict[str, ShardedArray],
+        metadata: ShardedMetadata | None,
+    ):
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
         self._columns = columns
         self._length = len(next(iter(columns.values())))
@@ -83,86 +86,39 @@ class EmbeddingStore:
             mapped: Read through memory maps; None does so up to 4 GiB.
 
         Raises:
-            CSDiffError: No store there, an unfinished one, a missing or corrupt shard (named, with the expected and the
-                found checksum), or shards that do not fit together.
+            CSDiffError: No store there, an unfinished one, a missing or corrupt shard (named, with the expected and
+                the found checksum), or shards that do not fit together.
         """
         path = Path(path)
         if not path.is_dir():
             raise CSDiffError(
                 f"{path}: expected the folder of an embedding store, found no folder; make one with `csdiff embed`."
             )
-        fingerprint = _read_fingerprint(path)
+        fingerprint = read_fingerprint(path)
         if fingerprint is None and (path / PARTIAL_FOLDER).exists():
             raise CSDiffError(
                 f"{path}: this store is not finished; run the same `csdiff embed` command again, it goes on."
             )
         files = {} if fingerprint is None else fingerprint.get("files", {})
-        for name in files:
-            if not (path / name).is_file():
-                raise CSDiffError(
-                    f"{path / name} is missing (expected sha256 {files[name]['sha256']}); restore it, or delete the "
-                    "store and embed again."
-                )
-        columns = cls._open_columns(path, fingerprint or {}, files, mapped)
-        if verify or (verify is None and sum(file.get("bytes", 0) for file in files.values()) <= VERIFY_BYTES):
-            verify_files(path, files)
-        metadata = ShardedMetadata.open(path, find_shards(path / METADATA_FOLDER, "metadata", "parquet"))
-        store = cls(path, fingerprint, columns, metadata)
-        if metadata is not None and metadata.lengths != [len(shard) for shard in next(iter(columns.values())).shards]:
-            shards = next(iter(columns.values())).shards
-            raise CSDiffError(
-                f"{path / METADATA_FOLDER}: expected as many rows in each shard as in {shards[0].path.parent} "
-                f"({[len(shard) for shard in shards]}), found {metadata.lengths}; remove the folder or write it again."
-            )
+        if verify is None:
+            verify = sum(file["bytes"] for file in files.values()) <= VERIFY_BYTES
+        check_files(path, files, checksums=verify)
+        shards = open_shards(path, fingerprint or {}, files)
+        if mapped is None:
+            mapped = sum(shard.row_bytes * len(shard) for part in shards.values() for shard in part) <= MAPPED_BYTES
+        _allow_open_files(sum(len(part) for part in shards.values()))
+        columns = {key: ShardedArray(part, mapped) for key, part in shards.items()}
+        store = cls(path, fingerprint, columns, open_metadata(path, next(iter(shards.values())), files))
         if fingerprint is None:
             store._warn_unknown()
         return store
-
-    @classmethod
-    def _open_columns(cls, path: Path, fingerprint: dict, files: dict, mapped: bool | None) -> dict[str, ShardedArray]:
-        bfloat16 = fingerprint.get("dtype") == "bfloat16"
-        found: dict[str, dict[int, NpyShard]] = {}
-        for key, (folder, stem) in ARRAY_FOLDERS.items():
-            shards = find_shards(path / folder, stem, "npy")
-            if shards:
-                found[key] = {k: NpyShard(file, bfloat16 and key != "text_mask") for k, file in shards.items()}
-        if not {"text_embeds", "image_embeds"} & found.keys():
-            raise CSDiffError(
-                f"{path}: expected text_emb/text_emb_0.npy or img_emb/img_emb_0.npy (the clip-retrieval layout), found "
-                "neither; make a store with `csdiff embed`."
-            )
-        for shards in found.values():
-            for shard in shards.values():
-                if shard.size_error:
-                    name = shard.path.relative_to(path).as_posix()
-                    sums = (
-                        f"; sha256 expected {files[name]['sha256']}, found {file_sha256(shard.path)}"
-                        if name in files
-                        else ""
-                    )
-                    raise CSDiffError(
-                        f"{shard.path} is damaged: {shard.size_error}{sums}; restore it or write it again."
-                    )
-        first_key, first = next(iter(found.items()))
-        for key, shards in found.items():
-            for number in sorted(first.keys() | shards.keys()):
-                counts = [len(group[number]) if number in group else None for group in (first, shards)]
-                if counts[0] != counts[1]:
-                    raise CSDiffError(
-                        f"{path}: shard {number} has {_rows(counts[0])} in {ARRAY_FOLDERS[first_key][0]} and "
-                        f"{_rows(counts[1])} in {ARRAY_FOLDERS[key][0]}; row i of both must belong together."
-                    )
-        size = sum(shard.row_bytes * len(shard) for shards in found.values() for shard in shards.values())
-        if mapped is None:
-            mapped = size <= MAPPED_BYTES
-        _allow_open_files(sum(len(shards) for shards in found.values()))
-        return {key: ShardedArray(list(shards.values()), mapped) for key, shards in found.items()}
 
     def __len__(self) -> int:
         return self._length
 
     def __repr__(self) -> str:
-        return f"EmbeddingStore({str(self.path)!r}, rows={len(self)}, text_dim={self.text_dim}, image_dim={self.image_dim})"
+        dims = f"text_dim={self.text_dim}, image_dim={self.image_dim}"
+        return f"EmbeddingStore({str(self.path)!r}, rows={len(self)}, {dims})"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -242,7 +198,7 @@ class EmbeddingStore:
             raise CSDiffError(
                 f"{self.path} has no checksums to verify: {FINGERPRINT_FILE} is missing or does not list any."
             )
-        verify_files(self.path, self.fingerprint["files"])
+        check_files(self.path, self.fingerprint["files"], checksums=True)
 
     def _column(self, key: str) -> ShardedArray:
         if key not in self._columns:
@@ -297,50 +253,11 @@ class EmbeddingStore:
     def _warn_unknown(self) -> None:
         norms = "all rows sampled have norm 1" if self.normalized else "norms vary, so the rows look raw"
         warnings.warn(
-            f"{self.path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, the "
-            f"tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these embeddings "
-            "fit the encoders used later.",
+            f"{self.path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, "
+            f"the tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these "
+            "embeddings fit the encoders used later.",
             stacklevel=3,
         )
-
-
-def verify_files(path: Path, files: dict[str, dict]) -> None:
-    """Compare files under `path` with the `sha256` stated for each.
-
-    Raises:
-        CSDiffError: A file is missing or differs; named, with the expected and the found checksum.
-    """
-    for name, stated in files.items():
-        if not (path / name).is_file():
-            raise CSDiffError(
-                f"{path / name} is missing (expected sha256 {stated['sha256']}); restore it, or embed again."
-            )
-        found = file_sha256(path / name)
-        if found != stated["sha256"]:
-            raise CSDiffError(
-                f"{path / name} is damaged: sha256 expected {stated['sha256']}, found {found}; restore it, or delete "
-                "the store and embed again."
-            )
-
-
-def _rows(count: int | None) -> str:
-    return "no file" if count is None else f"{count} rows"
-
-
-def _read_fingerprint(path: Path) -> dict | None:
-    file = path / FINGERPRINT_FILE
-    if not file.exists():
-        return None
-    try:
-        fingerprint = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CSDiffError(
-            f"{file} is not valid JSON ({error}); restore it, or remove it to read the folder as foreign."
-        ) from error
-    if not isinstance(fingerprint, dict) or fingerprint.get("kind") != "store":
-        kind = fingerprint.get("kind") if isinstance(fingerprint, dict) else type(fingerprint).__name__
-        raise CSDiffError(f'{file}: expected "kind": "store", found {kind!r}; give the folder of an embedding store.')
-    return fingerprint
 
 
 def _allow_open_files(shards: int) -> None:

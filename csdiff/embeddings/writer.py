@@ -22,7 +22,7 @@ from csdiff.embeddings.layout import (
     shard_name,
 )
 from csdiff.embeddings.npy import NpyWriter
-from csdiff.embeddings.statistics import Moments
+from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
 from csdiff.errors import CSDiffError
 
 MEASURED = ("text_embeds", "image_embeds")
@@ -31,10 +31,10 @@ MEASURED = ("text_embeds", "image_embeds")
 class StoreWriter:
     """A store in the making.
 
-    A shard goes through two steps, each of which is whole or has not happened: it is *staged* (its rows are decided and
-    their images encoded) and *published* (its captions encoded, its files visible in the store). What is not yet visible
-    lies in `.partial/`, and `.partial/` goes when `finish` has written `csdiff.json`. Another process may do another
-    shard at the same time.
+    A shard goes through two steps, each of which is whole or has not happened: it is *staged* (its rows are decided
+    and their images encoded) and *published* (its captions encoded, its files visible in the store). What is not yet
+    visible lies in `.partial/`, and `.partial/` goes when `finish` has written `csdiff.json`. Another process may do
+    another shard at the same time.
 
     Args:
         path: Folder of the store.
@@ -167,7 +167,7 @@ class StoreWriter:
                 target.parent.mkdir(exist_ok=True)
                 move(source, target)
 
-    def moments(self) -> dict[str, Moments]:
+    def _moments(self) -> dict[str, Moments]:
         """Moments of the published shards, merged in their order."""
         total: dict[str, Moments] = {}
         for shard in range(self.shards):
@@ -175,6 +175,24 @@ class StoreWriter:
                 part = Moments.from_dict(values)
                 total[key] = total[key].merge(part) if key in total else part
         return total
+
+    def fingerprint(self, plan: dict) -> dict:
+        """The parts of a `csdiff.json` that the arrays tell: statistics, and whether the rows have norm 1."""
+        statistics = {key: moments.statistics() for key, moments in self._moments().items()}
+        side = statistics.get("image_embeds") or statistics.get("text_embeds")
+        unit = abs(side.norm_mean - 1) < UNIT_NORM_TOLERANCE and side.norm_std < UNIT_NORM_TOLERANCE
+        fingerprint = {
+            "format": 1,
+            "kind": "store",
+            "rows": side.count,
+            "dtype": self.dtype,
+            "normalized": unit,
+            "data": plan,
+        }
+        for key, name in (("image_embeds", "statistics"), ("text_embeds", "text_statistics")):
+            if key in statistics:
+                fingerprint[name] = statistics[key].to_dict()
+        return fingerprint
 
     def finish(self, fingerprint: dict, report: dict) -> None:
         """All shards are published: write the report and, as the last thing, the fingerprint."""
@@ -196,8 +214,8 @@ class StoreWriter:
         ]
         if differences:
             raise CSDiffError(
-                f"{self.path} holds a store made with other options: {'; '.join(differences[:5])}; choose another output, "
-                "or delete it first."
+                f"{self.path} holds a store made with other options: {'; '.join(differences[:5])}; "
+                "choose another output, or delete it first."
             )
 
     def _lock(self) -> None:
@@ -205,7 +223,7 @@ class StoreWriter:
             import fcntl
         except ImportError:  # Windows: two runs into one folder are not noticed.
             return
-        self._lock_file = open(self.partial / "lock", "w")
+        self._lock_file = (self.partial / "lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -239,90 +257,6 @@ class ShardArrays:
             if writer.moments is not None:
                 moments[key] = writer.moments.to_dict()
         return moments
-
-
-def write_store(
-    path: str | Path,
-    *,
-    text_embeds: Tensor | None = None,
-    image_embeds: Tensor | None = None,
-    text_states: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    image_tokens: Tensor | None = None,
-    captions: Sequence[str] | None = None,
-    image_ids: Sequence[str] | None = None,
-    fingerprint: dict | None = None,
-    dtype: str = "float16",
-    shard_size: int = 10000,
-) -> None:
-    """Write a store from tensors in memory.
-
-    Args:
-        path: New folder.
-        text_embeds: `(N, Dt)`.
-        image_embeds: `(N, D)`.
-        text_states: `(N, L, H)`.
-        text_mask: `(N, L)` bool.
-        image_tokens: `(N, V, H)`.
-        captions: N captions.
-        image_ids: N names; rows of one image share one.
-        fingerprint: What is known of the encoders; `kind`, `dtype`, statistics and checksums are added.
-        dtype: "float16", "bfloat16" or "float32".
-        shard_size: Rows a shard.
-
-    Raises:
-        CSDiffError: No embeddings, columns of different lengths, or a folder that is in use.
-    """
-    given = {
-        "text_embeds": text_embeds,
-        "image_embeds": image_embeds,
-        "text_states": text_states,
-        "text_mask": text_mask,
-        "image_tokens": image_tokens,
-    }
-    columns = {key: value for key, value in given.items() if value is not None}
-    texts = {name: list(v) for name, v in (("caption", captions), ("image_id", image_ids)) if v is not None}
-    lengths = {name: len(values) for name, values in {**columns, **texts}.items()}
-    if (
-        not {"text_embeds", "image_embeds"} & columns.keys()
-        or len(set(lengths.values())) != 1
-        or not min(lengths.values())
-    ):
-        raise CSDiffError(f"{path}: expected text or image embeddings, all columns of one length, found {lengths}.")
-    count = next(iter(lengths.values()))
-    plan = {"rows": count, "dtype": dtype, "shard_size": shard_size}
-    with StoreWriter(path, -(-count // shard_size), dtype) as writer:
-        if writer.begin(plan):
-            raise CSDiffError(f"{path} holds a store already; choose another folder, or delete it first.")
-        for shard in range(writer.shards):
-            part = slice(shard * shard_size, (shard + 1) * shard_size)
-            arrays = writer.arrays(shard, columns, "stage")
-            arrays.append({key: column[part] for key, column in columns.items()})
-            metadata = pa.table({name: pa.array(v[part], pa.string()) for name, v in texts.items()}) if texts else None
-            writer.stage(shard, arrays, metadata, {})
-            writer.publish(shard, writer.arrays(shard, [], "publish"))
-        writer.finish({**store_fingerprint(writer, plan), **(fingerprint or {})}, {"rows": count})
-
-
-def store_fingerprint(writer: StoreWriter, plan: dict) -> dict:
-    """The parts of a `csdiff.json` that the writer knows: layout, statistics, and whether rows have norm 1."""
-    from csdiff.embeddings.store import UNIT_NORM_TOLERANCE
-
-    statistics = {key: moments.statistics() for key, moments in writer.moments().items()}
-    side = statistics.get("image_embeds") or statistics.get("text_embeds")
-    unit = abs(side.norm_mean - 1) < UNIT_NORM_TOLERANCE and side.norm_std < UNIT_NORM_TOLERANCE
-    fingerprint = {
-        "format": 1,
-        "kind": "store",
-        "rows": side.count,
-        "dtype": writer.dtype,
-        "normalized": bool(unit),
-        "data": plan,
-    }
-    for key, name in (("image_embeds", "statistics"), ("text_embeds", "text_statistics")):
-        if key in statistics:
-            fingerprint[name] = statistics[key].to_dict()
-    return fingerprint
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
