@@ -1,0 +1,190 @@
+"""Train the shipped unCLIP decoder: a ``KandinskyV22Pipeline`` folder conditioned on tiny-CLIP image embeddings.
+
+Latents of every train picture and of its mirror image are encoded once. The condition is the raw image embedding of
+the same picture or of a slightly moved one, plus noise, so that the decoder does not memorise a few thousand points
+and forgives a prior's errors. One condition in ten is the embedding of an all-zero image, Kandinsky 2.2's convention
+for the unconditional branch of classifier-free guidance. Velocity prediction on a cosine schedule with zero terminal
+signal, so that pictures start from pure noise and white stays white. The learning rate is flat and falls to zero in
+the last quarter: a run can be prolonged from its checkpoint.
+
+    python scripts/train_decoder.py --clip build/clip/model --movq build/autoencoder/movq --output build/decoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from checkpoint import load, save
+from diffusers import DDIMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
+from diffusers.training_utils import EMAModel
+from pictures import load_pictures
+from safetensors.torch import load_file, save_file
+from torch import nn
+from train_clip import IMAGE_SIZE, augment
+from transformers import CLIPVisionModelWithProjection
+
+CONDITION_NOISE = 0.25
+UNCONDITIONAL_SHARE = 0.1
+
+
+def build_unet(embedding_dim: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        # Kandinsky 2.2's pipeline splits a predicted variance off the output; it stays unused here.
+        out_channels=8,
+        addition_embed_type="image",
+        encoder_hid_dim=embedding_dim,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=128,
+        attention_head_dim=32,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+@torch.no_grad()
+def encode_images(encoder: CLIPVisionModelWithProjection, views: torch.Tensor) -> torch.Tensor:
+    return torch.cat([encoder(chunk).image_embeds for chunk in views.split(256)])
+
+
+@torch.no_grad()
+def encode_train_split(clip: Path, movq: Path, cache: Path) -> dict[str, torch.Tensor]:
+    """`latents` (2N, 4, 16, 16), `embeds` (2, 2N, 256: the picture itself, a moved view), `zero_embed` (256)."""
+    if cache.is_file():
+        return load_file(cache)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
+    autoencoder = VQModel.from_pretrained(movq).eval()
+    pixels = load_pictures("train").pixels
+    pixels = torch.cat([pixels, pixels.flip(-1)])
+    latents, exact, moved = [], [], []
+    generator = torch.Generator().manual_seed(0)
+    for chunk in pixels.split(128):
+        latents.append(autoencoder.encode(chunk.float() / 127.5 - 1).latents)
+        view = F.interpolate(chunk.float(), size=IMAGE_SIZE, mode="bicubic", antialias=True).clamp(0, 255)
+        exact.append(encode_images(encoder, view / 127.5 - 1))
+        moved.append(encode_images(encoder, augment(chunk, generator)))
+    data = {
+        "latents": torch.cat(latents),
+        "embeds": torch.stack([torch.cat(exact), torch.cat(moved)]),
+        "zero_embed": encode_images(encoder, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0],
+    }
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    save_file(data, cache)
+    return data
+
+
+class Trainer:
+    """Velocity-prediction loss on cached latents and embeddings."""
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, data: dict[str, torch.Tensor]) -> None:
+        self.unet, self.scheduler, self.data = unet, scheduler, data
+        self.spread = data["embeds"][0].std(dim=0)
+
+    def loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        data = self.data
+        index = torch.randint(data["latents"].shape[0], (batch,), generator=generator)
+        view = torch.randint(2, (batch,), generator=generator)
+        embeds = data["embeds"][view, index]
+        amount = CONDITION_NOISE * torch.rand(batch, 1, generator=generator)
+        embeds = embeds + amount * self.spread * torch.randn(embeds.shape, generator=generator)
+        drop = torch.rand(batch, generator=generator) < UNCONDITIONAL_SHARE
+        embeds = torch.where(drop[:, None], data["zero_embed"], embeds)
+        latents = data["latents"][index]
+        noise = torch.randn(latents.shape, generator=generator)
+        # One timestep from each of `batch` equal slices of the schedule: the same mean with less variance.
+        slices = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        timesteps = (slices * self.scheduler.config.num_train_timesteps).long()
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        velocity = self.scheduler.get_velocity(latents, noise, timesteps)
+        output = self.unet(
+            noisy, timesteps, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": embeds}
+        ).sample[:, :4]
+        return F.mse_loss(output, velocity)
+
+
+def export(unet: UNet2DConditionModel, ema: EMAModel, movq: Path, output: Path) -> None:
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    pipeline = KandinskyV22Pipeline(unet=unet, scheduler=build_scheduler(), movq=VQModel.from_pretrained(movq).eval())
+    pipeline.save_pretrained(output / "pipeline")
+    ema.restore(unet.parameters())
+
+
+class EMAState(nn.Module):
+    """`EMAModel` as a module, so that one function saves everything."""
+
+    def __init__(self, ema: EMAModel) -> None:
+        super().__init__()
+        self.shadow = nn.ParameterList([nn.Parameter(p, requires_grad=False) for p in ema.shadow_params])
+        ema.shadow_params = list(self.shadow)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", type=Path, default=Path("build/clip/model"))
+    parser.add_argument("--movq", type=Path, default=Path("build/autoencoder/movq"))
+    parser.add_argument("--output", type=Path, default=Path("build/decoder"))
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    data = encode_train_split(arguments.clip, arguments.movq, arguments.output / "train_split.safetensors")
+    unet = build_unet(data["embeds"].shape[-1]).to(memory_format=torch.channels_last)
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    modules = {"unet": unet, "ema": EMAState(ema)}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    step = load(arguments.output / "checkpoint", modules, optimizer)
+    ema.optimization_step = step
+    trainer = Trainer(unet, build_scheduler(), data)
+    decay_from = int(0.75 * arguments.steps)
+    started, losses = time.time(), []
+    while step < arguments.steps:
+        rate = min(1, (step + 1) / 200, (arguments.steps - step) / (arguments.steps - decay_from))
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * rate
+        generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + step)
+        loss = trainer.loss(arguments.batch, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        ema.step(unet.parameters())
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            mean = sum(losses) / len(losses)
+            print(f"step {step} loss {mean:.4f} lr {group['lr']:.2e} {time.time() - started:.0f} s", flush=True)
+            losses = []
+        if step % 500 == 0 or step == arguments.steps:
+            save(arguments.output / "checkpoint", step, modules, optimizer)
+            export(unet, ema, arguments.movq, arguments.output)
+    (arguments.output / "figures.json").write_text(
+        json.dumps({"parameters_unet": sum(p.numel() for p in unet.parameters()), "steps": step}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
