@@ -85,9 +85,8 @@ def main() -> None:
     if wanted("autoencoder"):
         run(sys.executable, scripts / "train_autoencoder.py", "--output", build / "autoencoder")
     if wanted("decoder"):
-        run(
-            sys.executable, scripts / "train_decoder.py", "--clip", clip, "--movq", movq, "--output", build / "decoder"
-        )
+        models = ("--clip", ASSETS / "clip", "--movq", build / "autoencoder/movq")
+        run(sys.executable, scripts / "train_decoder.py", *models, "--output", build / "decoder")
         install_decoder(build / "decoder/pipeline")
     if wanted("adapter"):
         options = ("--config", "configs/tiny.yaml", "--output_dir", build / "adapter", "--resume", "never")
