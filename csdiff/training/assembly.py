@@ -10,15 +10,11 @@ from torch import nn
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
-from csdiff.embeddings.encoders import load_image_encoder, load_text_encoder
-from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.losses.registry import OBJECTIVES, build_objective
 from csdiff.training.config import TrainConfig
-from csdiff.training.data import is_store
 from csdiff.training.denoising import DIFFUSION, DenoisingObjective
-from csdiff.training.inputs import Inputs, Tokenize
-from csdiff.training.pictures import Pictures
+from csdiff.training.feeding import TextSide
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask, Embedder
 
@@ -41,24 +37,21 @@ def check_names(config: TrainConfig) -> None:
         )
 
 
-def build_embedder(config: TrainConfig, sources: Sources) -> Embedder:
+def build_embedder(config: TrainConfig, sources: Sources, text: TextSide) -> Embedder:
     """Adapter (and image adapter) with the statistics of the training data, at its starting point."""
     torch.manual_seed(config.seed)
-    adapter = _build(
-        config.adapter, "adapter_options", config.adapter_options, sources.store.image_dim, sources.store.text_dim
-    )
+    store = sources.store
+    options = {**text.adapter_options(config), **config.adapter_options}
+    adapter = _build(config.adapter, "adapter_options", options, store.image_dim, store.text_dim)
     image = sources.train.statistics("image_embeds")
-    text = sources.train.statistics("text_embeds")
-    adapter.set_statistics(image.mean, image.std, text.mean, text.std)
+    text_statistics = sources.train.statistics("text_embeds")
+    adapter.set_statistics(image.mean, image.std, text_statistics.mean, text_statistics.std)
     _start(adapter, config, sources)
     image_adapter = None
     if config.image_adapter is not None:
+        options = config.image_adapter_options
         image_adapter = _build(
-            config.image_adapter,
-            "image_adapter_options",
-            config.image_adapter_options,
-            sources.store.image_dim,
-            sources.store.image_dim,
+            config.image_adapter, "image_adapter_options", options, store.image_dim, store.image_dim
         )
         image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
     for part in (adapter, image_adapter):
@@ -150,120 +143,6 @@ def autocast_of(config: TrainConfig, device: torch.device):
     return partial(
         torch.autocast, device.type, dtype=types[config.mixed_precision], enabled=config.mixed_precision != "no"
     )
-
-
-def wants_tokens(config: TrainConfig) -> bool:
-    """Whether the objective is to see tokens: its `token_weight` is given and not 0."""
-    return bool(config.objective_options.get("token_weight"))
-
-
-def wants_states(config: TrainConfig) -> bool:
-    """Whether token states of the text are to be cached when a dataset is embedded."""
-    adapter = ADAPTERS[config.adapter]
-    return (
-        config.data.text != "online"
-        and not adapter.uses_input_ids
-        and (adapter.uses_text_states is not False or wants_tokens(config))
-    )
-
-
-def build_inputs(config: TrainConfig, sources: Sources, embedder: Embedder, device: torch.device) -> Inputs:
-    """What is read and what is encoded at every step; gives the embedder its projection of tokens.
-
-    Raises:
-        CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states that
-            are neither cached nor encoded, captions or pictures that are not there.
-    """
-    adapter, keys, data, tokens = embedder.adapter, sources.store.keys, config.data, wants_tokens(config)
-    states = (
-        ("text_states", "text_mask") if adapter.uses_text_states or (tokens and not adapter.uses_input_ids) else ()
-    )
-    cached = set(states) <= set(keys)
-    text_encoder = tokenize = image_encoder = pictures = None
-    if adapter.uses_input_ids:
-        if data.text == "cached":
-            raise CSDiffError(
-                f"--adapter {config.adapter} changes the text encoder itself, so it cannot be trained on cached text: "
-                "set --data.text online."
-            )
-        tokenize = Tokenize(adapter.config.text_encoder)
-    elif data.text == "cached" and not cached:
-        raise CSDiffError(
-            f"--adapter {config.adapter} needs token states, and {sources.store.path} has none: embed again with "
-            "--text_states true, or set --data.text online."
-        )
-    online = data.text == "online" or not cached
-    if tokenize is None and (online or tokens):
-        text_encoder = load_text_encoder(text_encoder_id(config, sources), device)
-        _check_encoder(text_encoder.describe(), sources, "text")
-    if (tokenize or online) and not has_captions(sources.store):
-        raise CSDiffError(
-            f"--adapter {config.adapter} encodes captions at every step, and {sources.store.path} has no captions: "
-            "expected the column caption in metadata/*.parquet."
-        )
-    image_keys = ("image_embeds",)
-    if tokens:
-        image_encoder, pictures = _image_tokens(config, sources, device)
-        image_keys = ("image_embeds",) if pictures else ("image_embeds", "image_tokens")
-        embedder.project_text_with(adapter.text_encoder.text_projection if tokenize else text_encoder.project)
-    return Inputs(
-        device,
-        ("text_embeds", *(() if online else states)),
-        image_keys,
-        text_encoder if online and tokenize is None else None,
-        tokenize,
-        image_encoder,
-        pictures,
-    )
-
-
-def _image_tokens(config: TrainConfig, sources: Sources, device: torch.device):
-    """The image encoder that projects tokens, and the pictures it is to see where tokens are not cached."""
-    name = config.data.image_encoder or (sources.fingerprint.get("image_encoder") or {}).get("id")
-    if name is None:
-        raise CSDiffError(
-            f"--objective_options.token_weight: {sources.store.path} does not say which image encoder made it, and "
-            "its projection is needed for the tokens: name it with --data.image_encoder."
-        )
-    encoder = load_image_encoder(name, device)
-    _check_encoder(encoder.describe(), sources, "image")
-    cached = "image_tokens" in sources.store.keys
-    if config.data.image != "online" and cached:
-        return encoder, None
-    path = config.data.images or (None if is_store(config.data.train) else config.data.train)
-    if config.data.image == "cached" or path is None:
-        raise CSDiffError(
-            f"--objective_options.token_weight: the token term needs image tokens, and {sources.store.path} has none: "
-            "embed again with --image_tokens true, or name the dataset with the pictures with --data.images."
-        )
-    return encoder, Pictures(path)
-
-
-def text_encoder_id(config: TrainConfig, sources: Sources) -> str:
-    """The text encoder by the configuration, else the one the store was made with."""
-    name = config.data.text_encoder or (sources.fingerprint.get("text_encoder") or {}).get("id")
-    if name is None:
-        raise CSDiffError(
-            f"{sources.store.path} does not say which text encoder made it, and the text is to be encoded at every "
-            "step: name it with --data.text_encoder."
-        )
-    return name
-
-
-def has_captions(store: EmbeddingStore) -> bool:
-    """Whether a store knows its captions."""
-    return store.metadata is not None and "caption" in store.metadata.names
-
-
-def _check_encoder(found: dict, sources: Sources, side: str) -> None:
-    """Refuse to train with another encoder than the store's."""
-    stated = sources.fingerprint.get(f"{side}_encoder") or {}
-    hashes = stated.get("weights_sha256"), found.get("weights_sha256")
-    if all(hashes) and hashes[0] != hashes[1]:
-        raise CSDiffError(
-            f"--data.{side}_encoder {found['id']}: {sources.store.path} was made with {stated.get('id')}, whose "
-            f"weights differ ({hashes[0][:12]}, found {hashes[1][:12]}): use that encoder, or embed the data again."
-        )
 
 
 def check_objective(config: TrainConfig, sources: Sources) -> None:

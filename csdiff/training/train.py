@@ -10,17 +10,15 @@ from accelerate import Accelerator
 from csdiff.errors import CSDiffError
 from csdiff.training.assembly import (
     build_embedder,
-    build_inputs,
     build_task,
     check_names,
     check_objective,
-    wants_states,
-    wants_tokens,
 )
 from csdiff.training.config import TrainConfig, check
 from csdiff.training.console import Console
 from csdiff.training.embedding import embed_dataset
 from csdiff.training.export import Exporter
+from csdiff.training.feeding import build_inputs, caches_states, open_text_side, wants_tokens
 from csdiff.training.loop import Loop, make_optimizer
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder, flatten
@@ -52,11 +50,12 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = _accelerator(config, folder)
     console = Console(accelerator.is_main_process, config.logging.progress)
 
-    states, tokens = wants_states(config), wants_tokens(config) and config.data.image != "online"
+    states, tokens = caches_states(config), wants_tokens(config) and config.data.image != "online"
     sources = open_sources(config, partial(embed_dataset, config, accelerator, states=states, tokens=tokens))
     check_objective(config, sources)
-    embedder = build_embedder(config, sources)
-    inputs = build_inputs(config, sources, embedder, accelerator.device)
+    text = open_text_side(config, sources, accelerator.device)
+    embedder = build_embedder(config, sources, text)
+    inputs = build_inputs(config, sources, text, embedder, accelerator.device)
     task = build_task(config, embedder, accelerator)
     optimizer = make_optimizer(task, config)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")

@@ -12,15 +12,17 @@ def gradients_of_a_batch(store, output, micro):
     """The gradient of the first global batch, after whatever averaging there is; written by the main process."""
     from accelerate import Accelerator
 
-    from csdiff.training.assembly import build_embedder, build_inputs, build_task
+    from csdiff.training.assembly import build_embedder, build_task
+    from csdiff.training.feeding import build_inputs, open_text_side
     from csdiff.training.sources import open_sources
 
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro)
     made.adapter_options["dropout"] = 0.0
     sources = open_sources(made, None)
-    embedder = build_embedder(made, sources)
-    inputs = build_inputs(made, sources, embedder, accelerator.device)
+    text = open_text_side(made, sources, accelerator.device)
+    embedder = build_embedder(made, sources, text)
+    inputs = build_inputs(made, sources, text, embedder, accelerator.device)
     task = build_task(made, embedder, accelerator)
     rank, size = accelerator.process_index, accelerator.num_processes
     batch = {"pairs": next(inputs.batches("pairs", sources.train, 25, 0, rank, size, 0))}

@@ -1,0 +1,145 @@
+"""What cannot be trained is refused in one sentence, before anything is written."""
+
+import json
+
+import numpy as np
+import pytest
+import training_runs
+from tiny import make_plain_store
+
+from csdiff.errors import CSDiffError
+from csdiff.training import train
+from csdiff.training.config import TrainConfig, check
+
+
+def refused(made, *words):
+    with pytest.raises(CSDiffError) as caught:
+        train(made)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_steps": -1}, ["--max_steps", "-1"]),
+        ({"batch_size": 0}, ["--batch_size", "0"]),
+        ({"learning_rate": 0.0}, ["--learning_rate"]),
+        ({"micro_batch_size": 0}, ["--micro_batch_size"]),
+        ({"ema.decay": 1.0}, ["--ema.decay", "[0, 1)"]),
+        ({"data.validation_fraction": 1.0}, ["--data.validation_fraction"]),
+        ({"data.train": ""}, ["--data.train", "missing"]),
+        ({"adapter": "mpl"}, ["--adapter mpl", "mlp"]),
+        ({"objective": "cs-aligner"}, ["--objective cs-aligner", "cs_aligner"]),
+        ({"adapter_options": {"widht": 3}}, ["--adapter_options", "widht", "width"]),
+        ({"objective_options": {"bandwith": 1}}, ["--objective_options", "bandwith", "bandwidth"]),
+        ({"objective_options": {"bandwidth": -1.0}}, ["--objective_options", "bandwidth", "-1"]),
+        ({"adapter": "diffusion"}, ["--adapter diffusion", "--objective"]),
+        ({"objective": "diffusion"}, ["--adapter mlp", "--objective diffusion"]),
+        ({"batch_size": 1000}, ["--batch_size 1000", "58 pairs"]),
+        ({"validation.metric": "text_to_image.r@3"}, ["--validation.metric", "text_to_image.r@1"]),
+        ({"logging.trackers": ["tensorbord"]}, ["--logging.trackers", "tensorbord"]),
+        ({"adapter": "transformer"}, ["text_encoder"]),
+        ({"adapter": "transformer", "data.text": "cached"}, ["token states", "none"]),
+        ({"adapter": "lora", "data.text_encoder": "CLIP", "data.text": "cached"}, ["lora", "cached text"]),
+        ({"objective_options": {"token_weight": 1.0}}, ["--data.text_encoder"]),
+        ({"objective": "info_nce", "data.unpaired_image": "STORE"}, ["info_nce", "unpaired", "cs_aligner"]),
+        ({"init_from": "nowhere"}, ["nowhere"]),
+        ({"resume": "nowhere"}, ["--resume nowhere", "checkpoint"]),
+        ({"gradient_checkpointing": True, "adapter": "linear"}, ["--gradient_checkpointing", "LinearAdapter"]),
+    ],
+)
+def test_refused_before_anything_is_written(plain_store, tiny_clip, tmp_path, changes, words):
+    known = {"STORE": str(plain_store), "CLIP": str(tiny_clip)}
+    changes = {name: known.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+    if changes.get("adapter", "mlp") != "mlp":
+        changes.setdefault("adapter_options", {})
+    refused(training_runs.config(plain_store, tmp_path / "out", **changes), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_store(tmp_path):
+    refused(training_runs.config(tmp_path / "nothing", tmp_path / "out"), "--data.train", "does not exist")
+
+
+def test_stores_that_do_not_fit(plain_store, tmp_path):
+    wide = make_plain_store(tmp_path / "wide", text_dim=20)
+    unit = make_plain_store(tmp_path / "unit", unit_norm=True)
+    refused(training_runs.config(plain_store, tmp_path / "out", **{"data.validation": str(wide)}), "20", "16")
+    refused(training_runs.config(unit, tmp_path / "out"), "unit-norm", "--data.accept_normalized true")
+    mixed = {"data.validation": str(unit), "data.accept_normalized": True}
+    refused(training_runs.config(plain_store, tmp_path / "out", **mixed), "unit-norm", "raw")
+    images = make_plain_store(tmp_path / "images")
+    for file in (images / "text_emb").iterdir():
+        file.unlink()
+    refused(training_runs.config(images, tmp_path / "out"), "no text embeddings")
+
+
+def test_stores_of_different_encoders(plain_store, tmp_path):
+    stores = []
+    for name in ("one", "two"):
+        store = make_plain_store(tmp_path / name)
+        encoder = {"id": name, "weights_sha256": name * 20}
+        content = {"format": 1, "kind": "store", "text_encoder": encoder, "image_encoder": encoder}
+        (store / "csdiff.json").write_text(json.dumps(content))
+        stores.append(store)
+    made = training_runs.config(stores[0], tmp_path / "out", **{"data.validation": str(stores[1])})
+    refused(made, "one", "two", "differ")
+
+
+def test_an_empty_split(tmp_path):
+    store = make_plain_store(tmp_path / "store", n=8)
+    for name in ("text_emb", "img_emb"):
+        np.save(store / name / f"{name}_0.npy", np.ones((8, 16), np.float32))
+    refused(training_runs.config(store, tmp_path / "out", batch_size=4), "8 rows", "--data.validation")
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    store = make_plain_store(tmp_path / "store")
+    shard = store / "img_emb" / "img_emb_0.npy"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(training_runs.config(store, tmp_path / "out"), "img_emb_0.npy")
+
+
+def test_another_run_in_the_output_folder(plain_store, tmp_path):
+    train(training_runs.config(plain_store, tmp_path, max_steps=2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = training_runs.config(plain_store, tmp_path, max_steps=2, learning_rate=1e-4, seed=7)
+    message = refused(other, "learning_rate was 0.003, is 0.0001", "seed was 0, is 7", "--resume never")
+    assert "batch_size" not in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    other.resume = "never"
+    train(other)
+    assert (tmp_path / "previous-1" / "config.json").read_bytes() == before[tmp_path / "config.json"]
+
+
+def test_an_adapter_of_others_is_not_overwritten(plain_store, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    refused(training_runs.config(plain_store, tmp_path), "training.yaml", "another --output_dir")
+
+
+def test_an_output_folder_that_is_a_file(plain_store, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(training_runs.config(plain_store, tmp_path / "file"), "is a file")
+    refused(training_runs.config(plain_store, tmp_path / "file" / "below"), "cannot be written")
+
+
+def test_an_interrupted_run_is_not_shortened(plain_store, tmp_path):
+    train(training_runs.config(plain_store, tmp_path, max_steps=4))
+    refused(training_runs.config(plain_store, tmp_path, max_steps=2), "--max_steps 2", "4 steps already")
+
+
+def test_a_damaged_checkpoint_is_named(plain_store, tmp_path):
+    train(training_runs.config(plain_store, tmp_path, max_steps=4))
+    weights = (tmp_path / "checkpoints" / "latest").resolve() / "state" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    refused(training_runs.config(plain_store, tmp_path, max_steps=6), "step-00000004", "cannot be read")
+
+
+def test_every_default_passes_the_checks():
+    config = TrainConfig()
+    config.data.train = "somewhere"
+    check(config)
