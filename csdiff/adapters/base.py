@@ -1,7 +1,5 @@
 """What every adapter shares: the prior's calling convention, statistics, norm calibration, and its folder."""
 
-import json
-import os
 from typing import Any
 
 import torch
@@ -9,13 +7,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 from torch import Tensor
 
-from csdiff.adapters import folder, hub
-from csdiff.adapters.card import model_card
 from csdiff.adapters.checks import require_positive
+from csdiff.adapters.persistence import Persistent
 from csdiff.errors import CSDiffError
 
 
-class Adapter(ModelMixin, ConfigMixin):
+class Adapter(Persistent, ModelMixin, ConfigMixin):
     r"""A map from text embeddings to raw image embeddings that diffusers pipelines accept as their prior.
 
     A subclass implements `predict`; everything else is shared. With text embedding `t` (B, Dt) the adapter computes
@@ -97,7 +94,7 @@ class Adapter(ModelMixin, ConfigMixin):
     def predict(
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
     ) -> Tensor:
-        """The method itself: whitened text embeddings (B, text_dim) to whitened image embeddings (B, embedding_dim)."""
+        """The method itself: whitened text (B, text_dim) to whitened image embeddings (B, embedding_dim)."""
         raise NotImplementedError
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
@@ -141,8 +138,10 @@ class Adapter(ModelMixin, ConfigMixin):
         """Sets the per-dimension mean and standard deviation of raw image (and optionally raw text) embeddings.
 
         Args:
-            mean, std (`Tensor` of shape `(embedding_dim,)` or `(1, embedding_dim)`): Of the image embeddings.
-            text_mean, text_std (`Tensor` of shape `(text_dim,)` or `(1, text_dim)`, *optional*): Of the text.
+            mean (`Tensor` of shape `(embedding_dim,)` or `(1, embedding_dim)`): Of the image embeddings.
+            std (`Tensor`, like `mean`): Of the image embeddings.
+            text_mean (`Tensor` of shape `(text_dim,)` or `(1, text_dim)`, *optional*): Of the text embeddings.
+            text_std (`Tensor`, like `text_mean`, *optional*): Of the text embeddings.
 
         Raises:
             CSDiffError: A wrong shape, a value that is not finite, or a negative standard deviation.
@@ -215,10 +214,11 @@ class Adapter(ModelMixin, ConfigMixin):
         lines = [f"text_embeds = torch.randn(1, {self.config.text_dim})  # raw projected text embeddings"]
         if not self.uses_text_states:
             return [*lines, "image_embeds = adapter.embed(text_embeds)"]
+        length = self.config.num_embeddings
         return [
             *lines,
-            f"text_states = torch.randn(1, 16, {self.config.states_dim})  # last hidden states of the text encoder",
-            "text_mask = torch.ones(1, 16, dtype=torch.bool)",
+            f"text_states = torch.randn(1, {length}, {self.config.states_dim})  # last hidden states",
+            f"text_mask = torch.ones(1, {length}, dtype=torch.bool)",
             "image_embeds = adapter.embed(text_embeds, text_states, text_mask)",
         ]
 
@@ -231,101 +231,3 @@ class Adapter(ModelMixin, ConfigMixin):
             if moved.dtype != buffer.dtype:
                 self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
         return self
-
-    def _write_folder(self, directory: os.PathLike, max_shard_size: int | str, variant: str | None) -> None:
-        super().save_pretrained(directory, max_shard_size=max_shard_size, variant=variant)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function=None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the adapter folder: `config.json`, `*.safetensors`, `csdiff.json` and `README.md` (the model card).
-
-        Everything is written aside first and moved into place when whole, so that an interrupted save leaves what was
-        there before. Arguments are those of diffusers' `ModelMixin.save_pretrained`; only the main process writes.
-
-        Raises:
-            CSDiffError: The folder cannot be written, or `safe_serialization=False` (no pickle is ever written).
-        """
-        if not safe_serialization or kwargs.pop("use_flashpack", False):
-            raise CSDiffError("Adapters are saved as safetensors only; leave `safe_serialization` at True.")
-        if not is_main_process:
-            return
-        metadata = folder.complete_metadata(self.metadata)
-        with folder.written_whole(save_directory) as aside:
-            self._write_folder(aside, max_shard_size, variant)
-            (aside / folder.METADATA).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", "utf-8")
-            (aside / folder.CARD).write_text(model_card(self, metadata, kwargs.pop("card_location", ".")), "utf-8")
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, variant=variant, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
-        """Creates the repository `repo_id` if need be and commits the adapter folder to it; returns the commit's URL.
-
-        Raises:
-            CSDiffError: The Hub cannot be reached or refuses.
-        """
-        return hub.push(
-            self,
-            repo_id,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            private=private,
-            token=token,
-            create_pr=create_pr,
-            variant=variant,
-            subfolder=subfolder,
-            safe_serialization=safe_serialization,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Loads an adapter folder, or a repository of the Hub by its id. Nothing in it is executed.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"owner/name"`.
-            torch_dtype (`torch.dtype`, *optional*): Of the weights; the statistics stay float32.
-            subfolder, variant, revision, token, cache_dir, local_files_only, force_download, device_map,
-            output_loading_info: As in diffusers' `ModelMixin.from_pretrained`.
-
-        Raises:
-            CSDiffError: A missing or incomplete folder, a pickle, a truncated file, a config of another class,
-                tensors missing, left over or of another shape, weights that are not finite.
-        """
-        hub_options = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
-        path = hub.locate(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **hub_options)
-        config = folder.read_config(path, cls)
-        metadata = folder.read_metadata(path)
-        adapter, info = cls._load_folder(path, config, kwargs)
-        folder.check_finite(path, adapter)
-        adapter.metadata = metadata
-        adapter.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return (adapter, info) if kwargs.get("output_loading_info") else adapter
-
-    @classmethod
-    def _load_folder(cls, path, config: dict[str, Any], options: dict[str, Any]):
-        """Builds the adapter from a folder whose config is checked; returns it with diffusers' loading info."""
-        folder.check_weights(path, cls, config, options.get("variant"))
-        dtype = options.get("torch_dtype")
-        options = {k: v for k, v in options.items() if k not in ("torch_dtype", "use_safetensors", "use_flashpack")}
-        options["output_loading_info"] = True
-        # Loaded in float32 and cast here, where `_apply` keeps the statistics exact.
-        adapter, info = super().from_pretrained(path, use_safetensors=True, **options)
-        return (adapter if dtype is None else torch.nn.Module.to(adapter, dtype)), info

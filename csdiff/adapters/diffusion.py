@@ -1,5 +1,7 @@
 """The diffusion prior of DALL-E 2: the slow baseline, a stock `PriorTransformer` underneath."""
 
+import functools
+
 import torch
 from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UnCLIPScheduler
 from diffusers.configuration_utils import register_to_config
@@ -120,8 +122,10 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         """The denoising loss of a batch, a scalar: `mean (f(x_s, s, text) - x0)^2`.
 
         Args:
-            text_embeds (`Tensor` (B, text_dim)), image_embeds (`Tensor` (B, embedding_dim)): Raw pairs.
-            text_states (`Tensor` (B, L, states_dim)), text_mask (`Tensor` (B, L)): Where `uses_text_states`.
+            text_embeds (`Tensor` of shape `(B, text_dim)`): Raw text embeddings.
+            image_embeds (`Tensor` of shape `(B, embedding_dim)`): Raw image embeddings of the same rows.
+            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
+            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
             null_text: Embedding (1, text_dim), states (1, L, states_dim) and mask (1, L) of the empty caption, which
                 replaces the text of `condition_dropout` of the rows; zeros by default.
             generator (`torch.Generator`, *optional*): Draws steps, noise and dropped rows.
@@ -129,7 +133,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         clean = (image_embeds.float() - self.clip_mean) / self.clip_std
         batch, device = len(clean), clean.device
         draw = device if generator is None else generator.device
-        schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        schedule = _noise_schedule()
         steps = torch.randint(len(schedule.betas), (batch,), generator=generator, device=draw).to(device)
         noise = torch.randn(clean.shape, generator=generator, device=draw).to(device)
         dropped = (torch.rand(batch, generator=generator, device=draw) < self.config.condition_dropout).to(device)
@@ -151,9 +155,12 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         null_text: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples raw image embeddings (B, D) by denoising; see `Adapter.embed` for the first three arguments.
+        """Samples raw image embeddings (B, D) by denoising.
 
         Args:
+            text_embeds (`Tensor` of shape `(B, text_dim)`): Raw text embeddings.
+            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
+            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
             num_inference_steps (`int`, *optional*, defaults to 25): Denoising steps, at least 2.
             guidance_scale (`float`, *optional*, defaults to 1.0): Above 1, classifier-free guidance (two passes).
             null_text: As in `training_loss`.
@@ -199,6 +206,11 @@ class DiffusionAdapter(Adapter, PriorTransformer):
             zeros = [None if part is None else torch.zeros_like(part) for part in (embeds, states)]
             return [*zeros, None if mask is None else torch.ones_like(mask)]
         return [None if part is None else other.to(part) for part, other in zip(condition, null_text, strict=True)]
+
+
+@functools.cache
+def _noise_schedule() -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
 
 
 def _where(dropped: Tensor, null: Tensor, given: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _replace_files(aside: Path, target: Path) -> None:
     for file in sorted(aside.iterdir()):
         if file.is_dir() and (target / file.name).is_dir():
             shutil.rmtree(target / file.name)
-        os.replace(file, target / file.name)
+        file.replace(target / file.name)
     for file in target.iterdir():
         stale = file.name.endswith((".safetensors", ".safetensors.index.json")) and file.name not in written
         if stale and file.is_file():
@@ -115,7 +115,7 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
         return config
     if found != cls.__name__:
         raise CSDiffError(
-            f"{path / CONFIG} is the config of {found}, expected {cls.__name__}; load it with AutoAdapter or that class."
+            f"{path / CONFIG} is the config of {found}, expected {cls.__name__}; load it with AutoAdapter."
         )
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     extra = sorted(name for name in config if not name.startswith("_") and name not in known)
@@ -190,16 +190,17 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         CSDiffError: A pickle or zip archive by content, something else, or a truncated file.
     """
     size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80" or b"ustar" in stream.read(512):
-            raise CSDiffError(
-                f"{file} is a pickle or an archive, expected safetensors; pickles are never loaded, because they can "
-                "run code: ask for safetensors."
-            )
-        length = int.from_bytes(start, "little")
-        stream.seek(8)
-        if size < 8 or not 2 <= length <= 100_000_000 or stream.read(1) != b"{":
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not (2 <= length <= 100_000_000 and stream.read(1) == b"{"):
+            stream.seek(0)
+            start = stream.read(512)
+            # Zip archives (torch.save), pickles by protocol mark, tar archives (oldest torch.save).
+            if start[:2] == b"PK" or start[:1] == b"\x80" or b"ustar" in start:
+                raise CSDiffError(
+                    f"{file} is a pickle or an archive, expected safetensors; pickles are never loaded, because they "
+                    "can run code: ask for safetensors."
+                )
             raise CSDiffError(f"{file} is not a safetensors file ({size} bytes, no header); copy it again.")
         if 8 + length > size:
             raise CSDiffError(
@@ -229,7 +230,7 @@ def check_weights(path: Path, cls: type, config: dict[str, Any], variant: str | 
     found = {name: (entry, file) for file in files for name, entry in read_header(file).items()}
     try:
         with torch.device("meta"):
-            expected = cls.from_config({k: v for k, v in config.items()}).state_dict()
+            expected = cls.from_config(dict(config)).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CSDiffError(f"{path / CONFIG} does not describe a {cls.__name__}: {error}") from error
     compare_tensors(files[0], {name: tuple(t.shape) for name, t in expected.items()}, found)

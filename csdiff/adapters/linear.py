@@ -125,7 +125,7 @@ class LinearAdapter(Adapter):
         text_mean, text_std = self.text_mean.double(), self.text_std.double()
         weight, bias = weight.double(), bias.double()
         self.linear.weight.copy_(weight * text_std / std.T)
-        self.linear.bias.copy_(((weight @ text_mean[0] + bias - mean[0]) / std[0]))
+        self.linear.bias.copy_((weight @ text_mean[0] + bias - mean[0]) / std[0])
 
     @torch.no_grad()
     def raw_map(self) -> tuple[Tensor, Tensor]:

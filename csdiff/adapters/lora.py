@@ -134,8 +134,9 @@ class LoRAAdapter(Adapter):
         super().set_statistics(mean, std, text_mean, text_std)
 
     def usage_inputs(self) -> list[str]:
+        length = self.text_encoder.config.max_position_embeddings
         return [
-            "input_ids = torch.zeros(1, 16, dtype=torch.long)  # of the text encoder's tokenizer",
+            f"input_ids = torch.zeros(1, {length}, dtype=torch.long)  # of the text encoder's tokenizer",
             "image_embeds = adapter.embed_input_ids(input_ids)",
         ]
 

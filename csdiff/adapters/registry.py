@@ -55,8 +55,8 @@ class AutoAdapter:
         Raises:
             CSDiffError: As `Adapter.from_pretrained`, and when the config names a class that is not an adapter here.
         """
-        options = {name: kwargs[name] for name in hub.OPTIONS if name in kwargs}
-        path = hub.locate(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder"), **options)
+        where = {name: kwargs.pop(name) for name in ("subfolder", *hub.OPTIONS) if name in kwargs}
+        path = hub.locate(pretrained_model_name_or_path, **where)
         found = folder.read_config(path)["_class_name"]
         by_class = {cls.__name__: cls for cls in ADAPTERS.values()}
         if found not in by_class:
@@ -64,4 +64,4 @@ class AutoAdapter:
                 f"{path / folder.CONFIG} is the config of {found}, expected one of {', '.join(by_class)}; "
                 "give the folder of a csdiff adapter."
             )
-        return by_class[found].from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return by_class[found].from_pretrained(path, **kwargs)

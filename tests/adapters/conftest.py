@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.adapters.adapter_tester import CASES, make_adapter, save_text_encoder
 
 

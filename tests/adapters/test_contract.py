@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import PriorTransformer
 from diffusers.training_utils import EMAModel
-from tests.adapters.adapter_tester import CASES, DIM, call, embed, make_adapter, text_inputs, training_loss
 
 from csdiff import CSDiffError
 from csdiff.adapters import ADAPTER_NAMES, ADAPTERS, build_adapter
+from tests.adapters.adapter_tester import CASES, DIM, call, embed, make_adapter, text_inputs, training_loss
 
 
 def same(a, b, tolerance=0.0):
@@ -65,7 +65,8 @@ def test_training_step_reaches_every_weight(adapter):
     training_loss(adapter).backward()
     trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert trained and not without
+    assert trained
+    assert not without
 
 
 def test_a_few_steps_lower_the_loss(adapter):
@@ -193,12 +194,11 @@ def test_wrong_width_is_one_sentence(adapter, name):
         adapter.embed(torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_transformer_gives_the_same(text_encoder, backend):
+def test_compiled_transformer_gives_the_same(text_encoder):
     adapter = make_adapter("transformer", text_encoder)
     inputs = text_inputs("transformer")
     expected = call(adapter, inputs, return_dict=False)[0]
-    compiled = torch.compile(adapter, backend=backend, fullgraph=True)
+    compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)
     same(call(compiled, inputs, return_dict=False)[0], expected, 1e-5)
 
 

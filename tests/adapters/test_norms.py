@@ -1,0 +1,111 @@
+"""Statistics and norm calibration."""
+
+import pytest
+import torch
+
+from csdiff import CSDiffError
+from csdiff.adapters import MLPAdapter
+from tests.adapters.adapter_tester import DIM, embed, text_inputs
+
+
+def lognormal(count, mean, spread, seed):
+    return torch.exp(mean + spread * torch.randn(count, generator=torch.Generator().manual_seed(seed)))
+
+
+def with_norms(norms, seed=0):
+    rows = torch.randn(len(norms), DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows) * norms[:, None]
+
+
+def test_identity_calibration_changes_no_bit(adapter, name):
+    before = embed(adapter, text_inputs(name))
+    adapter.calibrate_norm(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert not torch.equal(embed(adapter, text_inputs(name)), before)
+    adapter.reset_norm_calibration()
+    assert torch.equal(embed(adapter, text_inputs(name)), before)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(
+    ("predicted", "real"),
+    [((1.0, 0.05), (2.3, 0.2)), ((3.0, 0.3), (2.0, 0.05)), ((0.0, 0.01), (0.0, 0.05)), ((-9.0, 0.2), (9.0, 0.2))],
+)
+def test_norms_get_mean_and_spread_on_new_rows(predicted, real, statistics):
+    adapter = MLPAdapter(embedding_dim=DIM)
+    if statistics:
+        adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5, torch.randn(DIM), torch.rand(DIM) + 0.5)
+        adapter.skip.weight.data = torch.diag(adapter.text_std[0] / adapter.clip_std[0])
+        adapter.skip.bias.data = (adapter.text_mean[0] - adapter.clip_mean[0]) / adapter.clip_std[0]
+    fitted, held_out = (with_norms(lognormal(2000, *predicted, seed), seed) for seed in (0, 1))
+    with torch.no_grad():
+        before = adapter.embed(held_out)
+        adapter.calibrate_norm(adapter.embed(fitted).norm(dim=1), lognormal(2000, *real, 2))
+        after = adapter.embed(held_out)
+    norms, expected = after.norm(dim=1), lognormal(2000, *real, 3)
+    assert norms.mean().item() == pytest.approx(expected.mean().item(), rel=0.02)
+    assert norms.std().item() == pytest.approx(expected.std().item(), rel=0.25)
+    cosine = torch.cosine_similarity(after.double(), before.double())
+    assert cosine.min() > 1 - 1e-5
+
+
+def test_unit_norms_are_matched():
+    adapter = MLPAdapter(embedding_dim=DIM)
+    rows = with_norms(lognormal(100, 1.0, 0.3, 0))
+    adapter.calibrate_norm(adapter.embed(rows).norm(dim=1), torch.ones(50))
+    torch.testing.assert_close(adapter.embed(rows).norm(dim=1), torch.ones(100), rtol=1e-4, atol=1e-4)
+
+
+def test_calibrating_twice_composes():
+    adapter = MLPAdapter(embedding_dim=DIM)
+    rows = with_norms(lognormal(500, 1.0, 0.3, 0))
+    for mean, spread in ((2.0, 0.1), (0.5, 0.2)):
+        real = lognormal(500, mean, spread, 4)
+        adapter.calibrate_norm(adapter.embed(rows).norm(dim=1), real)
+        norms = adapter.embed(rows).norm(dim=1)
+        assert norms.mean().item() == pytest.approx(real.mean().item(), rel=1e-3)
+        assert norms.std().item() == pytest.approx(real.std().item(), rel=1e-3)
+
+
+def test_calibration_has_gradients():
+    adapter = MLPAdapter(embedding_dim=4).double()
+    adapter.set_statistics(torch.ones(4), torch.full((4,), 2.0))
+    adapter.calibrate_norm(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5.0, 6.0, 9.0]))
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(adapter._calibrated, (z,))
+
+
+def test_whitening_is_undone():
+    adapter = MLPAdapter(embedding_dim=DIM)
+    mean, std = torch.randn(DIM), torch.rand(DIM) + 0.1
+    adapter.set_statistics(mean, std, text_mean=mean * 2, text_std=std * 3)
+    rows = torch.randn(5000, DIM, generator=torch.Generator().manual_seed(0)) * 3 * std + 2 * mean
+    image = adapter.embed(rows)
+    torch.testing.assert_close(image, (rows - 2 * mean) / 3 + mean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_dimension_stays_finite():
+    adapter = MLPAdapter(embedding_dim=3)
+    std = torch.tensor([1.0, 0.0, 2.0])
+    adapter.set_statistics(torch.ones(3), std, torch.ones(3), std)
+    assert adapter.embed(torch.ones(2, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (torch.ones(3), torch.ones(4), "`clip_mean` must have 4 entries, found 3"),
+        (torch.full((4,), float("nan")), torch.ones(4), "`clip_mean` must be finite"),
+        (torch.ones(4), torch.tensor([1, 1, -1, 1.0]), "`clip_std` must be finite, a deviation not negative; 1 "),
+    ],
+)
+def test_bad_statistics_are_refused(mean, std, message):
+    with pytest.raises(CSDiffError, match=message):
+        MLPAdapter(embedding_dim=4).set_statistics(mean, std)
+
+
+@pytest.mark.parametrize("norms", [[1.0], [1.0, 0.0], [1.0, float("inf")], []])
+def test_bad_norms_are_refused(norms):
+    adapter = MLPAdapter(embedding_dim=4)
+    for arguments in ((norms, [1.0, 2.0]), ([1.0, 2.0], norms)):
+        with pytest.raises(CSDiffError, match="at least two positive finite norms"):
+            adapter.calibrate_norm(*(torch.tensor(a) for a in arguments))

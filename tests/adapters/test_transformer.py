@@ -1,0 +1,120 @@
+"""The transformer adapter: sizes, masks, noise, and that diffusers' LoRA tools take it."""
+
+import pytest
+import torch
+
+from csdiff import CSDiffError
+from csdiff.adapters import TransformerAdapter, build_adapter
+from tests.adapters.adapter_tester import DIM, STATES_DIM, TOKENS, make_adapter, text_inputs
+
+
+@pytest.mark.parametrize("noise_token", [False, True])
+@pytest.mark.parametrize(("preset", "millions"), [("eclipse-768", 33.1), ("eclipse-1280", 34.2)])
+def test_presets_have_the_published_sizes(preset, millions, noise_token):
+    with torch.device("meta"):
+        adapter = TransformerAdapter.from_preset(preset, noise_token=noise_token)
+    assert round(adapter.num_parameters() / 1e6, 1) == millions
+    assert len(adapter.transformer_blocks) == 10
+    assert adapter.config.num_attention_heads * adapter.config.attention_head_dim == 16 * 32
+
+
+@pytest.fixture
+def adapter(text_encoder):
+    return make_adapter("transformer", text_encoder)
+
+
+def test_padding_is_not_seen(adapter):
+    embeds, states, mask = text_inputs("transformer")
+    expected = adapter.embed(embeds, states, mask)
+    changed = states.clone()
+    changed[~mask] = 1e3
+    torch.testing.assert_close(adapter.embed(embeds, changed, mask), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.embed(embeds, states, mask.long()), expected, rtol=0, atol=0)
+    longest = int(mask.sum(1).max())
+    cut = adapter.embed(embeds, states[:, :longest], mask[:, :longest])
+    torch.testing.assert_close(cut, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_left_padding_and_empty_rows_stay_finite(adapter):
+    embeds, states, mask = text_inputs("transformer")
+    expected = adapter.embed(embeds, states, mask.flip(1))
+    changed = states.clone()
+    changed[~mask.flip(1)] = 1e3
+    torch.testing.assert_close(adapter.embed(embeds, changed, mask.flip(1)), expected, rtol=1e-5, atol=1e-5)
+    assert adapter.embed(embeds, states, torch.zeros_like(mask)).isfinite().all()
+
+
+def test_every_token_counts(adapter):
+    embeds, states, mask = text_inputs("transformer")
+    states.requires_grad_()
+    adapter.embed(embeds, states, mask).square().sum().backward()
+    seen = states.grad.abs().sum(-1) > 0
+    assert torch.equal(seen, mask)
+
+
+def test_attention_is_causal(adapter):
+    _, states, _ = text_inputs("transformer")
+    captured = []
+    adapter.transformer_blocks[-1].register_forward_hook(lambda module, inputs, output: captured.append(output))
+    changed = states.clone()
+    changed[:, 5:] += 1
+    for given in (states, changed):
+        adapter.embed(torch.zeros(3, DIM), given)
+    torch.testing.assert_close(captured[0][:, :5], captured[1][:, :5], rtol=0, atol=1e-6)
+    assert not torch.allclose(captured[0][:, 5], captured[1][:, 5], atol=1e-3)
+
+
+def test_a_fresh_adapter_gives_text_the_image_statistics():
+    adapter = build_adapter("transformer", embedding_dim=DIM, preset="tiny")
+    mean, std = torch.randn(DIM), torch.rand(DIM) + 0.5
+    adapter.set_statistics(mean, std, mean - 1, std * 2)
+    embeds, states = torch.randn(4, DIM), torch.randn(4, 5, DIM)
+    expected = (embeds - mean + 1) / 2 + mean
+    torch.testing.assert_close(adapter.embed(embeds, states), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_token_samples_and_repeats(text_encoder):
+    adapter = make_adapter("transformer", text_encoder, noise_token=True)
+    embeds, states, mask = text_inputs("transformer", batch=2)
+    draw = lambda seed: adapter.embed(embeds, states, mask, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.allclose(draw(0), draw(1), atol=1e-3)
+    one_prompt = (embeds[:1].repeat(2, 1), states[:1].repeat(2, 1, 1), mask[:1].repeat(2, 1))
+    first, second = adapter.embed(*one_prompt, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(first, second, atol=1e-3)
+    # A pipeline hands its latents over: they are the noise, so its generator decides.
+    latents = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
+    whitened = adapter(latents, 0, embeds, states, mask)[0]
+    torch.testing.assert_close(adapter.post_process_latents(whitened), draw(0), rtol=0, atol=0)
+
+
+def test_without_noise_token_latents_are_ignored(adapter):
+    embeds, states, mask = text_inputs("transformer")
+    first = adapter(torch.zeros(3, DIM), 0, embeds, states, mask)[0]
+    assert torch.equal(adapter(torch.ones(3, DIM), 7, embeds, states, mask)[0], first)
+
+
+def test_states_are_required_and_checked(adapter):
+    embeds, states, _ = text_inputs("transformer")
+    with pytest.raises(CSDiffError, match="needs the text encoder's token states"):
+        adapter.embed(embeds)
+    with pytest.raises(CSDiffError, match=rf"\(B, L, {STATES_DIM}\), found \(3, {TOKENS}, 3\)"):
+        adapter.embed(embeds, states[..., :3])
+    with pytest.raises(CSDiffError, match=rf"at most {TOKENS} text tokens, found {2 * TOKENS}"):
+        adapter.embed(embeds, states.repeat(1, 2, 1))
+
+
+def test_diffusers_lora_layers_train(adapter, tmp_path):
+    from peft import LoraConfig
+
+    inputs = text_inputs("transformer")
+    before = adapter.embed(*inputs)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    adapter.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    changed = adapter.embed(*inputs)
+    assert not torch.allclose(changed, before, atol=1e-4)
+    adapter.save_lora_adapter(tmp_path)
+    adapter.delete_adapters("default")
+    torch.testing.assert_close(adapter.embed(*inputs), before, rtol=0, atol=1e-6)
+    adapter.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(adapter.embed(*inputs), changed, rtol=0, atol=1e-6)
