@@ -52,17 +52,17 @@ class WebDatasetSource(Source):
     def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
         from webdataset.tariterators import tarfile_samples
 
+        errors: list[Exception] = []
+
+        def keep_going(error: Exception) -> bool:
+            errors.append(error)
+            return True
+
         file = self.files[unit]
-        samples = iter(tarfile_samples(iter([{"url": str(file.resolve())}])))
-        while True:
-            try:
-                sample = next(samples)
-            except StopIteration:
-                return
-            except Exception as error:  # tarfile, zlib and webdataset each raise their own kinds.
-                yield Problem(file.name, "unreadable_archive", f"{type(error).__name__}: {error}")
-                return
+        for sample in tarfile_samples(iter([{"url": str(file.resolve())}]), handler=keep_going):
             yield self._item(self._names[unit], sample)
+        if errors:
+            yield Problem(file.name, "unreadable_archive", f"{type(errors[0]).__name__}: {errors[0].args[0]}")
 
     def identity(self) -> dict:
         return {"kind": "webdataset", "files": [[file.name, file.stat().st_size] for file in self.files]}

@@ -1,0 +1,252 @@
+"""Every form in which captions and images come gives the same items."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from csdiff.data import Item, Problem, UnreadableImage, decode_image, open_source
+from csdiff.errors import CSDiffError
+
+EXPECTED = [["thing 0", "thing zero"], ["thing 1"], ["thing 2"], ["thing 3"], ["thing 4"], ["thing 5"]]
+
+
+def read_all(source, size: int = 4) -> list[Item | Problem]:
+    return [item for unit in range(source.units(size)) for item in source.read(unit, size)]
+
+
+def pixels(item: Item) -> bytes:
+    return decode_image(item.image).tobytes()
+
+
+def as_csv(folder: Path) -> Path:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").unlink()
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def as_parquet_table(folder: Path) -> Path:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").unlink()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+    return folder
+
+
+def as_text_files(folder: Path) -> Path:
+    (folder / "metadata.jsonl").unlink()
+    for index, captions in enumerate(EXPECTED):
+        (folder / f"{index}.txt").write_text("\n".join(captions) + "\n")
+    return folder
+
+
+def as_table_file(folder: Path) -> Path:
+    return (folder / "metadata.jsonl").rename(folder / "list.jsonl")
+
+
+def as_parquet_with_images(folder: Path) -> Path:
+    rows = [
+        {"image": {"bytes": (folder / f"{i}.png").read_bytes(), "path": f"{i}.png"}, "captions": captions}
+        for i, captions in enumerate(EXPECTED)
+    ]
+    path = folder.parent / "parquet"
+    path.mkdir()
+    # Row groups and files end in the middle of units.
+    pq.write_table(pa.Table.from_pylist(rows[:5]), path / "train-00000.parquet", row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(rows[5:]), path / "train-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:1]), path / "test.parquet")
+    return path
+
+
+def as_saved_dataset(folder: Path) -> Path:
+    from datasets import Dataset, Features, Image, List, Value
+
+    features = Features({"picture": Image(), "captions": List(Value("string"))})
+    rows = {"picture": [str(folder / f"{i}.png") for i in range(6)], "captions": EXPECTED}
+    Dataset.from_dict(rows, features=features).save_to_disk(folder.parent / "saved", num_shards=1)
+    return folder.parent / "saved"
+
+
+def as_tar_files(folder: Path) -> Path:
+    path = folder.parent / "shards"
+    path.mkdir()
+    for shard, indices in (("00000", (0, 1, 2, 3)), ("00001", (4, 5))):
+        with tarfile.open(path / f"{shard}.tar", "w") as tar:
+            for index in indices:
+                add(tar, f"{index:04d}.png", (folder / f"{index}.png").read_bytes())
+                if index % 2:
+                    add(tar, f"{index:04d}.json", json.dumps({"caption": EXPECTED[index][0]}).encode())
+                else:
+                    add(tar, f"{index:04d}.txt", "\n".join(EXPECTED[index]).encode())
+    return path
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+FORMS = [
+    lambda folder: folder,
+    as_csv,
+    as_parquet_table,
+    as_text_files,
+    as_table_file,
+    as_parquet_with_images,
+    as_saved_dataset,
+    as_tar_files,
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_gives_the_same_captions_and_pixels(form, captioned: Path, pictures: Path):
+    source = open_source(form(captioned))
+    items = read_all(source)
+    assert source.has_images
+    assert source.has_captions
+    assert [item.captions for item in items] == EXPECTED
+    assert [pixels(item) for item in items] == [Image.open(pictures / f"{i}.png").tobytes() for i in range(6)]
+    assert len({item.id for item in items}) == 6
+    assert source.count in (6, None)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_units_cover_the_source_in_order_whatever_their_size(form, captioned: Path):
+    source = open_source(form(captioned))
+    ids = [item.id for item in read_all(source, 100)]
+    for size in (1, 2, 5):
+        assert [item.id for item in read_all(source, size)] == ids
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_identity_is_json_and_changes_with_the_data(form, captioned: Path):
+    path = form(captioned)
+    before = open_source(path).identity()
+    assert json.loads(json.dumps(before)) == before
+    assert open_source(path).identity() == before
+    if (path / "metadata.jsonl").is_file():
+        with (path / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": "5.png", "text": "another"}) + "\n")
+        assert open_source(path).identity() != before
+
+
+def test_a_folder_of_images_alone_has_no_captions(pictures: Path):
+    source = open_source(pictures)
+    assert source.has_images
+    assert not source.has_captions
+    assert [item.path for item in read_all(source)] == [f"{i}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.txt", "a cat\n\na dog\n"),
+        ("captions.csv", 'caption,source\n"a cat",x\n"",x\n"a dog",x\n'),
+        ("captions.json", '["a cat", "", "a dog"]'),
+        ("captions.jsonl", '{"text": ["a cat"]}\n{"text": null}\n{"text": "a dog"}\n'),
+    ],
+)
+def test_captions_alone(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    source = open_source(tmp_path / name)
+    assert not source.has_images
+    assert [item.captions for item in read_all(source)] == [["a cat"], [""], ["a dog"]]
+
+
+def test_captions_file_beside_the_folder_and_named_columns(pictures: Path, tmp_path: Path):
+    table = tmp_path / "table.tsv"
+    table.write_text("where\twhat\tstyle\n2.png\ta\tx\n4.png\tb\ty\n")
+    columns = {"image_column": "where", "caption_column": "what", "metadata_columns": ["style"]}
+    items = read_all(open_source(pictures, captions_file=table, **columns))
+    assert [(item.id, item.captions, item.extra) for item in items] == [
+        ("2.png", ["a"], {"style": "x"}),
+        ("4.png", ["b"], {"style": "y"}),
+    ]
+
+
+def test_the_split_of_a_parquet_folder_is_chosen_by_name(captioned: Path):
+    path = as_parquet_with_images(captioned)
+    assert len(read_all(open_source(path, split="test"))) == 1
+    with pytest.raises(CSDiffError, match=r"split 'validation'.*found test\.parquet"):
+        open_source(path, split="validation")
+
+
+def test_a_missing_file_is_a_problem_that_names_it(captioned: Path):
+    (captioned / "3.png").unlink()
+    items = read_all(open_source(captioned))
+    assert [item.reason for item in items if isinstance(item, Problem)] == ["missing_image"]
+    assert items[3].id == "3.png"
+    assert str(captioned / "3.png") in items[3].detail
+
+
+def test_a_truncated_archive_gives_what_is_before_the_damage(captioned: Path):
+    path = as_tar_files(captioned)
+    content = (path / "00000.tar").read_bytes()
+    with tarfile.open(path / "00000.tar") as tar:
+        damage = tar.getmember("0002.png").offset_data + 10
+    (path / "00000.tar").write_bytes(content[:damage])
+    items = read_all(open_source(path))
+    assert [item.captions for item in items[:2]] == EXPECTED[:2]
+    assert [item.reason for item in items if isinstance(item, Problem)] == ["unreadable_archive"]
+    assert items[-1].captions == EXPECTED[5]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not an image"])
+def test_a_damaged_image_says_why(pictures: Path, damage):
+    with pytest.raises(UnreadableImage, match="Error"):
+        decode_image(damage((pictures / "0.png").read_bytes()))
+
+
+def test_exif_orientation_is_applied(tmp_path: Path):
+    image = Image.new("RGB", (4, 2), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode_image(tmp_path / "turned.jpg").size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nothing", "expected a folder, a file or the id"),
+        (lambda p: p / "{0..3}.tar", r"0\.tar: expected a tar file"),
+        (lambda p: "pipe:echo hello.tar", "expected a tar file"),
+        (
+            lambda p: write(p / "x.csv", "a,b\n1,2,3\n"),
+            r"x\.csv is not a readable \.csv table \(line 2 has not 2 fields\)",
+        ),
+        (lambda p: write(p / "x.jsonl", '{"text": "a"}\n{"text"\n'), "line 2"),
+        (lambda p: write(p / "x.csv", "one,two\n1,2\n"), "expected a column of captions .* found one, two"),
+        (lambda p: write(p / "x.parquet", "no parquet"), r"x\.parquet is not a readable parquet file"),
+        (lambda p: write(p / "x.doc", ""), r"found '\.doc'"),
+        (lambda p: write(p / "notes.md", "").parent, "expected images"),
+    ],
+)
+def test_what_is_no_source_is_refused_in_one_sentence(tmp_path: Path, make, message: str):
+    with pytest.raises(CSDiffError, match=message) as error:
+        open_source(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_column_names_those_there(captioned: Path):
+    with pytest.raises(
+        CSDiffError, match=r"expected the column 'titel' \(caption_column\), found file_name, text, style"
+    ):
+        open_source(captioned, caption_column="titel")
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
