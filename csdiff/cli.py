@@ -103,7 +103,7 @@ def import_object(path: str):
 
 def build_parser(config_class: type, prog: str) -> ArgumentParser:
     """A parser whose options, defaults, help and checks are the fields of `config_class`."""
-    parser = OneLineParser(prog=prog, description=config_class.__doc__, exit_on_error=True)
+    parser = OneLineParser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(config_class)
