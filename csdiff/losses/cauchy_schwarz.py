@@ -50,8 +50,8 @@ def cauchy_schwarz_divergence(
             of that size, which measured fastest. The result does not depend on it.
         group: a process group whose processes hold shares of both sets, of any length. Every process returns the value
             for all rows; the gradient is `W` times that of the local rows, so that DDP's average over the `W`
-            processes is the gradient of one process that holds all. Each process sends its rows once to each other process,
-            `(N_local + M_local) D` elements, and a few numbers; no gradients.
+            processes is the gradient of one process that holds all. Each process sends its rows once to each other
+            process, `(N_local + M_local) D` elements, and a few numbers; no gradients.
         within_y: `log V(y, y)` computed before by `log_mean_kernel(y, ...)` with the same options, for a set y that
             stays the same from step to step.
 

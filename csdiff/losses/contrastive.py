@@ -43,9 +43,9 @@ def info_nce(
     `l_ij = x_i . y_j / temperature`
 
     One pass over blocks of pairs finds the two log sums, a second one the gradient, so memory grows with N and no
-    `N x N` matrix is kept (up to 4096 rows with `block_size=None` it is: that saves a product). The pair itself is left
-    out of the log sums and put back exactly, so small losses keep their digits. A second derivative works without
-    `group` and takes memory of the order N^2.
+    `N x N` matrix is kept (up to 4096 rows with `block_size=None` it is: that saves a product). The pair itself is
+    left out of the log sums and put back exactly, so small losses keep their digits. A second derivative works
+    without `group` and takes memory of the order N^2.
 
     Args:
         x: `(N, D)` rows, any floating dtype; computed in float32 or better. The logits are plain products of the rows:
@@ -166,8 +166,8 @@ class _Problem:
         self._place(compute)
         reach = scale * math.prod(float(r.norm(dim=1).max()) for r in (self.x, self.y))
         if not math.isfinite(reach):
-            for rows in (left, right):
-                rows.check(rows.raw.to(wide_dtype(rows.raw.device)))
+            left.check()
+            right.check()
         if reach > FLOAT32_REACH and compute != wide_dtype(self.x.device):
             self._place(wide_dtype(self.x.device))
         count = left.share.total

@@ -21,8 +21,8 @@ class CSAlignerLoss(Objective):
 
     InfoNCE pulls the two of a pair together and keeps captions apart, but leaves the two modalities apart as wholes;
     the Cauchy-Schwarz term pulls the two distributions onto each other and needs no pairs, so it also sees the
-    unpaired embeddings. All rows are made unit vectors first. A term of weight 0 is not computed; the token term is added when
-    tokens are given.
+    unpaired embeddings. All rows are made unit vectors first. A term of weight 0 is not computed; the token term is
+    added when tokens are given.
 
     ```python
     objective = CSAlignerLoss(cs_weight=2.0, bandwidth=0.5)

@@ -15,7 +15,7 @@ from .cauchy_schwarz import cauchy_schwarz_divergence
 from .contrastive import info_nce
 from .dense import unit_rows
 from .kernel_terms import KernelOptions, log_mean_kernels
-from .objective import Objective, ObjectiveOutput, check_ignored, check_pairs, pool, weigh
+from .objective import Objective, ObjectiveOutput, apart_from_autocast, check_ignored, check_pairs, pool, weigh
 from .process_group import global_rows
 
 
@@ -67,8 +67,7 @@ class DistributionLoss(Objective):
         if self.weight:
             all_text = pool(prediction, unpaired_text, "unpaired_text")
             all_image = pool(image, unpaired_image, "unpaired_image")
-            with torch.autocast(device_type=image.device.type, enabled=False):
-                parts.append((self.term, self.weight, self.divergence(all_text, all_image)))
+            parts.append((self.term, self.weight, self.divergence(all_text, all_image)))
         if self.info_nce_weight:
             pairs = info_nce(
                 prediction,
@@ -153,7 +152,7 @@ class SinkhornLoss(DistributionLoss):
         self.sinkhorn = SamplesLoss("sinkhorn", p=2, blur=blur, scaling=scaling, backend="tensorized")
 
     def divergence(self, prediction: Tensor, image: Tensor) -> Tensor:
-        return self.sinkhorn(self.gathered(prediction), self.gathered(image))
+        return apart_from_autocast(self.sinkhorn, self.gathered(prediction), self.gathered(image))
 
 
 class CoralLoss(DistributionLoss):
@@ -170,7 +169,9 @@ class CoralLoss(DistributionLoss):
         self.mean_weight = check_weight("mean_weight", mean_weight)
 
     def divergence(self, prediction: Tensor, image: Tensor) -> Tensor:
-        x, y = self.gathered(prediction), self.gathered(image)
+        return apart_from_autocast(self._gap, self.gathered(prediction), self.gathered(image))
+
+    def _gap(self, x: Tensor, y: Tensor) -> Tensor:
         if min(len(x), len(y)) < 2:
             raise ValueError(f"coral needs at least two rows on each side; found {len(x)} and {len(y)}")
         gap = (torch.cov(x.T) - torch.cov(y.T)).square().sum() / (4 * x.shape[1] ** 2)
@@ -193,7 +194,9 @@ class KernelKLLoss(DistributionLoss):
         self.bandwidth, self.reverse = check_positive("bandwidth", bandwidth), reverse
 
     def divergence(self, prediction: Tensor, image: Tensor) -> Tensor:
-        x, y = self.gathered(prediction), self.gathered(image)
+        return apart_from_autocast(self._kl, self.gathered(prediction), self.gathered(image))
+
+    def _kl(self, x: Tensor, y: Tensor) -> Tensor:
         at, other = (x, y) if self.reverse else (y, x)
         if len(at) < 2:
             raise ValueError(f"kl needs at least two rows on the side it averages over; found {len(at)}")

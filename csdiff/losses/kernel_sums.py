@@ -7,7 +7,8 @@ With `s_k = 1 / (2 width_k^2)` and `d_ij^2 = ||a_i - b_j||^2`, one pass over the
     col_weight, col_mix likewise over i
 
 all times exp(-shift), so that nothing under- or overflows: `shift` follows the largest exponent met so far and what
-was summed before is rescaled when it grows. The derivative of `total` by `a_i` is `-2 s_0 (row_weight_i a_i - row_mix_i)`.
+was summed before is rescaled when it grows. The derivative of `total` by `a_i` is
+`-2 s_0 (row_weight_i a_i - row_mix_i)`.
 """
 
 import math
@@ -20,6 +21,11 @@ from .products import Products
 
 # The shift follows the largest exponent with this slack: exp(SLACK) is harmless and rescaling stays rare.
 SLACK = 20.0
+# Points nearer than this, as a fraction of the squared radius, are treated pair by pair: rounding of the expanded square
+# would show in their distance, and that of their rows in `weight_i a_i - mix_i`, where they nearly cancel.
+NEAR = 1e-3
+# Up to this share of a tile may be near; beyond it the tiles are marked as crowded.
+FEW_NEAR = 1 / 64
 
 
 @dataclass
@@ -63,15 +69,27 @@ class Points:
 
 
 class KernelTiles:
-    """Evaluates tiles of the kernel for given widths, in buffers that are used again from tile to tile."""
+    """Evaluates tiles of the kernel for given widths, in buffers that are used again from tile to tile.
+
+    `crowded` is set when a tile held too many points near each other for the digits of float32.
+    """
 
     def __init__(
-        self, widths: tuple[float, ...], products: Products, dtype: torch.dtype, *, small: bool, direct: bool = False
+        self,
+        widths: tuple[float, ...],
+        products: Products,
+        dtype: torch.dtype,
+        radius: float,
+        *,
+        small: bool,
+        direct: bool = False,
     ):
         scales = [1 / (2 * width**2) for width in widths]
         self.base = min(scales)
         self.ratios = [scale / self.base for scale in scales]
         self.products, self.dtype, self.small, self.direct = products, dtype, small, direct
+        self.crowded = False
+        self.near = -self.base * NEAR * radius**2 if dtype == torch.float32 and not small else math.inf
         self._buffers: dict[str, Tensor] = {}
 
     def _buffer(self, name: str, a: Points, b: Points) -> Tensor:
@@ -134,8 +152,8 @@ def kernel_sums(
         block: rows and columns of a tile.
         row_gradient: whether `row_*` of the result is wanted.
         col_gradient: whether `col_*` is.
-        own: the index in `b` of the first row of `a` when `a` is a part of `b`: a point's pair with itself is left out.
-            When `a` is all of `b` each unordered pair is evaluated once and counted twice.
+        own: the index in `b` of the first row of `a` when `a` is a part of `b`: a point's pair with itself is left
+            out. When `a` is all of `b` each unordered pair is evaluated once and counted twice.
         floor: the exponent of a pair the caller will add itself; tiles that vanish beside it are skipped.
     """
     symmetric = own == 0 and len(a) == len(b)
@@ -164,12 +182,18 @@ def kernel_sums(
                     if sums.shift != -math.inf:
                         sums.rescale(math.exp(sums.shift - top))
                     sums.shift = top
+            near = None
+            if not tiles.small and top > tiles.near:
+                near = _NearPairs(exponent, a_i, b_j, tiles)
             value, weight = tiles.kernels(exponent, sums.shift, a_i, b_j)
             mirrored = symmetric and i != j
             by_row = value.sum(dim=1)
             sums.total += by_row.sum(dtype=wide) * (2 if mirrored else 1)
+            if near is not None:
+                near.take(weight)
+                near.add(sums.row_mix, sums.row_mix if mirrored else sums.col_mix, i, j)
             if row_gradient:
-                sums.row_weight[i : i + block] += by_row if weight is value else weight.sum(dim=1)
+                sums.row_weight[i : i + block] += by_row if weight is value and not near else weight.sum(dim=1)
                 tiles.products.mix(sums.row_mix[i : i + block], weight, b_j.rows)
                 if mirrored:
                     sums.row_weight[j : j + block] += weight.sum(dim=0)
@@ -181,6 +205,39 @@ def kernel_sums(
     if tiles.small:
         _restore_ones(sums, a, b, sum(tiles.ratios) / len(tiles.ratios))
     return sums
+
+
+class _NearPairs:
+    """The pairs of a tile so near that their distance and pull are taken from the difference of the two rows."""
+
+    def __init__(self, exponent: Tensor, a: Points, b: Points, tiles: KernelTiles):
+        self.rows, self.cols = (exponent > tiles.near).nonzero(as_tuple=True)
+        if len(self.rows) > FEW_NEAR * exponent.numel():
+            tiles.crowded = True
+            self.rows, self.cols = self.rows[:0], self.cols[:0]
+        self.a, self.b = a, b
+        for part in self._parts():
+            exponent[self.rows[part], self.cols[part]] = self._difference(part).square().sum(dim=1) * -tiles.base
+
+    def _parts(self) -> list[slice]:
+        return [slice(start, start + 1024) for start in range(0, len(self.rows), 1024)]
+
+    def _difference(self, part: slice) -> Tensor:
+        return self.a.rows[self.rows[part]].to(self.a.square.dtype) - self.b.rows[self.cols[part]]
+
+    def take(self, weight: Tensor) -> None:
+        """Move the weights of these pairs out of the tile."""
+        self.weight = weight[self.rows, self.cols]
+        weight[self.rows, self.cols] = 0
+
+    def add(self, row_mix: Tensor | None, col_mix: Tensor | None, i: int, j: int) -> None:
+        """Add the pull of these pairs, `weight_ij (b_j - a_i)` on the row and its opposite on the column."""
+        for part in self._parts() if row_mix is not None or col_mix is not None else []:
+            pull = self._difference(part).mul_(self.weight[part, None])
+            if col_mix is not None:
+                col_mix.index_add_(0, self.cols[part] + j, pull)
+            if row_mix is not None:
+                row_mix.index_add_(0, self.rows[part] + i, pull, alpha=-1)
 
 
 def _zeros(points: Points, wide: torch.dtype) -> tuple[Tensor, Tensor]:

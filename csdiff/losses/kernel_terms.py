@@ -15,7 +15,7 @@ from .products import Products, bfloat16_is_faster
 from .row_set import BLOCK, RowSet, squared_norms, wide_dtype
 
 # `s R^2`, the exponent at the radius of the points, above which rounding in float32 shows in the fifth digit.
-FLOAT32_REACH = 40.0
+FLOAT32_REACH = 20.0
 # Below this exponent `exp(.) - 1` is summed in place of `exp(.)`.
 SMALL_EXPONENT = 0.3
 # A divergence below this is the difference of nearly equal logarithms; where there are few pairs to average the
@@ -70,7 +70,6 @@ class _PointSet(RowSet):
         """Take `rows - centre` as the points."""
         rows = rows - centre if rows.data_ptr() == self.raw.data_ptr() else rows.sub_(centre)
         self.points = Points(rows, squared_norms(rows))
-        self.check(self.points.square)
 
     def local_points(self) -> Points:
         return self.points.slice(self.share.start, self.share.stop)
@@ -115,8 +114,10 @@ class _LogMeanKernels(torch.autograd.Function):
         values, gradients, tiles, widths = evaluate(exact=False)
         if not isinstance(yy, bool):
             values[1] = zero + yy
+        crowded = bool(gather_numbers(zero + tiles.crowded, options.group).any())
         few = left.share.total * right.share.total <= FEW_PAIRS and not tiles.small and tiles.dtype != zero.dtype
-        if few and xx and xy and yy is not False and abs(values[0] + values[1] - 2 * values[2]) < NEARLY_EQUAL:
+        few = few and xx and xy and yy is not False
+        if crowded or (few and abs(values[0] + values[1] - 2 * values[2]) < NEARLY_EQUAL):
             computed, gradients, tiles, widths = evaluate(exact=True)
             values = [computed[0], computed[1] if yy is True else values[1], computed[2]]
         ctx.options, ctx.widths, ctx.wanted = options, widths, wanted
@@ -190,6 +191,10 @@ def _place(
         centre = sum(r.mean(dim=0) for r in rows) / len(rows)
         for r, one in zip(rows, sets, strict=True):
             one.place(r, centre)
+        # A bad number anywhere shows in the centred norms, which are needed anyway.
+        if not all(math.isfinite(float(one.points.square.sum())) for one in sets):
+            for one in sets:
+                one.check()
         reach = scale * max(float(one.points.square.max()) for one in sets)
         if reach <= FLOAT32_REACH or compute == wide_dtype(device):
             break
@@ -200,10 +205,15 @@ def _place(
         factor = products.factor(one.points.rows)
         square = squared_norms(factor) if products.bfloat16 else one.points.square
         one.points = Points(factor, square.to(compute))
+    radius = math.sqrt(reach / scale)
     # Rounding of the exponents in float64, against the digits the inputs can show.
     lost = 4 * reach * torch.finfo(torch.float64).eps
     direct = compute == torch.float64 and lost > (1e-11 if given == torch.float64 else 1e-6)
-    return KernelTiles(widths, products, compute, small=4 * reach < SMALL_EXPONENT, direct=direct), centre, widths
+    return (
+        KernelTiles(widths, products, compute, radius, small=4 * reach < SMALL_EXPONENT, direct=direct),
+        centre,
+        widths,
+    )
 
 
 def _block_size(left: _PointSet, right: _PointSet) -> int:

@@ -1,5 +1,6 @@
 """What every training objective is: a module from predicted and real embeddings to a loss and its terms."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +90,28 @@ def pool(paired: Tensor, unpaired: Tensor | None, name: str) -> Tensor:
             f"{name} must have D = {paired.shape[1]} as the pairs do; found shape {tuple(unpaired.shape)}"
         )
     return torch.cat([paired, unpaired])
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.enable_grad(), torch.autocast(device_type=inputs[0].device.type, enabled=False):
+            ctx.value = function(*ctx.inputs)
+        return ctx.value.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        needed = [t for t in ctx.inputs if t.requires_grad]
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            found = list(torch.autograd.grad(ctx.value, needed, grad, retain_graph=True))
+        return None, *(found.pop(0) if t.requires_grad else None for t in ctx.inputs)
+
+
+def apart_from_autocast(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, its value and its gradient both computed as if there were no autocast."""
+    return _Apart.apply(function, *inputs)
 
 
 def weigh(parts: list[tuple[str, float, Tensor]]) -> ObjectiveOutput:

@@ -136,12 +136,13 @@ class _FeatureSum(torch.autograd.Function):
         return total / math.sqrt(len(frequencies))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, frequencies = ctx.saved_tensors
         by_cos, by_sin = (grad / math.sqrt(len(frequencies))).chunk(2)
-        found = torch.empty_like(rows)
-        for part, out in zip(rows.split(ctx.block), found.split(ctx.block), strict=True):
-            angle = part @ frequencies.T
-            torch.mm(angle.cos() * by_sin - angle.sin() * by_cos, frequencies, out=out)
-        return found, None, None
+        found = []
+        # Backward may be called inside autocast.
+        with torch.autocast(device_type=rows.device.type, enabled=False):
+            for part in rows.split(ctx.block):
+                angle = part @ frequencies.T
+                found.append((angle.cos() * by_sin - angle.sin() * by_cos) @ frequencies)
+        return torch.cat(found), None, None

@@ -1,7 +1,5 @@
 """A set of rows on its way into a loss: gathered, normalised, centred, and its gradient led back."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,9 +31,9 @@ class RowSet:
         self.name, self.dtype = name, local.dtype
         self.inverse_norm = None
         if normalize:
-            square = squared_norms(self.raw)
-            self.check(square)
-            norm = square.sqrt()
+            norm = squared_norms(self.raw).sqrt_()
+            if not bool(norm.isfinite().all()):
+                self.check()
             self.inverse_norm = torch.where(norm > 0, 1 / norm, 0)
 
     def rows(self, dtype: torch.dtype) -> Tensor:
@@ -52,10 +50,10 @@ class RowSet:
             torch.mul(self.raw[part], inverse.to(narrow) if in_range else inverse, out=rows[part])
         return rows
 
-    def check(self, squares: Tensor) -> None:
-        """Raise ValueError unless all rows are finite, told from squared norms that are needed anyway."""
-        if not math.isfinite(float(squares.sum())):
-            check_finite(self.name, self.raw)
+    def check(self) -> None:
+        """Raise ValueError unless all rows, and their squared lengths, are finite."""
+        check_finite(self.name, self.raw)
+        if not bool(squared_norms(self.raw).isfinite().all()):
             raise ValueError(f"{self.name} must have rows whose squared length is a finite float64; found longer ones")
 
     def local(self, values: Tensor) -> Tensor:

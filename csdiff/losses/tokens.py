@@ -11,7 +11,9 @@ from .process_group import gather_numbers, gather_rows, raise_together
 from .row_set import wide_dtype
 
 # As for whole sets: reach of float32, and the divergence below which it is taken again in float64.
-FLOAT32_REACH, SMALL_EXPONENT, NEARLY_EQUAL = 40.0, 0.3, 3e-4
+FLOAT32_REACH, SMALL_EXPONENT, NEARLY_EQUAL = 20.0, 0.3, 3e-4
+# Tokens nearer than this, as a fraction of the squared radius, also ask for float64.
+NEAR = 1e-3
 # Kernel values evaluated at once when no block size is given.
 KERNELS_AT_ONCE = 2**21
 
@@ -33,8 +35,8 @@ def token_cauchy_schwarz_divergence(
     `mean_b D(x_tokens[b, x_mask[b]], y_tokens[b, y_mask[b]])`, `D` as in `cauchy_schwarz_divergence`
 
     Many pairs are evaluated at once; value and gradient come from one pass, and memory beyond the gradient does not
-    grow with B. Masked tokens have no influence, whatever they hold, and no gradient. A second derivative is refused
-    with an error.
+    grow with B. Masked tokens have no influence, whatever they hold, and no gradient. A second derivative works without
+    `group`.
 
     Args:
         x_tokens: `(B, L, D)`.
@@ -143,14 +145,44 @@ class _TokenDivergence(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 grad.mul_(len(shares) / float(count))
-        ctx.save_for_backward(*grads)
+        ctx.options = options
+        ctx.save_for_backward(x, y, x_mask, y_mask, *grads)
         return value / count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        found = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        x, y, x_mask, y_mask, *grads = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_backward(ctx, x, y, x_mask, y_mask, grad), None, None, None
+        found = (
+            None if g is None else (g * grad.to(g.dtype)).to(like.dtype) for g, like in zip(grads, (x, y), strict=True)
+        )
         return *found, None, None, None
+
+
+def _differentiable_backward(ctx, x, y, x_mask, y_mask, grad) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient as a function that can be differentiated again (`create_graph=True`), by the plain formula."""
+    widths, diagonal, normalize, _, group, _ = ctx.options
+    if group is not None:
+        raise RuntimeError("a second derivative with group= is not available; take it in one process, with group=None")
+
+    def log_mean(a, b, a_mask, b_mask, own):
+        square = a.square().sum(2)[:, :, None] + b.square().sum(2)[:, None, :] - 2 * a @ b.mT
+        pair = a_mask[:, :, None] & b_mask[:, None, :]
+        if own:
+            itself = torch.eye(a.shape[1], dtype=torch.bool, device=a.device)
+            square = square.masked_fill(itself, 0)
+            pair = pair if diagonal else pair & ~itself
+        exponents = [(-square / (2 * w**2)).masked_fill(~pair, -math.inf).flatten(1) for w in widths]
+        return torch.cat(exponents, dim=1).logsumexp(dim=1) - (pair.flatten(1).sum(dim=1) * len(widths)).log()
+
+    with torch.enable_grad():
+        a, b = (_unit(t.double().masked_fill(~m[..., None], 0), normalize) for t, m in ((x, x_mask), (y, y_mask)))
+        within = log_mean(a, a, x_mask, x_mask, True) + log_mean(b, b, y_mask, y_mask, True)
+        value = (within - 2 * log_mean(a, b, x_mask, y_mask, False)).mean()
+        inputs = [t for t, needed in zip((x, y), ctx.needs_input_grad, strict=False) if needed]
+        found = list(torch.autograd.grad(value * grad, inputs, create_graph=True))
+    return tuple(found.pop(0) if needed else None for needed in ctx.needs_input_grad[:2])
 
 
 class _Chunk:
@@ -161,7 +193,8 @@ class _Chunk:
         wide = wide_dtype(sides[0][0].device)
         given = _wider(*(tokens.dtype for tokens, _, _ in sides))
         self._evaluate(sides, given)
-        if given != wide and (self.reach > FLOAT32_REACH or (self.divergence.min() < NEARLY_EQUAL and not self.small)):
+        doubtful = self.near or float(self.divergence.min()) < NEARLY_EQUAL
+        if given != wide and (self.reach > FLOAT32_REACH or (doubtful and not self.small)):
             self._evaluate(sides, wide)
 
     def _evaluate(self, sides, dtype: torch.dtype) -> None:
@@ -177,7 +210,7 @@ class _Chunk:
         self.base = min(scales)
         self.ratios = [scale / self.base for scale in scales]
         self.reach = max(scales) * max(float(s.max()) for s in squares)
-        self.small = 4 * self.reach < SMALL_EXPONENT
+        self.small, self.near = 4 * self.reach < SMALL_EXPONENT, False
         masks = [mask for _, mask, _ in sides]
         grads = [torch.zeros_like(p) if needed else None for p, (_, _, needed) in zip(points, sides, strict=True)]
         divergence = 0
@@ -213,6 +246,7 @@ class _Chunk:
         shift = torch.zeros_like(count, dtype=exponent.dtype)
         if not self.small:
             shift = exponent.amax(dim=(1, 2))
+            self.near |= float(shift.max()) > -NEAR * self.reach / max(self.ratios)
             shift = torch.where(shift.isfinite(), shift, 0)
         value, weight = 0, 0
         for ratio in self.ratios:

@@ -1,0 +1,157 @@
+"""Every refusal is a ValueError that names the argument and what was found."""
+
+import pytest
+import torch
+
+from csdiff.losses import (
+    NonFiniteRows,
+    cauchy_schwarz_divergence,
+    gaussian_cauchy_schwarz,
+    info_nce,
+    log_mean_kernel,
+    random_feature_cauchy_schwarz,
+    token_cauchy_schwarz_divergence,
+)
+
+X, Y = torch.randn(5, 4), torch.randn(6, 4)
+SET_LOSSES = {
+    "cs": lambda x, y, **options: cauchy_schwarz_divergence(x, y, **{"bandwidth": 0.5, **options}),
+    "random_features": lambda x, y, **options: random_feature_cauchy_schwarz(x, y, **{"bandwidth": 0.5, **options}),
+}
+ALL = {**SET_LOSSES, "info_nce": lambda x, y, **options: info_nce(x, y[: len(x)], temperature=0.1, **options)}
+
+
+def spoiled(rows, row, value):
+    rows = rows.clone()
+    rows[row, 1] = value
+    return rows
+
+
+@pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "inf")]
+)
+def test_rows_that_are_not_finite(loss, value, word):
+    with pytest.raises(NonFiniteRows, match=rf"x must be finite; row 3 is {word}"):
+        loss(spoiled(X, 3, value), Y)
+    with pytest.raises(ValueError, match=rf"y must be finite; row 2 is {word}"):
+        loss(X, spoiled(Y, 2, value))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("bandwidth", [0.5, "median"])
+def test_bad_rows_are_found_with_every_option(bandwidth, normalize):
+    with pytest.raises(NonFiniteRows, match="row 3 is NaN"):
+        cauchy_schwarz_divergence(spoiled(X, 3, float("nan")), Y, bandwidth=bandwidth, normalize=normalize)
+
+
+@pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
+def test_shapes(loss):
+    with pytest.raises(ValueError, match=r"x must have at least one row; found shape \(0, 4\) \(N = 0\)"):
+        loss(X[:0], Y[:0] if loss is ALL["info_nce"] else Y)
+    with pytest.raises(ValueError, match=r"same D; found shapes \(5, 4\) and \(5, 3\)"):
+        loss(X, Y[:5, :3])
+    with pytest.raises(ValueError, match=r"x must have shape \(N, D\) with D > 0; found shape \(4,\)"):
+        loss(X[0], Y)
+    with pytest.raises(ValueError, match=r"x must be floating point; found dtype torch.int64"):
+        loss(X.long(), Y)
+    with pytest.raises(ValueError, match=r"x must be a torch.Tensor of shape \(N, D\); found list"):
+        loss([[1.0]], Y)
+    with pytest.raises(ValueError, match="block_size must be None or an integer >= 1; found 0"):
+        loss(X, Y, block_size=0)
+
+
+def test_y_without_rows():
+    with pytest.raises(ValueError, match="y must have at least one row"):
+        cauchy_schwarz_divergence(X, Y[:0], bandwidth=0.5)
+
+
+@pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
+@pytest.mark.parametrize(
+    "bandwidth", [0, -1.0, float("nan"), float("inf"), [0.5, -2], [], "mean", True, torch.tensor(0.0)]
+)
+def test_bandwidths(loss, bandwidth):
+    with pytest.raises(ValueError, match=r"bandwidth must .*found"):
+        loss(X, Y, bandwidth=bandwidth)
+
+
+def test_a_bandwidth_that_wants_a_gradient():
+    with pytest.raises(ValueError, match="bandwidth must not require a gradient"):
+        cauchy_schwarz_divergence(X, Y, bandwidth=torch.tensor(0.5, requires_grad=True))
+
+
+@pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
+def test_a_single_row_without_its_diagonal(loss):
+    with pytest.raises(ValueError, match="diagonal=False needs at least two rows in x; found N = 1"):
+        loss(X[:1], Y, diagonal=False)
+    with pytest.raises(ValueError, match="diagonal=False needs at least two rows in y; found N = 1"):
+        loss(X, Y[:1], diagonal=False)
+
+
+def test_a_single_row_is_no_matter_for_the_cross_term():
+    assert log_mean_kernel(X[:1], Y, bandwidth=0.5, diagonal=False) < 0
+    with pytest.raises(ValueError, match="found N = 1"):
+        log_mean_kernel(X[:1], bandwidth=0.5, diagonal=False)
+
+
+@pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), torch.tensor(-1.0), "hot"])
+def test_temperatures(temperature):
+    with pytest.raises(ValueError, match="temperature must be a finite number > 0; found"):
+        info_nce(X, X, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must have one element"):
+        info_nce(X, X, temperature=torch.ones(2))
+
+
+def test_pairs_of_different_number():
+    with pytest.raises(
+        ValueError, match=r"x and y must be pairs, with the same N; found shapes \(5, 4\) and \(6, 4\)"
+    ):
+        info_nce(X, Y, temperature=0.1)
+
+
+def test_rows_too_long_for_float64():
+    huge = torch.full((3, 2), 1e200, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must have rows whose squared length is a finite float64"):
+        cauchy_schwarz_divergence(huge, -huge, bandwidth=1.0)
+    with pytest.raises(ValueError, match="squared length"):
+        cauchy_schwarz_divergence(huge, -huge, bandwidth=1.0, normalize=True)
+
+
+@pytest.mark.parametrize("num_features", [0, 7, 2])
+def test_numbers_of_features(num_features):
+    with pytest.raises(ValueError, match="num_features must be even and at least 2"):
+        random_feature_cauchy_schwarz(X, Y, bandwidth=(0.5, 1.0), num_features=num_features)
+
+
+def test_tokens():
+    x, y = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1] = False
+    with pytest.raises(ValueError, match=r"x_mask must leave at least one token in every row; rows \[1\]"):
+        token_cauchy_schwarz_divergence(x, y, mask)
+    with pytest.raises(ValueError, match=r"y_mask must have shape \(3, 6\); found shape \(3, 5\)"):
+        token_cauchy_schwarz_divergence(x, y, None, mask)
+    with pytest.raises(ValueError, match="x_mask must be boolean"):
+        token_cauchy_schwarz_divergence(x, y, mask.long())
+    with pytest.raises(ValueError, match="x_tokens and y_tokens must have the same D"):
+        token_cauchy_schwarz_divergence(x, y[..., :3])
+    with pytest.raises(ValueError, match="the same B"):
+        token_cauchy_schwarz_divergence(x[:2], y)
+    with pytest.raises(ValueError, match=r"x_tokens must be a tensor of shape \(B, tokens, D\)"):
+        token_cauchy_schwarz_divergence(x[0], y)
+    mask[1, 0] = True
+    with pytest.raises(ValueError, match=r"at least two tokens with diagonal=False in every row; rows \[1\]"):
+        token_cauchy_schwarz_divergence(x, y, mask, diagonal=False)
+    x[2, 0] = float("nan")
+    with pytest.raises(NonFiniteRows, match=r"x_tokens must be finite; rows \[2\]"):
+        token_cauchy_schwarz_divergence(x, y)
+
+
+def test_gaussians():
+    mean, cov = torch.zeros(2), torch.eye(2)
+    with pytest.raises(ValueError, match=r"expected mean_x \(d,\)"):
+        gaussian_cauchy_schwarz(mean, cov, torch.zeros(3), cov)
+    with pytest.raises(ValueError, match="cov_y must be positive definite"):
+        gaussian_cauchy_schwarz(mean, cov, mean, -cov)
+    with pytest.raises(ValueError, match="bandwidth must be a positive number"):
+        gaussian_cauchy_schwarz(mean, cov, mean, cov, bandwidth=0)

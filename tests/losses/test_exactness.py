@@ -1,0 +1,194 @@
+"""Streaming value and gradient against plain float64 formulas: 1e-5 in float32, 1e-10 in float64."""
+
+import pytest
+import reference
+import torch
+from reference import assert_agree, value_and_gradients
+
+from csdiff.losses import cauchy_schwarz_divergence, log_mean_kernel
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def two_sets(n=53, m=38, dim=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    y = 0.8 * torch.randn(m, dim, generator=generator, dtype=torch.float64) + 0.2
+    # Values that float32 holds exactly, so that both dtypes see the same problem.
+    return x.float().double(), y.float().double()
+
+
+def check(x, y, dtype, *, block_size=None, floor=0.0, **options):
+    x, y = x.to(dtype), y.to(dtype)
+    expected = value_and_gradients(reference.divergence, x.double(), y.double(), **options)
+    found = value_and_gradients(cauchy_schwarz_divergence, x, y, dtype=dtype, block_size=block_size, **options)
+    assert found[0].dtype == dtype
+    assert_agree(found, expected, TOLERANCE[dtype], floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("block_size", [None, 1, 7, 16, 53, 1000])
+def test_any_block_size(block_size, diagonal, normalize, dtype):
+    x, y = two_sets()
+    check(
+        x, y, dtype, bandwidth=0.5 if normalize else 3.0, diagonal=diagonal, normalize=normalize, block_size=block_size
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", [0.001, 0.02, 0.08, 0.12, 0.2, 0.35, 0.7, 1.5, 4.0, 30.0, 1000.0])
+def test_tiny_to_huge_bandwidths(bandwidth, dtype):
+    x, y = two_sets(120, 90)
+    check(x, y, dtype, bandwidth=bandwidth, normalize=True, block_size=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", [(0.3, 0.5, 1.0), (0.05, 50.0), (20.0, 90.0)])
+def test_mixed_bandwidths(bandwidth, dtype):
+    x, y = two_sets()
+    check(x, y, dtype, bandwidth=bandwidth, normalize=True, diagonal=False, block_size=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 20), (20, 1), (2, 3)])
+def test_few_rows(sizes, dtype):
+    check(*two_sets(*sizes), dtype, bandwidth=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_duplicated_rows(dtype):
+    x, y = two_sets()
+    x[10:30] = x[30:50]
+    y[:5] = x[:5]
+    for diagonal in (True, False):
+        check(x, y, dtype, bandwidth=1.0, diagonal=diagonal, block_size=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
+def test_sets_so_far_apart_that_the_kernel_underflows(distance, dtype):
+    x, y = two_sets()
+    y = (y + distance).float().double()
+    assert torch.exp(-reference.squared_distances(x, y).min() / 2) == 0
+    check(x, y, dtype, bandwidth=1.0, block_size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clusters_far_apart_within_each_set(dtype):
+    x, y = two_sets()
+    x[20:] += 200.0
+    y[20:] += 200.0
+    check(x.float().double(), y.float().double(), dtype, bandwidth=2.0, block_size=8)
+
+
+def test_far_from_the_origin_float32_keeps_its_digits():
+    x, y = two_sets()
+    check((x + 1000).float(), (y + 1000).float(), torch.float32, bandwidth=4.0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_nearly_equal_sets_in_float32(size):
+    x, _ = two_sets()
+    y = x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    check(x, y.float(), torch.float32, bandwidth=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", [0.05, 0.5, 5.0, "median", "silverman"])
+def test_identical_sets_give_zero_and_no_gradient(bandwidth, dtype):
+    x = two_sets()[0].to(dtype)
+    value, (gradient, _) = value_and_gradients(
+        cauchy_schwarz_divergence, x, x.clone(), dtype=dtype, bandwidth=bandwidth, normalize=True, block_size=20
+    )
+    assert 0 <= value <= 1e-7
+    assert gradient.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_each_term_alone(diagonal, dtype):
+    x, y = two_sets()
+    for widths in ((2.0,), (0.5, 3.0)):
+        own = value_and_gradients(log_mean_kernel, x, dtype=dtype, bandwidth=widths, diagonal=diagonal, block_size=11)
+        right = value_and_gradients(
+            lambda a: reference.log_mean_kernel(a, a, widths, exclude_own=not diagonal),
+            x,  # noqa: B023
+        )
+        assert_agree(own, right, TOLERANCE[dtype])
+        cross = value_and_gradients(log_mean_kernel, x, y, dtype=dtype, bandwidth=widths, block_size=11)
+        right = value_and_gradients(reference.log_mean_kernel, x, y, widths=widths)
+        assert_agree(cross, right, TOLERANCE[dtype])
+
+
+def test_the_terms_add_up_to_the_divergence():
+    x, y = two_sets()
+    terms = [
+        log_mean_kernel(x, bandwidth=3.0),
+        log_mean_kernel(y, bandwidth=3.0),
+        log_mean_kernel(x, y, bandwidth=3.0),
+    ]
+    torch.testing.assert_close(
+        terms[0] + terms[1] - 2 * terms[2], cauchy_schwarz_divergence(x, y, bandwidth=3.0), rtol=1e-12, atol=0
+    )
+
+
+def test_moving_y_away_changes_the_cross_term_alone():
+    x, y = two_sets()
+    torch.testing.assert_close(
+        log_mean_kernel(y + 50, bandwidth=3.0), log_mean_kernel(y, bandwidth=3.0), rtol=1e-10, atol=0
+    )
+    assert log_mean_kernel(x, y + 50, bandwidth=3.0) < log_mean_kernel(x, y, bandwidth=3.0) - 100
+
+
+def test_it_is_the_exponents_that_are_summed_in_log_space():
+    # log-sum-exp of the kernel values themselves would give log(2 + 2 e^k) - log 4 here, a positive number.
+    x = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
+    expected = torch.log((2 + 2 * torch.exp(torch.tensor(-4.5, dtype=torch.float64))) / 4)
+    torch.testing.assert_close(log_mean_kernel(x, bandwidth=1.0), expected)
+
+
+def test_frozen_target_term_can_be_passed_in():
+    x, y = two_sets()
+    options = {"bandwidth": 0.5, "normalize": True}
+    whole = value_and_gradients(lambda a: cauchy_schwarz_divergence(a, y, **options), x)
+    known = log_mean_kernel(y, **options)
+    given = value_and_gradients(lambda a: cauchy_schwarz_divergence(a, y, within_y=known, **options), x)
+    assert_agree(given, whole, 1e-12)
+    with pytest.raises(ValueError, match="within_y"):
+        cauchy_schwarz_divergence(x, y.clone().requires_grad_(), within_y=known, **options)
+
+
+def test_gradient_through_one_side_only_equals_that_side_of_both():
+    x, y = two_sets()
+    _, (both_x, both_y) = value_and_gradients(cauchy_schwarz_divergence, x, y, bandwidth=3.0)
+    _, (only_x,) = value_and_gradients(lambda a: cauchy_schwarz_divergence(a, y, bandwidth=3.0), x)
+    _, (only_y,) = value_and_gradients(lambda b: cauchy_schwarz_divergence(x, b, bandwidth=3.0), y)
+    torch.testing.assert_close(only_x, both_x, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(only_y, both_y, rtol=1e-10, atol=1e-14)
+
+
+def test_the_same_tensor_on_both_sides_adds_both_gradients():
+    x, _ = two_sets()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(log_mean_kernel(x, x, bandwidth=3.0), x)
+    (expected,) = torch.autograd.grad(log_mean_kernel(x, bandwidth=3.0), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_a_zero_row_keeps_everything_finite_under_normalize():
+    x, y = two_sets()
+    x[3] = 0
+    value, gradients = value_and_gradients(cauchy_schwarz_divergence, x, y, bandwidth=0.5, normalize=True)
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert (gradients[0][3] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_rows_whose_squares_leave_the_range_of_float32(scale):
+    x, y = two_sets()
+    expected = reference.divergence(x, y, bandwidth=0.5, normalize=True)
+    found = cauchy_schwarz_divergence(x.float() * scale, y.float() * scale, bandwidth=0.5, normalize=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)

@@ -1,0 +1,201 @@
+"""Problems whose answer is known: single points, Gaussians, invariances, symmetry, signs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csdiff.losses import cauchy_schwarz_divergence, gaussian_cauchy_schwarz, log_mean_kernel, resolve_bandwidth
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+sizes = st.integers(1, 12)
+dims = st.integers(1, 9)
+seeds = st.integers(0, 10_000)
+bandwidths = st.floats(0.2, 8.0)
+
+
+def draw(seed, n, m, dim):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    return x, torch.randn(m, dim, generator=generator, dtype=torch.float64) * 1.3 + 0.4
+
+
+@few
+@given(seeds, dims, bandwidths)
+def test_two_single_points(seed, dim, bandwidth):
+    x, y = draw(seed, 1, 1, dim)
+    expected = (x - y).square().sum() / bandwidth**2
+    torch.testing.assert_close(cauchy_schwarz_divergence(x, y, bandwidth=bandwidth), expected, rtol=1e-10, atol=1e-14)
+
+
+@few
+@given(seeds, dims, bandwidths)
+def test_gradient_of_two_single_points(seed, dim, bandwidth):
+    x, y = draw(seed, 1, 1, dim)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(cauchy_schwarz_divergence(x, y, bandwidth=bandwidth), x)
+    torch.testing.assert_close(gradient, 2 * (x - y).detach() / bandwidth**2, rtol=1e-9, atol=1e-13)
+
+
+@few
+@given(seeds, sizes, sizes, dims, bandwidths, st.integers(1, 5))
+def test_order_of_rows_does_not_matter(seed, n, m, dim, bandwidth, block_size):
+    x, y = draw(seed, n, m, dim)
+    shuffled = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    one = cauchy_schwarz_divergence(x, y, bandwidth=bandwidth, block_size=block_size)
+    torch.testing.assert_close(
+        cauchy_schwarz_divergence(shuffled, y, bandwidth=bandwidth, block_size=block_size), one, rtol=1e-9, atol=1e-13
+    )
+
+
+@few
+@given(seeds, sizes, sizes, dims, bandwidths)
+def test_a_common_rotation_and_shift_do_not_matter(seed, n, m, dim, bandwidth):
+    x, y = draw(seed, n, m, dim)
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+    shift = torch.randn(dim, generator=generator, dtype=torch.float64)
+    moved = cauchy_schwarz_divergence(x @ rotation + shift, y @ rotation + shift, bandwidth=bandwidth)
+    torch.testing.assert_close(moved, cauchy_schwarz_divergence(x, y, bandwidth=bandwidth), rtol=1e-9, atol=1e-12)
+
+
+@few
+@given(seeds, sizes, sizes, dims, bandwidths)
+def test_symmetric_and_not_negative(seed, n, m, dim, bandwidth):
+    x, y = draw(seed, n, m, dim)
+    one = cauchy_schwarz_divergence(x, y, bandwidth=bandwidth)
+    torch.testing.assert_close(cauchy_schwarz_divergence(y, x, bandwidth=bandwidth), one, rtol=1e-9, atol=1e-13)
+    assert one >= 0
+
+
+@few
+@given(seeds, sizes, dims, bandwidths)
+def test_scaling_rows_and_bandwidth_together_does_not_matter(seed, n, dim, bandwidth):
+    x, y = draw(seed, n, n, dim)
+    torch.testing.assert_close(
+        cauchy_schwarz_divergence(7 * x, 7 * y, bandwidth=7 * bandwidth),
+        cauchy_schwarz_divergence(x, y, bandwidth=bandwidth),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@few
+@given(seeds, sizes, dims, bandwidths)
+def test_repeating_a_set_changes_nothing(seed, n, dim, bandwidth):
+    x, y = draw(seed, n, n + 1, dim)
+    torch.testing.assert_close(
+        cauchy_schwarz_divergence(torch.cat([x, x, x]), y, bandwidth=bandwidth),
+        cauchy_schwarz_divergence(x, y, bandwidth=bandwidth),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def gaussians(seed, dim):
+    generator = torch.Generator().manual_seed(seed)
+    means = 0.5 * torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    factors = torch.randn(2, dim, dim, generator=generator, dtype=torch.float64) * 0.4
+    return means, factors @ factors.mT + 0.3 * torch.eye(dim, dtype=torch.float64)
+
+
+def test_samples_of_two_gaussians_tend_to_the_closed_form():
+    means, covs = gaussians(3, 2)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 6000, 2, generator=generator, dtype=torch.float64)
+    # Samples with exactly the moments asked for: what remains is the error of the shape.
+    noise = noise - noise.mean(dim=1, keepdim=True)
+    noise = noise @ torch.linalg.inv(torch.linalg.cholesky(noise.mT @ noise / 6000)).mT
+    x, y = means[:, None] + noise @ torch.linalg.cholesky(covs).mT
+    bandwidth = 0.7
+    expected = gaussian_cauchy_schwarz(means[0], covs[0], means[1], covs[1], bandwidth=bandwidth)
+    for diagonal in (True, False):
+        found = cauchy_schwarz_divergence(x, y, bandwidth=bandwidth, diagonal=diagonal)
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+
+
+def test_terms_of_a_standard_normal_set_tend_to_their_closed_form():
+    dim, bandwidth = 3, 0.8
+    x = torch.randn(5000, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # E k(a, b) for a - b ~ N(0, 2 I): (s^2 / (s^2 + 2))^(d / 2)
+    expected = torch.tensor(dim / 2 * math.log(bandwidth**2 / (bandwidth**2 + 2)), dtype=torch.float64)
+    found = log_mean_kernel(x, bandwidth=bandwidth, diagonal=False)
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
+@few
+@given(seeds, st.integers(1, 4))
+def test_gaussian_closed_form_is_symmetric_zero_for_equals_and_not_negative(seed, dim):
+    means, covs = gaussians(seed, dim)
+    one = gaussian_cauchy_schwarz(means[0], covs[0], means[1], covs[1])
+    torch.testing.assert_close(gaussian_cauchy_schwarz(means[1], covs[1], means[0], covs[0]), one)
+    assert one >= 0
+    same = gaussian_cauchy_schwarz(means[0], covs[0], means[0], covs[0])
+    torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-12)
+
+
+def test_gaussian_closed_form_against_an_integral():
+    # int p q, int p^2, int q^2 of two one-dimensional densities, summed on a grid.
+    grid = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    density = [torch.distributions.Normal(m, s).log_prob(grid).exp() for m, s in ((0.3, 0.7), (-1.1, 1.9))]
+    step = float(grid[1] - grid[0])
+    products = [(a * b).sum() * step for a, b in ((density[0], density[1]), (density[0],) * 2, (density[1],) * 2)]
+    expected = -2 * products[0].log() + products[1].log() + products[2].log()
+    one = torch.ones(1, dtype=torch.float64)
+    found = gaussian_cauchy_schwarz(0.3 * one, 0.49 * one[None], -1.1 * one, 3.61 * one[None])
+    torch.testing.assert_close(found, expected.squeeze())
+
+
+def test_gaussian_closed_form_has_the_right_gradient():
+    means, covs = gaussians(1, 3)
+    assert torch.autograd.gradcheck(
+        lambda m, f: gaussian_cauchy_schwarz(m, f @ f.mT + torch.eye(3, dtype=torch.float64), means[1], covs[1]),
+        (means[0].clone().requires_grad_(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)),
+    )
+
+
+@pytest.mark.parametrize("count", [40, 3000])
+def test_median_rule_is_the_median_distance(count):
+    x, y = draw(0, count, count, 6)
+    pooled = torch.cat([x, y])
+    (width,) = resolve_bandwidth("median", x, y)
+    # Above 2048 rows a part of them stands for all.
+    assert width == pytest.approx(float(torch.pdist(pooled).median()), rel=1e-12 if count == 40 else 0.02)
+    torch.testing.assert_close(
+        cauchy_schwarz_divergence(x[:40], y[:40], bandwidth="median"),
+        cauchy_schwarz_divergence(x[:40], y[:40], bandwidth=resolve_bandwidth("median", x[:40], y[:40])[0]),
+    )
+
+
+def test_silverman_rule_by_hand():
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]], dtype=torch.float64)
+    spread = math.sqrt((1 + 4) / 2)
+    assert resolve_bandwidth("silverman", x)[0] == pytest.approx(math.sqrt(2) * spread * 4 ** (-1 / 6))
+
+
+@pytest.mark.parametrize("rule", ["median", "silverman"])
+def test_rules_scale_with_the_data_and_carry_no_gradient(rule):
+    x, y = draw(1, 30, 20, 5)
+    assert resolve_bandwidth(rule, 3 * x, 3 * y)[0] == pytest.approx(3 * resolve_bandwidth(rule, x, y)[0])
+    x.requires_grad_()
+    width = resolve_bandwidth(rule, x, y)[0]
+    by_rule = torch.autograd.grad(cauchy_schwarz_divergence(x, y, bandwidth=rule), x)
+    by_number = torch.autograd.grad(cauchy_schwarz_divergence(x, y, bandwidth=width), x)
+    torch.testing.assert_close(by_rule, by_number)
+
+
+@pytest.mark.parametrize("rule", ["median", "silverman"])
+def test_rules_answer_where_all_points_coincide(rule):
+    x = torch.ones(5, 3)
+    assert cauchy_schwarz_divergence(x, x, bandwidth=rule) == 0
+
+
+@pytest.mark.parametrize("bandwidth", [0.5, torch.tensor(0.5), [0.5], (0.5,), torch.tensor([0.5])])
+def test_one_width_in_every_form(bandwidth):
+    x, y = draw(2, 9, 7, 4)
+    torch.testing.assert_close(
+        cauchy_schwarz_divergence(x, y, bandwidth=bandwidth, normalize=True),
+        cauchy_schwarz_divergence(x, y, bandwidth=0.5, normalize=True),
+    )
