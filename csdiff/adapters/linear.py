@@ -28,7 +28,7 @@ class LinearAdapter(Adapter):
     | `procrustes` | `U V^T` of `Cyx = U S V^T`               | pairs        |
     | `coral`      | `Cyy^(1/2) Cxx^(-1/2)`                   | Dt = D       |
 
-    with `b = mean(y) - A mean(x)`, `C` covariances, `mean_var` the mean of `diag(Cxx)`.
+    with `b = mean(y) - A mean(x)`, `C` covariances (shrunk, for `coral`), `mean_var` the mean of `diag(Cxx)`.
 
     Args:
         embedding_dim (`int`): Width of the image embeddings.
@@ -82,7 +82,7 @@ class LinearAdapter(Adapter):
 
         Every `1/holdout`-th row is held out. Ridge is solved for each penalty on the other rows, the penalty with the
         least squared error on the held-out ones (computed from their moments) is kept, and the map is solved again on
-        all rows. Held-out rows (at most 4096) also calibrate the norms.
+        all rows. Held-out rows (at most 4096) also calibrate the norms, of a map fitted without them.
 
         Args:
             data: A store (`read(indices)` giving `text_embeds` and `image_embeds`, and a length), or an iterable of
@@ -107,10 +107,12 @@ class LinearAdapter(Adapter):
         penalty = None
         if method == "ridge":
             penalty = _best_penalty(fitted, held, penalties)
-        adapter.set_map(*_solve(every, method, penalty), every)
-        if calibrate and len(sample[0]) >= 2:
+        if calibrate and held.count >= 2:
+            # Rows that a map was fitted on are nearer than new ones: calibrate a map that has not seen them.
+            adapter.set_map(*_solve(fitted, method, penalty), fitted)
             with torch.no_grad():
                 adapter.calibrate_norm(adapter.embed(sample[0]).norm(dim=1), sample[1].norm(dim=1))
+        adapter.set_map(*_solve(every, method, penalty), every)
         adapter.metadata["objective"] = {"name": method, "penalty": penalty, "rows": every.count}
         return adapter
 
@@ -184,14 +186,27 @@ def _solve(moments: PairedMoments, method: str, penalty: float | None) -> tuple[
         left, _, right = torch.linalg.svd(moments.cov_xy.T, full_matrices=False)
         weight = left @ right
     else:
-        weight = _power(moments.cov_yy, 0.5) @ _power(moments.cov_xx, -0.5)
+        image, text = (_shrunk(covariance, moments.count) for covariance in (moments.cov_yy, moments.cov_xx))
+        weight = _power(image, 0.5) @ _power(text, -0.5)
     return weight, moments.mean_y - weight @ moments.mean_x
+
+
+def _shrunk(covariance: Tensor, count: int) -> Tensor:
+    """Oracle-approximating shrinkage towards a multiple of the identity (Chen et al. 2010; as scikit-learn's OAS).
+
+    Without it, fewer rows than dimensions leave directions without variance, which the inverse root blows up.
+    """
+    size = len(covariance)
+    squares, square = covariance.square().mean(), (covariance.trace() / size) ** 2
+    distance = (count + 1) * (squares - square / size)
+    share = ((squares + square) / distance.clamp_min(1e-300)).clamp(0, 1)
+    trace = covariance.trace()
+    return (1 - share) * covariance + share * trace / size * torch.eye(size).double()
 
 
 def _power(covariance: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
-    # Directions without variance would be blown up by the inverse root: floor them relative to the largest.
-    return (vectors * values.clamp_min(1e-6 * values.max()) ** exponent) @ vectors.T
+    return (vectors * values.clamp_min(1e-12 * values.max()) ** exponent) @ vectors.T
 
 
 def _deviations(covariance: Tensor) -> Tensor:

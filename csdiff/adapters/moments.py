@@ -81,7 +81,7 @@ def paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]
     """
     seen = 0
     for text, image in _raw_batches(data, batch_size):
-        text, image = torch.as_tensor(text).float(), torch.as_tensor(image).float()
+        text, image = (torch.as_tensor(part).detach().float().cpu() for part in (text, image))
         if text.ndim != 2 or image.ndim != 2 or len(text) != len(image):
             raise CSDiffError(
                 f"Batches must be text (B, Dt) and image (B, D) rows; found {tuple(text.shape)} and "
