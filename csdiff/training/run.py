@@ -11,6 +11,7 @@ from csdiff.training.export import ONLINE, Exporter
 from csdiff.training.interrupts import Interrupt
 from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
 from csdiff.training.run_folder import RunFolder, flatten
+from csdiff.training.samples import Samples
 from csdiff.training.state import save_state, state_bytes
 from csdiff.training.validation import Validator
 
@@ -38,6 +39,7 @@ class Run:
         self.sources, self.inputs, self.loop, self.exporter = sources, inputs, loop, exporter
         self.task = loop.task
         self.validator: Validator | None = None
+        self.samples: Samples | None = None
         self.metrics: dict = {}
 
     @property
@@ -47,9 +49,13 @@ class Run:
 
     def prepare(self) -> None:
         """Read the held-out rows and measure the baselines; the last chance to refuse something."""
-        if not self.main or self.sources.validation is None:
-            return
         config = self.config.validation
+        if not self.main:
+            return
+        if config.decoder is not None:
+            self.samples = Samples(self.config, self.exporter)
+        if self.sources.validation is None:
+            return
         rows = self.inputs.read(self.sources.validation.sample(config.limit))
         self.validator = Validator(rows, config.metric, config.mode)
         progress = self.loop.progress
@@ -169,9 +175,11 @@ class Run:
 
     def _validate(self) -> bool:
         """Measure averaged and online weights; whether the averaged ones are the best so far."""
+        progress = self.loop.progress
+        if self.samples is not None:
+            self.samples.draw(self.folder.path / "pictures", progress.step)
         if self.validator is None:
             return False
-        progress = self.loop.progress
         with self.exporter.weights(averaged=True):
             self.metrics = self.validator.measure(self.task)
         with self.exporter.weights(averaged=False):
