@@ -208,7 +208,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         text_mask = text_mask.to(device=text_states.device, dtype=torch.bool)
         # The cut depends on the data, which a compiled graph cannot; there the masked columns stay.
         if not torch.compiler.is_compiling():
-            length = max(int(text_mask.any(0).nonzero().amax()) + 1, 1) if text_mask.any() else 1
+            places = torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)
+            length = int((text_mask.any(0) * places).amax().clamp_min(1))
             text_states, text_mask = text_states[:, :length], text_mask[:, :length]
         return text_states, text_mask
 
