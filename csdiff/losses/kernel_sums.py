@@ -21,7 +21,7 @@ from .products import Products
 
 # The shift follows the largest exponent with this slack: exp(SLACK) is harmless and rescaling stays rare.
 SLACK = 20.0
-# Points nearer than this, as a fraction of the squared radius, are treated pair by pair: rounding of the expanded square
+# Points nearer than this, as a fraction of the squared radius, are treated pair by pair: rounding of expanded squares
 # would show in their distance, and that of their rows in `weight_i a_i - mix_i`, where they nearly cancel.
 NEAR = 1e-3
 # Up to this share of a tile may be near; beyond it the tiles are marked as crowded.

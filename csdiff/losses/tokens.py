@@ -35,8 +35,8 @@ def token_cauchy_schwarz_divergence(
     `mean_b D(x_tokens[b, x_mask[b]], y_tokens[b, y_mask[b]])`, `D` as in `cauchy_schwarz_divergence`
 
     Many pairs are evaluated at once; value and gradient come from one pass, and memory beyond the gradient does not
-    grow with B. Masked tokens have no influence, whatever they hold, and no gradient. A second derivative works without
-    `group`.
+    grow with B. Masked tokens have no influence, whatever they hold, and no gradient. A second derivative works
+    without `group`.
 
     Args:
         x_tokens: `(B, L, D)`.
