@@ -223,6 +223,7 @@ def main() -> None:
             model.eval()
             print(json.dumps(evaluate(model, tokenizer, held_out)), flush=True)
             model.train()
+        if step % 50 == 0 or step == arguments.steps:
             save(arguments.output / "checkpoint", step, {"model": model}, optimizer)
     model.eval().save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")

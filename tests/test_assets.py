@@ -1,0 +1,121 @@
+"""What ships: the data set, the tiny CLIP, the decoder and the adapter are what `assets/README.md` says."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from csdiff.resources import assets_dir
+
+ASSETS = assets_dir()
+SPLITS = ("train", "combination", "concept")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict]]:
+    columns = ["captions", "label", "style", "concept", "split"]
+    return {split: pq.read_table(ASSETS / f"data/{split}.parquet", columns=columns).to_pylist() for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Text and image embeddings of the combination split by the tiny CLIP, first captions."""
+    import io
+
+    from PIL import Image
+
+    from csdiff.embeddings import load_image_encoder, load_text_encoder
+
+    table = pq.read_table(ASSETS / "data/combination.parquet").to_pylist()
+    text = load_text_encoder("tiny-clip").encode([row["captions"][0] for row in table])
+    encoder = load_image_encoder("tiny-clip")
+    pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in table]
+    image = torch.cat([encoder.encode(pictures[i : i + 64]).embeds for i in range(0, len(pictures), 64)])
+    return text, image
+
+
+def test_size_and_licences():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 100e6
+    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+    licences = (ASSETS / "LICENSES.md").read_text()
+    for path in files:
+        relative = path.relative_to(ASSETS)
+        assert relative.parts[0] in licences, f"{relative} has no source and licence in LICENSES.md"
+
+
+def test_datasets_reads_the_pictures(tmp_path):
+    from datasets import load_dataset
+
+    files = {"combination": str(ASSETS / "data/combination.parquet")}
+    data = load_dataset("parquet", data_files=files, split="combination", cache_dir=str(tmp_path))
+    row = data[0]
+    assert row["image"].size == (128, 128)
+    assert len(row["captions"]) >= 3
+    assert all(row["label"] in caption for caption in row["captions"][:3])
+
+
+def test_splits_hold_out_what_they_say(rows):
+    styles = defaultdict(set)
+    for row in rows["train"]:
+        styles[row["concept"]].add(row["style"])
+    assert all(row["split"] == split for split in SPLITS for row in rows[split])
+    for row in rows["combination"]:
+        assert styles[row["concept"]]
+        assert row["style"] not in styles[row["concept"]]
+    assert not {row["concept"] for row in rows["concept"]} & set(styles)
+    total = sum(map(len, rows.values()))
+    assert total > 6000
+    assert 0.06 < len(rows["combination"]) / total < 0.09
+    concepts = {row["concept"] for split in SPLITS for row in rows[split]}
+    assert 0.04 < len({row["concept"] for row in rows["concept"]}) / len(concepts) < 0.065
+
+
+def test_tiny_clip_finds_held_out_pictures_and_has_a_modality_gap(held_out):
+    from csdiff.evaluation.embedding_metrics import embedding_metrics
+
+    text, image = held_out
+    metrics = embedding_metrics(text.embeds, image)
+    assert metrics["text_to_image"]["r@10"] >= 0.80
+    assert metrics["centroid_gap"] > 0.2
+
+
+def test_shipped_adapter_closes_the_gap_and_keeps_retrieval(held_out):
+    from csdiff import AutoAdapter
+    from csdiff.evaluation.embedding_metrics import embedding_metrics
+
+    text, image = held_out
+    adapter = AutoAdapter.from_pretrained(ASSETS / "adapter")
+    with torch.no_grad():
+        adapted = embedding_metrics(adapter.embed(text.embeds, text.states, text.mask), image)
+    raw = embedding_metrics(text.embeds, image)
+    assert adapted["centroid_gap"] < 0.3 * raw["centroid_gap"]
+    assert adapted["kernel_distance"] < 0.1 * raw["kernel_distance"]
+    assert adapted["text_to_image"]["r@10"] > raw["text_to_image"]["r@10"] - 0.03
+    assert adapted["norm"]["mean_ratio"] == pytest.approx(1, abs=0.02)
+    assert adapted["norm"]["std_ratio"] == pytest.approx(1, abs=0.25)
+
+
+def test_stock_pipeline_loads_the_decoder_and_the_fingerprints_agree():
+    from diffusers import KandinskyV22Pipeline
+
+    decoder = KandinskyV22Pipeline.from_pretrained(ASSETS / "decoder")
+    assert type(decoder) is KandinskyV22Pipeline
+    fingerprints = {name: json.loads((ASSETS / name / "csdiff.json").read_text()) for name in ("decoder", "adapter")}
+    assert fingerprints["decoder"]["image_encoder"] == fingerprints["adapter"]["image_encoder"]
+    assert decoder.unet.config.encoder_hid_dim == fingerprints["adapter"]["image_encoder"]["dim"]
+
+
+def test_figures_are_recorded():
+    figures = json.loads((ASSETS / "figures.json").read_text())
+    readme = Path(ASSETS / "README.md").read_text()
+    for value in (
+        figures["clip"]["combination"]["r@10"],
+        figures["decoder"]["concept_in_top_5"]["generated"],
+        figures["decoder"]["concept_in_top_5"]["held_out_originals"],
+    ):
+        assert f"{value:.3f}" in readme
+    assert f"{figures['decoder']['psnr']['combination']:.1f} dB" in readme
