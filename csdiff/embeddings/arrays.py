@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from itertools import repeat
 from pathlib import Path
@@ -125,6 +126,7 @@ class ShardedArray:
         self.row_shape = tuple(first.shape[1:])
         self.row_bytes = first.row_bytes
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
+        self._buffers = threading.local()
         self.storage_dtype = torch.bfloat16 if first.bfloat16 else torch.from_numpy(np.empty(0, first.dtype)).dtype
 
     def __len__(self) -> int:
@@ -160,14 +162,23 @@ class ShardedArray:
         else:
             files = [self.shards[shard].descriptor() for shard in shard_of.tolist()]
             headers = np.array([shard.offset for shard in self.shards])[shard_of]
-        rows = np.empty((len(indices), self.row_bytes), np.uint8)
+        rows = self._buffer(len(indices))
         # The loop over rows runs inside `sum` and `map`: as Python statements it would cost as much as the reads.
         read = sum(map(os.preadv, files, zip(rows), (offsets + headers).tolist()))
         if read != rows.nbytes:
             raise OSError(
                 f"{self.shards[0].path.parent}: expected {rows.nbytes} bytes, read {read}; a shard was cut short."
             )
-        return torch.from_numpy(rows).view(self.storage_dtype).reshape(-1, *self.row_shape)
+        return torch.from_numpy(rows.reshape(-1)).view(self.storage_dtype).reshape(len(indices), *self.row_shape)
+
+    def _buffer(self, count: int) -> np.ndarray:
+        if self.storage_dtype in (torch.float32, torch.bool):
+            return np.empty((count, self.row_bytes), np.uint8)
+        # What is converted is copied: one buffer a thread serves all batches.
+        buffer = getattr(self._buffers, "rows", None)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers.rows = np.empty((count, self.row_bytes), np.uint8)
+        return buffer[:count]
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop`, read sequentially: float32, or bool for masks."""

@@ -149,6 +149,7 @@ def quiet_loading() -> Iterator[None]:
 def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype):
     """`model_class.from_pretrained`, safetensors only, every weight present, in evaluation mode without gradients."""
     import torch
+    from safetensors import SafetensorError
 
     device = torch.device(device or "cpu")
     with quiet_loading():
@@ -160,7 +161,7 @@ def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype)
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CSDiffError(f"{id}: the weights cannot be loaded: {' '.join(str(error).split())}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

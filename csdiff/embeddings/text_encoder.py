@@ -17,6 +17,7 @@ from csdiff.errors import CSDiffError
 
 # Language models state no limit, or one of a hundred thousand tokens; captions need neither.
 LONGEST_CAPTION = 512
+VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model")
 POOLINGS = ("projection", "mean", "last", "cls")
 
 
@@ -140,6 +141,9 @@ def load_tokenizer(id: str, files: EncoderFiles):
     """The tokenizer of an encoder, without its weights."""
     from transformers import AutoTokenizer
 
+    # Without its files transformers makes an empty tokenizer of the model's type.
+    if not any(file for pattern in VOCABULARY_FILES for file in files.processor.glob(pattern)):
+        raise CSDiffError(f"{id}: expected a tokenizer in {files.processor}, found no vocabulary; save it there.")
     with quiet_loading():
         try:
             tokenizer = AutoTokenizer.from_pretrained(files.processor, local_files_only=True)

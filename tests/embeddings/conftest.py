@@ -1,0 +1,52 @@
+"""A captioned image folder that is embedded in seconds, and an uninterrupted store of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from csdiff.embeddings import EmbedConfig, embed
+
+PICTURES = 13
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen pictures: 3 is no image, 5 is missing, 7 has an empty caption beside a good one, 2 a very long one."""
+    folder = tmp_path_factory.mktemp("dataset")
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(PICTURES):
+        name = f"{index:02d}.png"
+        Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / name)
+        rows.append({"file_name": name, "text": [f"thing {index}", f"a thing {index}"]})
+    rows[2]["text"] = "a very long caption of a thing that no encoder could ever take in as a whole"
+    rows[7]["text"] = ["  ", "thing 7"]
+    (folder / "03.png").write_bytes(b"no image")
+    (folder / "05.png").unlink()
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def config(dataset: Path, clip: Path, output: Path, **options) -> EmbedConfig:
+    """The configuration that the tests vary: four shards of four items."""
+    values = {"shard_size": 4, "batch_size": 3, "device": "cpu", "progress": False, "workers": 2}
+    encoders = {"text_encoder": str(clip), "image_encoder": str(clip)}
+    return EmbedConfig(**{"source": str(dataset), "output": str(output), **encoders, **values, **options})
+
+
+@pytest.fixture(scope="session")
+def store(dataset: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the data set, made in one go."""
+    output = tmp_path_factory.mktemp("stores") / "whole"
+    embed(config(dataset, tiny_clip, output))
+    return output
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

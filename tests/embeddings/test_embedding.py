@@ -1,0 +1,232 @@
+"""`csdiff embed`: what is stored, what is left out, and that nothing but the input decides the bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import PICTURES, config, content
+from PIL import Image
+
+from csdiff.embeddings import EmbeddingStore, embed, load_image_encoder, load_text_encoder
+from csdiff.errors import CSDiffError
+
+# Rows of the data set: pictures 3 and 5 cannot be read, 2 has one caption, 7 has one that is not empty.
+CAPTIONS = {i: [f"thing {i}", f"a thing {i}"] for i in range(PICTURES) if i not in (3, 5)}
+CAPTIONS |= {2: ["a very long caption of a thing that no encoder could ever take in as a whole"], 7: ["thing 7"]}
+ROWS = [(f"{i:02d}.png", caption) for i in sorted(CAPTIONS) for caption in CAPTIONS[i]]
+
+
+def test_rows_are_the_raw_embeddings_of_their_captions_and_images(store: Path, dataset: Path, tiny_clip: Path):
+    opened = EmbeddingStore.open(store)
+    everything = opened.read(slice(None))
+    assert list(zip(opened.image_ids(slice(None)), opened.captions(slice(None)), strict=True)) == ROWS
+    text = load_text_encoder(tiny_clip).embed([caption for _, caption in ROWS])
+    encoder = load_image_encoder(tiny_clip)
+    image = encoder.encode([Image.open(dataset / name) for name, _ in ROWS]).embeds
+    # float16 keeps eleven bits.
+    torch.testing.assert_close(everything["text_embeds"], text, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(everything["image_embeds"], image, rtol=1e-3, atol=2e-3)
+    assert not opened.normalized
+
+
+def test_shards_are_the_clip_retrieval_layout(store: Path):
+    assert set(content(store)) == {
+        "csdiff.json",
+        "report.json",
+        *(f"{f}/{s}_{k}.npy" for f, s in (("img_emb", "img_emb"), ("text_emb", "text_emb")) for k in range(4)),
+        *(f"metadata/metadata_{k}.parquet" for k in range(4)),
+    }
+    assert [len(np.load(store / f"img_emb/img_emb_{k}.npy", allow_pickle=False)) for k in range(4)] == [5, 5, 8, 2]
+    assert np.load(store / "text_emb/text_emb_0.npy", allow_pickle=False).dtype == np.float16
+
+
+def test_the_fingerprint_says_what_made_the_store(store: Path, tiny_clip: Path):
+    found = json.loads((store / "csdiff.json").read_text())
+    text, image = load_text_encoder(tiny_clip), load_image_encoder(tiny_clip)
+    assert (found["format"], found["kind"], found["rows"], found["dtype"]) == (1, "store", len(ROWS), "float16")
+    assert found["text_encoder"] == text.describe()
+    assert found["image_encoder"] == image.describe()
+    assert found["tokenizer"] == text.describe_tokenizer()
+    assert found["preprocessing"].items() >= image.describe_preprocessing().items()
+    assert found["normalized"] is False
+    opened = EmbeddingStore.open(store)
+    image = opened.read(slice(None))["image_embeds"].double()
+    assert found["statistics"]["count"] == len(ROWS)
+    np.testing.assert_allclose(found["statistics"]["mean"], image.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found["statistics"]["std"], image.std(0, correction=0), rtol=1e-6)
+    assert found["statistics"]["norm_mean"] == pytest.approx(float(image.norm(dim=1).mean()))
+
+
+def test_what_was_left_out_is_counted_and_listed(store: Path, dataset: Path):
+    report = json.loads((store / "report.json").read_text())
+    assert (report["items"], report["rows"]) == (PICTURES, len(ROWS))
+    assert report["skipped"] == {"empty_caption": 1, "missing_image": 1, "unreadable_image": 1}
+    assert report["truncated_captions"] == 1
+    assert [problem["id"] for problem in report["problems"]] == ["03.png", "05.png", "07.png"]
+    assert "UnidentifiedImageError" in report["problems"][0]["detail"]
+    assert report["truncated"][0].startswith("02.png: caption 0 has")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"captions_per_image": "first"}, [(f"{i:02d}.png", CAPTIONS[i][0]) for i in sorted(CAPTIONS)]),
+        ({"long_captions": "skip"}, [row for row in ROWS if row[0] != "02.png"]),
+    ],
+)
+def test_which_captions_become_rows(dataset: Path, tiny_clip: Path, tmp_path: Path, options: dict, expected: list):
+    embed(config(dataset, tiny_clip, tmp_path / "s", **options))
+    opened = EmbeddingStore.open(tmp_path / "s")
+    assert list(zip(opened.image_ids(slice(None)), opened.captions(slice(None)), strict=True)) == expected
+
+
+def test_a_random_caption_depends_on_the_seed_only(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    chosen = {}
+    for name, seed, size in (("a", 0, 4), ("b", 0, 7), ("c", 1, 4)):
+        options = {"captions_per_image": "random", "seed": seed, "shard_size": size, "image_encoder": None}
+        embed(config(dataset, tiny_clip, tmp_path / name, **options))
+        chosen[name] = EmbeddingStore.open(tmp_path / name).captions(slice(None))
+    assert chosen["a"] == chosen["b"] != chosen["c"]
+    assert len(chosen["a"]) == len(CAPTIONS) + 2  # without an image encoder nobody minds the two images
+
+
+def test_token_states_and_dtypes(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    options = {"text_states": True, "image_tokens": True, "dtype": "bfloat16"}
+    embed(config(dataset, tiny_clip, tmp_path / "s", **options))
+    batch = EmbeddingStore.open(tmp_path / "s").read([0, 5])
+    expected = load_text_encoder(tiny_clip).encode([ROWS[i][1] for i in (0, 5)])
+    torch.testing.assert_close(batch["text_states"], expected.states.bfloat16().float(), rtol=1e-2, atol=1e-2)
+    assert torch.equal(batch["text_mask"], expected.mask)
+    assert batch["image_tokens"].shape == (2, 17, 32)
+    assert batch["image_embeds"].equal(batch["image_embeds"].bfloat16().float())
+
+
+def test_unpaired_sides(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    (tmp_path / "captions.txt").write_text("one\ntwo\n\nthree\n")
+    embed(config(tmp_path / "captions.txt", tiny_clip, tmp_path / "text"))
+    text = EmbeddingStore.open(tmp_path / "text")
+    assert (text.image_dim, text.captions(slice(None))) == (None, ["one", "two", "three"])
+
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(dataset / "00.png", images)
+    embed(config(images, tiny_clip, tmp_path / "image"))
+    image = EmbeddingStore.open(tmp_path / "image")
+    assert (image.text_dim, len(image)) == (None, 1)
+
+    embed(config(dataset, tiny_clip, tmp_path / "online", text_encoder=None))
+    online = EmbeddingStore.open(tmp_path / "online")
+    assert (online.text_dim, online.captions([0, 1])) == (None, [caption for _, caption in ROWS[:2]])
+
+
+def test_tar_files_and_further_columns(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for index in (0, 1) if shard == 0 else (4,):
+                (tmp_path / "j").write_text(json.dumps({"caption": f"thing {index}", "style": f"s{index}"}))
+                tar.add(dataset / f"{index:02d}.png", f"{index}.png")
+                tar.add(tmp_path / "j", f"{index}.json")
+    embed(config(tmp_path / "{0..1}.tar", tiny_clip, tmp_path / "s", metadata_columns=["style"]))
+    opened = EmbeddingStore.open(tmp_path / "s")
+    assert opened.image_ids(slice(None)) == ["0/0", "0/1", "1/4"]
+    assert opened.column("style") == ["s0", "s1", "s4"]
+    assert len(list((tmp_path / "s/img_emb").iterdir())) == 2
+
+
+def test_a_finished_store_is_left_alone_and_another_one_refused(store: Path, dataset: Path, tiny_clip: Path):
+    before = content(store)
+    embed(config(dataset, tiny_clip, store, max_skipped=0.5, workers=1))
+    assert content(store) == before
+    with pytest.raises(CSDiffError, match="dtype is 'float16' there and 'float32' now; choose another output"):
+        embed(config(dataset, tiny_clip, store, dtype="float32"))
+    assert content(store) == before
+
+
+def test_too_much_left_out_stops_the_run_and_a_higher_limit_goes_on(
+    tiny_clip: Path, store: Path, dataset: Path, tmp_path: Path
+):
+    with pytest.raises(CSDiffError, match=r"expected at most 0\.0% of 13 items.*found 1 already, for example 03\.png"):
+        embed(config(dataset, tiny_clip, tmp_path / "s", max_skipped=0))
+    with pytest.raises(CSDiffError, match="not finished"):
+        EmbeddingStore.open(tmp_path / "s")
+    embed(config(dataset, tiny_clip, tmp_path / "s"))
+    assert content(tmp_path / "s") == content(store)
+
+
+def test_ten_are_always_allowed_but_never_everything(tiny_clip: Path, tmp_path: Path):
+    rows = [f"x{index}.png,a caption" for index in range(12)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    with pytest.raises(CSDiffError, match="found 11 already"):
+        embed(config(tmp_path, tiny_clip, tmp_path / "s1"))
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows[:9]]))
+    with pytest.raises(CSDiffError, match="expected at least one usable item, found none: 9 missing image"):
+        embed(config(tmp_path, tiny_clip, tmp_path / "s2"))
+
+
+def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    lines = (dataset / "metadata.jsonl").read_text().splitlines()
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    # The second shard has the unreadable and the missing picture only.
+    (folder / "metadata.jsonl").write_text("\n".join([lines[0], lines[1], lines[3], lines[5], lines[4]]))
+    options = {"shard_size": 2, "text_states": True, "image_tokens": True}
+    embed(config(folder, tiny_clip, tmp_path / "s", **options))
+    opened = EmbeddingStore.open(tmp_path / "s")
+    assert [pq.read_metadata(tmp_path / f"s/metadata/metadata_{k}.parquet").num_rows for k in range(3)] == [4, 0, 2]
+    assert opened.read([0, 5])["text_states"].shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": ""}, "source, output: expected a data set and a folder"),
+        ({"source": "nowhere/at/all"}, "nowhere/at/all: expected a folder, a file or the id"),
+        ({"text_encoder": "nowhere/at/all"}, "expected a folder with a text encoder"),
+        ({"caption_column": "titel"}, "expected the column 'titel'"),
+        ({"max_length": 17}, "max_length: expected at most 16"),
+        ({"pooling": "mean"}, "expected pooling projection"),
+        ({"captions_file": "missing.csv"}, "missing.csv"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    dataset: Path, tiny_clip: Path, tmp_path: Path, options: dict, message: str
+):
+    values = {"source": str(dataset), **options}
+    given = config(dataset, tiny_clip, tmp_path / "s", **{k: v for k, v in values.items() if k != "source"})
+    given.source = values["source"]
+    with pytest.raises((CSDiffError, OSError), match=message):
+        embed(given)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CSDiffError, match="expected an empty folder or an unfinished store, found other files"):
+        embed(config(dataset, tiny_clip, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("shard_size", -1), ("workers", 0), ("max_skipped", 1.5), ("max_length", 0)],
+)
+def test_options_out_of_range_are_named(dataset: Path, tiny_clip: Path, tmp_path: Path, option: str, value: float):
+    with pytest.raises(CSDiffError, match=f"^{option}: expected .* found {value}"):
+        config(dataset, tiny_clip, tmp_path, **{option: value})
+
+
+def test_every_option_has_a_help_text():
+    from docstring_parser import parse_from_object
+
+    from csdiff.embeddings import EmbedConfig
+
+    described = {parameter.arg_name: parameter.description for parameter in parse_from_object(EmbedConfig).params}
+    assert all(described.get(name) for name in asdict(EmbedConfig()))

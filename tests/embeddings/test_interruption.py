@@ -1,0 +1,112 @@
+"""Killed at any moment and started again, on any number of processes, the store has the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import config, content
+
+from csdiff.embeddings import EmbeddingStore, embed
+from csdiff.errors import CSDiffError
+
+PROCESS = Path(__file__).with_name("embed_process.py")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package catches it."""
+
+
+def visible_shards_are_whole(output: Path) -> None:
+    for file in output.glob("*_emb/*.npy"):
+        np.load(file, allow_pickle=False)
+
+
+def test_stopped_before_any_rename_the_store_is_the_same(
+    dataset: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every change of the store is a rename: stop before each of them in turn, and go on."""
+    replace = Path.replace
+    left = 1000
+
+    def counting(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", counting)
+    embed(config(dataset, tiny_clip, tmp_path / "whole", shard_size=7))
+    # 2 shards x (2 JSON files, 1 folder, 3 visible files), and plan, report and fingerprint.
+    renames = 1000 - left
+    assert renames == 2 * 6 + 3
+    for stop in range(renames):
+        output, left = tmp_path / str(stop), stop
+        with pytest.raises(Killed):
+            embed(config(dataset, tiny_clip, output, shard_size=7))
+        visible_shards_are_whole(output)
+        with pytest.raises(CSDiffError):
+            EmbeddingStore.open(output)
+        left = 1000
+        embed(config(dataset, tiny_clip, output, shard_size=7))
+        assert content(output) == content(tmp_path / "whole"), stop
+
+
+def start(dataset: Path, tiny_clip: Path, output: Path, root: Path, processes: int = 1, **options) -> subprocess.Popen:
+    command = [sys.executable, str(PROCESS)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(PROCESS)]
+        command = [sys.executable, *launcher]
+    options = json.dumps(asdict(config(dataset, tiny_clip, output, **options)))
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, options], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_in_the_middle_the_store_is_the_same(
+    store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path
+):
+    output = tmp_path / "s"
+    process = start(dataset, tiny_clip, output, root)
+    # The first visible shard: the others are staged, and the text encoder is at work.
+    while process.poll() is None and not list(output.glob("text_emb/*.npy")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / "csdiff.json").exists()
+    visible_shards_are_whole(output)
+    embed(config(dataset, tiny_clip, output))
+    assert content(output) == content(store)
+
+
+def test_two_processes_write_the_bytes_of_one(store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path):
+    process = start(dataset, tiny_clip, tmp_path / "s", root, processes=2, progress=True)
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    # Each has half of the shards: the first one's bar counts 4 + 4 of the 13 items.
+    assert "process 1 of 2" in errors
+    assert "8/8" in errors
+    assert content(tmp_path / "s") == content(store)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(dataset: Path, tiny_clip: Path, tmp_path: Path):
+    from csdiff.embeddings import StoreWriter
+
+    with StoreWriter(tmp_path / "s", 1) as writer:
+        writer.begin({})
+        with (
+            pytest.raises(CSDiffError, match="another process is writing this store"),
+            StoreWriter(tmp_path / "s", 1) as other,
+        ):
+            other.begin({})
+    with StoreWriter(tmp_path / "s", 1) as writer:
+        assert writer.begin({}) is False

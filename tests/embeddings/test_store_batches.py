@@ -1,0 +1,120 @@
+"""Shuffled batches: every row once an epoch, the same for any number of processes, resumable anywhere."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from csdiff.embeddings import EmbeddingStore, StoreBatches, permutation, write_store
+from csdiff.embeddings.permutation import RowOrder
+from csdiff.errors import CSDiffError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    path = tmp_path_factory.mktemp("batches") / "store"
+    rows = torch.arange(53).float()[:, None] * torch.tensor([1.0, -1.0])
+    write_store(path, image_embeds=rows, captions=[f"row {i}" for i in range(53)], shard_size=20)
+    return EmbeddingStore.open(path)
+
+
+@pytest.fixture(params=[1 << 20, 0], ids=["drawn", "computed"])
+def threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to make an order."""
+    monkeypatch.setattr(permutation, "DRAWN_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("threshold")
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 1000, 70_001])
+def test_an_order_is_a_permutation(count: int):
+    order = RowOrder(count, seed=3, epoch=1)
+    assert np.array_equal(np.sort(order[0:count]), np.arange(count))
+    assert np.array_equal(order[count // 3 : count // 2], order[0:count][count // 3 : count // 2])
+
+
+@pytest.mark.usefixtures("threshold")
+def test_orders_differ_between_seeds_and_epochs_and_repeat_themselves():
+    orders = {(s, e): tuple(RowOrder(200, s, e)[0:200]) for s in range(3) for e in range(3)}
+    assert len(set(orders.values())) == 9
+    assert tuple(RowOrder(200, 2, 1)[0:200]) == orders[2, 1]
+
+
+@pytest.mark.usefixtures("threshold")
+def test_orders_are_random():
+    """Each tenth of the rows is spread evenly over the tenths of the order: chi-squared, 81 degrees of freedom."""
+    counts = np.zeros((10, 10))
+    for seed in range(100):
+        np.add.at(counts, (np.arange(1000) // 100, RowOrder(1000, seed, 0)[0:1000] // 100), 1)
+    # 125 is the 99.9th percentile; a permutation is a little more even than independent draws.
+    assert 40 < ((counts - 1000) ** 2 / 1000).sum() < 125
+    order = RowOrder(50_000, 0, 0)[0:50_000]
+    assert abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.02
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.02
+
+
+def test_an_epoch_has_every_row_once_but_the_incomplete_batch(store: EmbeddingStore):
+    batches = StoreBatches(store, batch_size=10, seed=1)
+    assert batches.epoch_size == 5
+    steps = [batch["index"] for batch in islice(batches, 15)]
+    epochs = [torch.cat(steps[start : start + 5]) for start in (0, 5, 10)]
+    assert all(len(epoch.unique()) == 50 for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert batches.step == 15
+    assert batches.epoch == 3
+
+
+def test_rows_belong_to_their_index(store: EmbeddingStore):
+    for batch in islice(StoreBatches(store, batch_size=7, captions=True), 3):
+        assert torch.equal(batch["image_embeds"][:, 0], batch["index"].float())
+        assert batch["captions"] == [f"row {i}" for i in batch["index"].tolist()]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(store: EmbeddingStore, world_size: int):
+    whole = islice(StoreBatches(store, batch_size=10, seed=4), 12)
+    parts = zip(*(StoreBatches(store, 10, 4, rank, world_size) for rank in range(world_size)), strict=False)
+    for batch, split in zip(whole, parts, strict=False):
+        assert torch.equal(torch.cat([part["index"] for part in split]), batch["index"])
+        assert max(len(part["index"]) for part in split) - min(len(part["index"]) for part in split) <= 1
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("start", [1, 5, 13])
+def test_resumed_anywhere_the_batches_are_the_same(store: EmbeddingStore, start: int, prefetch: int):
+    whole = list(islice(StoreBatches(store, 10, seed=2, prefetch=0), 20))
+    resumed = list(islice(StoreBatches(store, 10, seed=2, start_step=start, prefetch=prefetch), 20 - start))
+    for expected, found in zip(whole[start:], resumed, strict=True):
+        assert torch.equal(expected["image_embeds"], found["image_embeds"])
+
+
+def test_a_split_uses_its_rows_only(store: EmbeddingStore):
+    rows = np.arange(0, 53, 3)
+    index = torch.cat([batch["index"] for batch in islice(StoreBatches(store, 6, rows=rows), 3)])
+    assert sorted(index.tolist()) == rows.tolist()
+
+
+def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
+    with pytest.raises(CSDiffError, match="batch_size: expected 1 to 53, .*found 54"):
+        StoreBatches(store, 54)
+    with pytest.raises(CSDiffError, match="at least one row for each of 8 processes, found 4"):
+        StoreBatches(store, 4, rank=0, world_size=8)
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller(store: EmbeddingStore):
+    with pytest.raises(KeyError, match="has no text_embeds"):
+        next(iter(StoreBatches(store, 4, keys=["text_embeds"])))
+
+
+def test_orders_are_the_same_on_every_machine():
+    """Resuming elsewhere must continue the same order: these numbers may never change."""
+    assert RowOrder(8, 0, 0)[0:8].tolist() == [0, 1, 6, 3, 5, 2, 7, 4]
+    assert RowOrder(5_000_000, 7, 2)[1000:1004].tolist() == [1211310, 3030352, 3470390, 2066684]
+
+
+def test_the_folder_of_a_missing_store_is_named(tmp_path: Path):
+    with pytest.raises(CSDiffError, match="expected the folder of an embedding store, found no folder"):
+        EmbeddingStore.open(tmp_path / "none")

@@ -1,0 +1,262 @@
+"""Reading stores: ours and foreign ones, whole and damaged ones, small ones and one far larger than memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_plain_store
+
+from csdiff.embeddings import EmbeddingStore, write_store
+from csdiff.errors import CSDiffError
+
+
+def rows(n: int, dim: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def write_shards(path: Path, lengths: list[int], dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+    """A foreign store with shards of these lengths."""
+    text, image = rows(sum(lengths), 5).numpy().astype(dtype), rows(sum(lengths), 7, 1).numpy().astype(dtype)
+    edges = np.cumsum([0, *lengths])
+    for name, array in (("text_emb", text), ("img_emb", image)):
+        (path / name).mkdir(parents=True)
+        for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            np.save(path / name / f"{name}_{number}.npy", array[start:stop])
+    return text, image
+
+
+def open_foreign(path: Path, **options) -> EmbeddingStore:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return EmbeddingStore.open(path, **options)
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "positioned reads"])
+@pytest.mark.parametrize("lengths", [[23], [4, 0, 9, 1, 12], [1] * 11], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_rows_come_in_the_order_asked_for(tmp_path: Path, lengths: list[int], mapped: bool, dtype: str):
+    text, image = write_shards(tmp_path, lengths, dtype)
+    store = open_foreign(tmp_path, mapped=mapped)
+    assert (len(store), store.text_dim, store.image_dim) == (len(text), 5, 7)
+    draw = np.random.default_rng(0)
+    for indices in (
+        draw.integers(0, len(text), 40),
+        [len(text) - 1, 0, 0],
+        torch.arange(len(text)).flip(0),
+        [],
+        slice(2, 9),
+    ):
+        batch = store.read(indices)
+        asked = indices if isinstance(indices, slice) else np.asarray(indices, dtype=int)
+        assert batch["text_embeds"].dtype == batch["image_embeds"].dtype == torch.float32
+        assert np.array_equal(batch["text_embeds"], text[asked].astype(np.float32))
+        assert np.array_equal(batch["image_embeds"], image[asked].astype(np.float32))
+    blocks = torch.cat([block["image_embeds"] for block in store.blocks(6)])
+    assert np.array_equal(blocks, image.astype(np.float32))
+
+
+def test_wrong_rows_and_columns_are_refused(plain_store: Path):
+    store = open_foreign(plain_store)
+    for bad in (-1, len(store)):
+        with pytest.raises(IndexError, match=f"row {bad} is outside 0..{len(store) - 1}"):
+            store.read([0, bad])
+    with pytest.raises(KeyError, match="has no text_states; it has text_embeds, image_embeds"):
+        store.read([0], keys=["text_states"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_written_is_read_rounded_to_the_dtype(tmp_path: Path, dtype: str):
+    states, mask = rows(25, 12).reshape(25, 4, 3), torch.arange(4)[None] < (torch.arange(25) % 4 + 1)[:, None]
+    given = {"text_embeds": rows(25, 5), "image_embeds": rows(25, 7, 1), "text_states": states, "text_mask": mask}
+    write_store(tmp_path / "s", **given, captions=[f"c{i}" for i in range(25)], dtype=dtype, shard_size=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a store of ours has nothing unknown
+        store = EmbeddingStore.open(tmp_path / "s")
+    batch = store.read(range(25))
+    assert batch.keys() == given.keys()
+    for key, column in given.items():
+        expected = column if key == "text_mask" else column.to(getattr(torch, dtype)).float()
+        assert torch.equal(batch[key], expected), key
+    assert store.captions([24, 0]) == ["c24", "c0"]
+    assert store.fingerprint["dtype"] == dtype
+    assert not store.normalized
+    store.verify()
+
+
+def test_files_are_plain_npy_that_numpy_reads_without_pickle(tmp_path: Path):
+    write_store(tmp_path / "s", image_embeds=rows(12, 7), shard_size=5)
+    found = [np.load(tmp_path / f"s/img_emb/img_emb_{k}.npy", allow_pickle=False) for k in range(3)]
+    assert [len(part) for part in found] == [5, 5, 2]
+    assert np.array_equal(np.concatenate(found), rows(12, 7).half().numpy())
+
+
+def test_statistics_are_those_of_the_rows_stored(tmp_path: Path):
+    image = rows(2500, 7, 1) + torch.arange(7)
+    write_store(tmp_path / "s", image_embeds=image, text_embeds=rows(2500, 5), dtype="float32", shard_size=999)
+    stated = EmbeddingStore.open(tmp_path / "s").statistics
+    (tmp_path / "s/csdiff.json").unlink()
+    measured = open_foreign(tmp_path / "s").statistics
+    for found in (stated, measured):
+        assert found.count == 2500
+        torch.testing.assert_close(found.mean, image.double().mean(0).float())
+        torch.testing.assert_close(found.std, image.double().std(0, correction=0).float())
+        assert found.norm_mean == pytest.approx(float(image.double().norm(dim=1).mean()), rel=1e-6)
+        assert found.norm_std == pytest.approx(float(image.double().norm(dim=1).std(correction=0)), rel=1e-6)
+
+
+def test_a_foreign_store_warns_of_what_is_unknown(plain_store: Path):
+    with pytest.warns(UserWarning, match=r"no csdiff\.json: unknown are .*encoders.*tokenizer.*norms vary") as caught:
+        store = EmbeddingStore.open(plain_store)
+    assert len(caught) == 1
+    assert store.fingerprint is None
+    assert not store.normalized
+    assert store.captions([3]) == ["a picture of thing 3"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_unit_norm_rows_are_recognised(tmp_path: Path, dtype: str):
+    make_plain_store(tmp_path, unit_norm=True)
+    for name in ("text_emb", "img_emb"):
+        file = tmp_path / name / f"{name}_0.npy"
+        np.save(file, np.load(file).astype(dtype))
+    with pytest.warns(UserWarning, match="all rows sampled have norm 1"):
+        assert EmbeddingStore.open(tmp_path).normalized
+    write_store(tmp_path / "ours", image_embeds=torch.nn.functional.normalize(rows(20, 7)))
+    assert EmbeddingStore.open(tmp_path / "ours").normalized
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"img_emb_1\.npy is missing \(sha256 expected [0-9a-f]{64}, found no file\)"),
+        (flip_a_byte, r"img_emb_1\.npy is damaged: .* sha256 [0-9a-f]{64}, found .* with [0-9a-f]{64}"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-9]), r"img_emb_1\.npy is damaged: .* sha256 .*, found .* with"),
+        (lambda f: f.write_bytes(b""), r"img_emb_1\.npy is damaged"),
+    ],
+    ids=["missing", "flipped", "truncated", "empty"],
+)
+def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, message: str):
+    write_store(tmp_path, image_embeds=rows(20, 7), text_embeds=rows(20, 5), shard_size=8)
+    damage(tmp_path / "img_emb/img_emb_1.npy")
+    with pytest.raises(CSDiffError, match=message):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_large_stores_leave_the_checksums_to_verify(tmp_path: Path):
+    write_store(tmp_path, image_embeds=rows(20, 7), shard_size=8)
+    flip_a_byte(tmp_path / "img_emb/img_emb_2.npy")
+    store = EmbeddingStore.open(tmp_path, verify=False)
+    with pytest.raises(CSDiffError, match=r"img_emb_2\.npy is damaged"):
+        store.verify()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda p: save(p / "img_emb/img_emb_1.npy", rows(3, 7)),
+            "shard 1 has 4 rows in text_emb and 3 rows in img_emb",
+        ),
+        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "shard 1 has 4 rows in text_emb and no file in img_emb"),
+        (lambda p: save(p / "img_emb/img_emb_1.npy", rows(4, 6)), r"img_emb_1\.npy: expected rows of float32 \(7,\)"),
+        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.array([{}, 1])), "found object"),
+        (lambda p: save(p / "img_emb/img_emb_1.npy", torch.arange(8).reshape(4, 2)), "found int64"),
+        (lambda p: truncate(p / "img_emb/img_emb_1.npy"), r"img_emb_1\.npy is damaged: its header says"),
+        (lambda p: (p / "img_emb/img_emb_1.npy").write_bytes(b"PK"), r"img_emb_1\.npy is not a readable npy file"),
+        (lambda p: [shutil.rmtree(p / name) for name in ("img_emb", "text_emb")], "the clip-retrieval layout"),
+        (lambda p: (p / "csdiff.json").write_text("{"), r"csdiff\.json is not valid JSON"),
+        (
+            lambda p: (p / "csdiff.json").write_text('{"kind": "adapter"}'),
+            'expected "kind": "store", found \'adapter\'',
+        ),
+        (lambda p: (p / ".partial").mkdir(), "not finished; run the same `csdiff embed` command again"),
+    ],
+)
+def test_foreign_folders_that_do_not_fit_together(tmp_path: Path, spoil, message: str):
+    write_shards(tmp_path, [6, 4])
+    spoil(tmp_path)
+    with pytest.raises(CSDiffError, match=message) as error:
+        open_foreign(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_of_another_length(tmp_path: Path):
+    make_plain_store(tmp_path, n=10)
+    make_plain_store(tmp_path / "other", n=11)
+    shutil.copy(tmp_path / "other/metadata/metadata_0.parquet", tmp_path / "metadata/metadata_0.parquet")
+    with pytest.raises(CSDiffError, match="shard 0 has 10 rows in text_emb and 11 rows in metadata"):
+        open_foreign(tmp_path)
+
+
+def test_a_store_without_captions_says_so(tmp_path: Path):
+    write_shards(tmp_path, [6])
+    with pytest.raises(CSDiffError, match="expected the column 'caption' in metadata"):
+        open_foreign(tmp_path).captions([0])
+
+
+FIVE_MILLION = """
+import sys, warnings, numpy as np
+warnings.simplefilter("ignore")
+from csdiff.embeddings import EmbeddingStore, StoreBatches
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+store = EmbeddingStore.open(sys.argv[1])
+assert len(store) == 5_000_000 and store.image_dim == 1280 and not store.normalized
+batches = iter(StoreBatches(store, 512, seed=0, prefetch=0))
+seen = [next(batches)["index"].tolist() for _ in range(20)]
+before = resident()
+for _ in range(40):
+    seen.append(next(batches)["index"].tolist())
+print(resident() - before, len(np.unique(np.concatenate(seen))), float(store.read([4_999_999])["image_embeds"].sum()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files and /proc")
+def test_five_million_rows_are_read_at_random_in_flat_memory(tmp_path: Path, root: Path):
+    for name in ("text_emb", "img_emb"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / f"{name}_0.npy").open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (5_000_000, 1280)}
+            np.lib.format.write_array_header_1_0(file, header)
+            # Holes: 12.8 GB that take no space.
+            file.truncate(file.tell() + 5_000_000 * 1280 * 2)
+            file.seek(-2, 2)
+            file.write(np.float16(2).tobytes())
+    found = subprocess.run(
+        [sys.executable, "-c", FIVE_MILLION, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
+    )
+    growth, distinct, last = found.stdout.split()
+    # 40 batches of 2 x 512 rows would map 160 MB at least; a batch in float32 is 5 MB.
+    assert int(growth) < 40e6
+    assert int(distinct) == 60 * 512
+    assert float(last) == 2
+
+
+def save(file: Path, array: torch.Tensor) -> None:
+    np.save(file, array.numpy())
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_path: Path):
+    write_store(tmp_path, image_embeds=rows(20, 7), shard_size=20)
+    save(tmp_path / "img_emb/img_emb_1.npy", rows(4, 7))
+    assert len(EmbeddingStore.open(tmp_path)) == json.loads((tmp_path / "csdiff.json").read_text())["rows"] == 20
