@@ -75,6 +75,9 @@ class PromptEmbedder:
         Args:
             prompts: B texts.
             generators: B generators for adapters that sample.
+
+        Raises:
+            CSDiffError: an embedding is not finite.
         """
         self._warn_of_cut(prompts)
         rows = []
@@ -85,7 +88,14 @@ class PromptEmbedder:
                 continue
             options = {"generator": generators[row]} if generators and self.samples else {}
             rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options))
-        return torch.cat(rows).to(self.dtype)
+        embeds = torch.cat(rows)
+        finite = embeds.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            raise CSDiffError(
+                f"The image embedding of {prompts[finite.index(False)]!r} is not finite: expected numbers, found NaN "
+                "or infinity; the adapter was trained on too little data or has diverged, train it again."
+            )
+        return embeds.to(self.dtype)
 
     @torch.no_grad()
     def negative(self, prompt: str | None) -> torch.Tensor | None:

@@ -253,6 +253,13 @@ def no_weights(tmp_path, metadata):
     next((tmp_path / "bad").glob("*.safetensors")).unlink()
 
 
+def not_finite_off_its_data(tmp_path, metadata):
+    adapter = random_adapter()
+    adapter.norm_scale.fill_(400.0)
+    adapter.metadata = dict(metadata)
+    adapter.save_pretrained(tmp_path / "bad")
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -262,6 +269,7 @@ def no_weights(tmp_path, metadata):
         (other_width, "of 24 dimensions, but the decoder .* takes 16"),
         (other_encoder, "trained on the image encoder elsewhere/clip, but the decoder .* .the weights differ"),
         (other_text_weights, "trained on the text encoder"),
+        (not_finite_off_its_data, "image embedding of 'a red apple' is not finite"),
         (unit_norm, "unit-norm embeddings, for retrieval"),
     ],
 )
