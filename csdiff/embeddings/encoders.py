@@ -146,6 +146,21 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def load_config(id: str, files: EncoderFiles):
+    """The model's `config.json`.
+
+    Raises:
+        CSDiffError: It is damaged, or of a model that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(files.model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CSDiffError(f"{id}: expected the config.json of a transformers model, found none ({reason}).") from error
+
+
 def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype):
     """`model_class.from_pretrained`, safetensors only, every weight present, in evaluation mode without gradients."""
     import torch

@@ -18,9 +18,11 @@ from csdiff.data.sources import Source
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.layout import REPORT_FILE
 from csdiff.embeddings.passes import CaptionPass, ImagePass, check_limit
 from csdiff.embeddings.rows import report
+from csdiff.embeddings.text_encoder import TextEncoder
 from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError
 
@@ -100,13 +102,21 @@ def embed(config: EmbedConfig) -> EmbedReport:
         text_files = encoder_files(config.text_encoder, "text", config.text_revision) if with_text else None
         image_files = encoder_files(config.image_encoder, "image", config.image_revision) if with_images else None
 
+    tokenizer, max_length = None, 0
+    if with_text:
+        _, tokenizer, _, max_length = TextEncoder.inspect(
+            config.text_encoder, text_files, config.pooling, config.max_length
+        )
+    if with_images:
+        ImageEncoder.inspect(config.image_encoder, image_files)
+
     with StoreWriter(config.output, units, config.dtype) as writer:
         finished = [False]
         if state.is_main_process:
             finished = [writer.begin(_plan(config, source, text_files, image_files))]
         broadcast_object_list(finished)
         if not finished[0]:
-            images = ImagePass(config, source, writer, image_files, text_files, device)
+            images = ImagePass(config, source, writer, image_files, tokenizer, max_length, device)
             captions = CaptionPass(config, writer, text_files, device)
             unstaged = [shard for shard in range(writer.shards) if not writer.staged(shard)]
             unpublished = [shard for shard in range(writer.shards) if not writer.published(shard)]

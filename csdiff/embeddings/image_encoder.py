@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, load_weights, quiet_loading
+from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights, quiet_loading
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.errors import CSDiffError
 
@@ -48,10 +48,23 @@ class ImageEncoder:
 
     @classmethod
     def load(cls, id, files, *, device=None, dtype=None) -> ImageEncoder:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+        model_class, processor = cls.inspect(id, files)
+        model = load_weights(model_class, files, id, device, dtype)
+        if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
+            kind = model.config.model_type
+            raise CSDiffError(f"{id}: expected an image encoder, found a {kind} model; choose another.")
+        return cls(model, processor, id, files)
 
-        config = AutoConfig.from_pretrained(files.model, local_files_only=True)
-        is_clip = config.model_type in ("clip", "clip_vision_model")
+    @staticmethod
+    def inspect(id: str, files: EncoderFiles) -> tuple:
+        """Everything about an encoder but its weights: model class and image processor.
+
+        Raises:
+            CSDiffError: No image processor.
+        """
+        from transformers import AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+
+        is_clip = load_config(id, files).model_type in ("clip", "clip_vision_model")
         with quiet_loading():
             try:
                 # One resize for everybody, whether torchvision is installed or not.
@@ -60,10 +73,7 @@ class ImageEncoder:
                 raise CSDiffError(
                     f"{id}: expected an image processor in {files.processor}, found none ({error})."
                 ) from error
-        model = load_weights(CLIPVisionModelWithProjection if is_clip else AutoModel, files, id, device, dtype)
-        if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
-            raise CSDiffError(f"{id}: expected an image encoder, found a {config.model_type} model; choose another.")
-        return cls(model, processor, id, files)
+        return (CLIPVisionModelWithProjection if is_clip else AutoModel), processor
 
     @property
     def device(self) -> torch.device:

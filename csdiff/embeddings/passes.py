@@ -14,7 +14,6 @@ from csdiff.data.sources import Source
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import EncoderFiles, load_image_encoder, load_text_encoder, quiet_loading
 from csdiff.embeddings.rows import ShardRows
-from csdiff.embeddings.text_encoder import caption_length, load_tokenizer
 from csdiff.embeddings.writer import ShardArrays, StoreWriter
 from csdiff.errors import CSDiffError
 
@@ -34,17 +33,16 @@ class ImagePass:
         source: Source,
         writer: StoreWriter,
         image_files: EncoderFiles | None,
-        text_files: EncoderFiles | None,
+        tokenizer,
+        max_length: int,
         device,
     ):
         self.config, self.source, self.writer, self.device = config, source, writer, device
-        self.image_files, self.text_files = image_files, text_files
+        self.image_files, self.tokenizer, self.max_length = image_files, tokenizer, max_length
         self.keys = ["image_embeds"] if image_files else []
         if image_files and config.image_tokens:
             self.keys.append("image_tokens")
         self.encoder = None
-        self.tokenizer = None
-        self.max_length = 0
         self._problems = 0
 
     def run(self, shards: list[int], state) -> None:
@@ -60,9 +58,6 @@ class ImagePass:
                 precision(self.config),
                 revision=self.config.image_revision,
             )
-        if self.text_files is not None:
-            self.tokenizer = load_tokenizer(self.config.text_encoder, self.text_files)
-            self.max_length = caption_length(self.tokenizer, self.config.max_length)
         known = self.source.count
         total = (
             None
@@ -86,7 +81,7 @@ class ImagePass:
         rows = ShardRows(
             config.captions_per_image,
             config.seed,
-            self.text_files is not None,
+            self.tokenizer is not None,
             None if self.tokenizer is None else self._token_counts,
             self.max_length,
             config.long_captions == "skip",
@@ -101,7 +96,7 @@ class ImagePass:
                 rows.problem(item)
             else:
                 captions = rows.usable(item)
-                if captions or self.text_files is None:
+                if captions or self.tokenizer is None:
                     batch.append((item, captions, pixels))
                     if len(batch) == config.batch_size:
                         self._add(batch, rows, arrays)

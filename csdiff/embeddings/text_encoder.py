@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, load_weights, quiet_loading
+from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights, quiet_loading
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.errors import CSDiffError
 
@@ -54,9 +54,23 @@ class TextEncoder:
 
     @classmethod
     def load(cls, id, files, *, device=None, dtype=None, pooling=None, max_length=None) -> TextEncoder:
-        from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, T5EncoderModel
+        model_class, tokenizer, pooling, length = cls.inspect(id, files, pooling, max_length)
+        model = load_weights(model_class, files, id, device, dtype)
+        if not hasattr(model.config, "hidden_size"):
+            kind = model.config.model_type
+            raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
+        return cls(model, tokenizer, id, files, pooling, length)
 
-        config = AutoConfig.from_pretrained(files.model, local_files_only=True)
+    @staticmethod
+    def inspect(id: str, files: EncoderFiles, pooling: str | None, max_length: int | None) -> tuple:
+        """Everything about an encoder but its weights: model class, tokenizer, pooling and length of a caption.
+
+        Raises:
+            CSDiffError: No tokenizer, or a pooling or length that the encoder does not have.
+        """
+        from transformers import AutoModel, CLIPTextModelWithProjection, T5EncoderModel
+
+        config = load_config(id, files)
         is_clip = config.model_type in ("clip", "clip_text_model")
         pooling = pooling or ("projection" if is_clip else _usual_pooling(files, config))
         if pooling not in POOLINGS or (pooling == "projection") != is_clip:
@@ -65,10 +79,7 @@ class TextEncoder:
         encoder_only = {"t5": T5EncoderModel, "umt5": T5EncoderModel, "mt5": T5EncoderModel}
         model_class = CLIPTextModelWithProjection if is_clip else encoder_only.get(config.model_type, AutoModel)
         tokenizer = load_tokenizer(id, files)
-        model = load_weights(model_class, files, id, device, dtype)
-        if not hasattr(model.config, "hidden_size"):
-            raise CSDiffError(f"{id}: expected a text encoder, found a {config.model_type} model; choose another.")
-        return cls(model, tokenizer, id, files, pooling, caption_length(tokenizer, max_length))
+        return model_class, tokenizer, pooling, caption_length(tokenizer, max_length)
 
     @property
     def device(self) -> torch.device:

@@ -98,7 +98,7 @@ def test_a_split_uses_its_rows_only(store: EmbeddingStore):
 
 
 def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
-    with pytest.raises(CSDiffError, match="batch_size: expected 1 to 53, .*found 54"):
+    with pytest.raises(CSDiffError, match=r"batch_size: expected 1 to 53, .*found 54"):
         StoreBatches(store, 54)
     with pytest.raises(CSDiffError, match="at least one row for each of 8 processes, found 4"):
         StoreBatches(store, 4, rank=0, world_size=8)

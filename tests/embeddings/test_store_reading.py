@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def write_shards(path: Path, lengths: list[int], dtype: str = "float32") -> tupl
     edges = np.cumsum([0, *lengths])
     for name, array in (("text_emb", text), ("img_emb", image)):
         (path / name).mkdir(parents=True)
-        for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for number, (start, stop) in enumerate(pairwise(edges)):
             np.save(path / name / f"{name}_{number}.npy", array[start:stop])
     return text, image
 
