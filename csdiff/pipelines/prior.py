@@ -57,7 +57,7 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
 
         Args:
             pretrained_model_name_or_path: folder, or hub repository of a pipeline.
-            **kwargs: as for `DiffusionPipeline.from_pretrained` (`torch_dtype`, components by name, ...).
+            **kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, components by name, ...).
 
         Raises:
             CSDiffError: the adapter folder is broken, names no text encoder, or one without a CLIP projection.
@@ -78,17 +78,18 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _from_adapter_folder(cls, folder: Path, torch_dtype: torch.dtype | None = None, **components):
+    def _from_adapter_folder(cls, folder: Path, **components):
         from csdiff.adapters import AutoAdapter
         from csdiff.embeddings import load_image_encoder, load_text_encoder
 
-        adapter = AutoAdapter.from_pretrained(folder, torch_dtype=torch_dtype)
+        dtype = components.pop("dtype", None) or components.pop("torch_dtype", None)
+        adapter = AutoAdapter.from_pretrained(folder, torch_dtype=dtype)
         parts = dict(components)
         known = adapter.metadata.get("text_encoder") or {}
         if "text_encoder" not in parts or "tokenizer" not in parts:
             if not known.get("id"):
                 raise CSDiffError(f"{folder}/csdiff.json names no text encoder; give text_encoder= and tokenizer=.")
-            text = load_text_encoder(known["id"], dtype=torch_dtype, revision=known.get("revision"))
+            text = load_text_encoder(known["id"], dtype=dtype, revision=known.get("revision"))
             if text.pooling != "projection":
                 raise CSDiffError(
                     f"{known['id']} has no CLIP text projection, which this pipeline's calls need; encode the text "
@@ -97,7 +98,7 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             parts = {"text_encoder": text.model, "tokenizer": text.tokenizer, **parts}
         known = adapter.metadata.get("image_encoder") or {}
         if "image_encoder" not in parts and known.get("id"):
-            image = load_image_encoder(known["id"], dtype=torch_dtype, revision=known.get("revision"))
+            image = load_image_encoder(known["id"], dtype=dtype, revision=known.get("revision"))
             parts |= {"image_encoder": image.model, "image_processor": image.processor}
         return cls(adapter, **parts)
 
