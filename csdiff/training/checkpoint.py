@@ -102,7 +102,9 @@ def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     # safetensors reports the operating system's message inside its own exception.
-    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in _FULL)
+    if type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in _FULL):
+        return True
+    return error.__cause__ is not None and disk_full(error.__cause__)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:

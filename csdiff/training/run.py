@@ -120,9 +120,13 @@ class Run:
                         self.console.advance(progress.step, None, None)
                     better = self._due(config.validation.every) and self._validate()
                     stop = not self.task.agree(interrupt.signal is None)
-                    if better or stop or self._due(config.checkpoint.every):
+                    last = progress.step == config.max_steps
+                    # Steps are being skipped: what comes to the disk now may be what broke, and would push out what
+                    # did not.
+                    sound = progress.skipped_in_a_row == 0
+                    if better or stop or last or (sound and self._due(config.checkpoint.every)):
                         self._save()
-                    if stop and progress.step < config.max_steps:
+                    if stop and not last:
                         self._stop(interrupt.signal)
         finally:
             self.console.stop()

@@ -9,7 +9,7 @@ from tiny import make_plain_store
 
 from csdiff.cli import parse
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.embeddings.writer import write_store
+from csdiff.embeddings import write_store
 from csdiff.training import train
 from csdiff.training.config import TrainConfig
 
@@ -34,7 +34,8 @@ def test_recipe(root: Path, store, tmp_path, name):
     small = {"max_steps": 2, "batch_size": 16, "output_dir": str(tmp_path), "data.train": str(store)}
     arguments = [f"--{key}={value}" for key, value in small.items()]
     if "gpu" in name:
-        arguments += ["--adapter_options.num_layers=1", "--micro_batch_size=7"]
+        arguments += ["--adapter_options.num_layers=1", "--adapter_options.num_attention_heads=2"]
+        arguments += ["--micro_batch_size=7", "--validation.limit=2"]
     made = parse(TrainConfig, [f"--config={root / 'configs' / name}.yaml", *arguments], prog="train")
     made.logging.trackers, made.logging.progress = [], False
     assert train(made).metrics
