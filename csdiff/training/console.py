@@ -33,14 +33,20 @@ class Console:
 
     def advance(self, step: int, shown: dict[str, float] | None, rate: float | None) -> None:
         """One step done; `shown` are the numbers of a logged step, `rate` samples a second."""
+        if not self.progress:
+            return
         if self.bar is not None:
             self.bar.update(1)
             if shown is not None:
                 postfix = {name: f"{value:.3f}" for name, value in shown.items()}
                 self.bar.set_postfix({**postfix, "samples/s": f"{rate:,.0f}"}, refresh=False)
-        elif self.progress and shown is not None and time.perf_counter() - self._last > 10:
-            self._last = time.perf_counter()
-            left = (self._last - self._began) / max(1, step - self._first) * (self._total - step)
+            return
+        now = time.perf_counter()
+        left = (now - self._began) / (step - self._first) * (self._total - step)
+        if step == self._first + 10:
+            self.say(f"About {duration(left)} to go.")
+        elif shown is not None and now - self._last > 10:
+            self._last = now
             terms = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             self.say(f"step {step}/{self._total}  {terms}  {rate:,.0f} samples/s  {duration(left)} left")
 

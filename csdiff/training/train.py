@@ -1,11 +1,14 @@
 """A training run from start to finish: `train(config)`."""
 
+import os
+import warnings
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from csdiff.errors import CSDiffError
 from csdiff.training.assembly import (
@@ -24,6 +27,9 @@ from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder, flatten
 from csdiff.training.sources import open_sources
 from csdiff.training.state import load_state
+
+# The other processes wait while the main one validates, draws and saves.
+_PATIENCE = timedelta(hours=6)
 
 
 @dataclass
@@ -51,7 +57,12 @@ def train(config: TrainConfig) -> TrainResult:
     console = Console(accelerator.is_main_process, config.logging.progress)
 
     states, tokens = caches_states(config), wants_tokens(config) and config.data.image != "online"
-    sources = open_sources(config, partial(embed_dataset, config, accelerator, states=states, tokens=tokens))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        sources = open_sources(config, partial(embed_dataset, config, accelerator, states=states, tokens=tokens))
+    for warning in caught:
+        if warning.category is UserWarning:
+            console.say(f"Note: {warning.message}")
     check_objective(config, sources)
     text = open_text_side(config, sources, accelerator.device)
     embedder = build_embedder(config, sources, text)
@@ -77,14 +88,22 @@ def train(config: TrainConfig) -> TrainResult:
         folder.open(start, loop.progress.step)
     accelerator.wait_for_everyone()
     accelerator.init_trackers(config.logging.project, config=_plain(flatten(asdict(config))))
-    run.announce(start)
-    metrics = run.go()
-    run.finish()
-    accelerator.end_training()
+    try:
+        run.announce(start)
+        metrics = run.go()
+        run.finish()
+    finally:
+        accelerator.end_training()
     return TrainResult(folder.path, metrics)
 
 
 def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise CSDiffError(
+                f"accelerate is configured for {engine}, which splits weights over devices; adapters are trained as "
+                "replicas: launch with --multi_gpu (see docs/scaling.md)."
+            )
     try:
         return Accelerator(
             # Without this, Accelerate runs every launched process on its own where there is no accelerator.
@@ -92,6 +111,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
             mixed_precision="no",
             log_with=config.logging.trackers or None,
             project_dir=folder.path / "logs",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
     except ValueError as error:
         raise CSDiffError(f"--logging.trackers {config.logging.trackers}: {error}") from error

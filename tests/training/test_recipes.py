@@ -8,8 +8,8 @@ import training_runs
 from tiny import make_plain_store
 
 from csdiff.cli import parse
-from csdiff.embeddings.store import EmbeddingStore
 from csdiff.embeddings import write_store
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
 from csdiff.training.config import TrainConfig
 
