@@ -15,6 +15,8 @@ from .row_set import BLOCK, RowSet, wide_dtype
 
 # Logits above this lose the fifth digit of their softmax in float32.
 FLOAT32_REACH = 200.0
+# Logits up to this can be exponentiated as they are.
+PLAIN_REACH = 60.0
 # Up to this many pairs the logits are kept between the two passes.
 KEPT_PAIRS = 2**24
 
@@ -99,7 +101,7 @@ class _InfoNCE(torch.autograd.Function):
         right = RowSet("y", y, normalize=options.normalize, group=options.group)
         if left.share != right.share:
             raise ValueError(f"x and y must be pairs on every process; found {left.share} and {right.share}")
-        problem = _Problem(left, right, 1 / float(temperature), options)
+        problem = _Problem(left, right, 1 / float(temperature), options, with_spread=t_grad)
         row_lse, col_lse = problem.log_sums()
         count, total = left.share.total, problem.positive
         # log(1 + exp(others - own)): exact however small.
@@ -133,6 +135,9 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _finish(rows: RowSet, unit: Tensor, grad: Tensor, world: int) -> None:
+    """Lead a gradient by unit rows back to the argument, and scale it for the average over processes."""
+    if world == 1 and rows.inverse_norm is None:
+        return
     for start in range(0, len(grad), BLOCK):
         part = slice(start, start + BLOCK)
         rows.lead_back(grad[part].mul_(world), rows.local(unit)[part], part)
@@ -158,9 +163,13 @@ def _differentiable_backward(ctx, x, y, temperature, grad) -> tuple[Tensor | Non
 
 
 class _Problem:
-    """The logits of all pairs, tile by tile; the local rows of x against all of y."""
+    """The logits of all pairs, tile by tile; the local rows of x against all of y.
 
-    def __init__(self, left: RowSet, right: RowSet, scale: float, options: _Options):
+    Small logits are exponentiated once for rows and columns alike; large ones relative to the largest of their row or
+    column.
+    """
+
+    def __init__(self, left: RowSet, right: RowSet, scale: float, options: _Options, *, with_spread: bool):
         self.left, self.right, self.scale, self.options = left, right, scale, options
         compute = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         self._place(compute)
@@ -170,6 +179,7 @@ class _Problem:
             right.check()
         if reach > FLOAT32_REACH and compute != wide_dtype(self.x.device):
             self._place(wide_dtype(self.x.device))
+        self.plain = reach <= PLAIN_REACH and not with_spread
         count = left.share.total
         dense = options.block_size is None and count * (left.share.stop - left.share.start) <= KEPT_PAIRS
         self.block = max(count, 1) if dense else options.block_size or 1024
@@ -179,7 +189,7 @@ class _Problem:
         self.x, self.y = self.left.rows(dtype), self.right.rows(dtype)
         wide = wide_dtype(self.x.device)
         blocks = zip(self.x.split(BLOCK), self.y.split(BLOCK), strict=True)
-        self.positive = torch.cat([(a.to(wide) * b).sum(dim=1) for a, b in blocks]) * self.scale
+        self.positive = torch.cat([(a * b).sum(dim=1, dtype=wide) for a, b in blocks]) * self.scale
 
     def tiles(self, a: Tensor, b: Tensor, own: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """Logits of rows `a`, the rows from `own` on of their set, against `b`; -inf for a pair with its own index."""
@@ -206,12 +216,23 @@ class _Problem:
         a, b = self.left.local(self.x), self.y
         row = self.positive.new_full((len(a),), -math.inf)
         col = self.positive.new_full((len(b),), -math.inf) if self.options.two_sided else None
+        if self.plain:
+            row.fill_(0)
+            col = None if col is None else col.fill_(0)
         for rows, cols, tile in self.tiles(a, b, share.start):
+            if self.kept is not None:
+                self.kept[rows.start, cols.start] = tile
+            if self.plain:
+                row[rows] += tile.exp_().sum(dim=1)
+                if col is not None:
+                    col[cols] += tile.sum(dim=0)
+                continue
             row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1).to(row.dtype))
             if col is not None:
                 col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0).to(row.dtype))
-            if self.kept is not None:
-                self.kept[rows.start, cols.start] = tile
+        if self.plain:
+            row.log_()
+            col = None if col is None else col.log_()
         row, _ = gather_rows("x", row, group)
         if col is not None:
             col = gather_numbers(col, group).logsumexp(dim=0)
@@ -258,8 +279,12 @@ class _Problem:
         for rows, cols, tile in tiles:
             offset = share.start + rows.start - cols.start
             softmaxes = []
-            for full, partner in sides:
-                part = rows if full.shape[1] == 1 else (slice(None), cols)
+            parts = [rows if full.shape[1] == 1 else (slice(None), cols) for full, _ in sides]
+            if self.plain:
+                # exp(l_ij) (1 / sum_j exp(l_ij) + 1 / sum_i exp(l_ij)); kept tiles are exponentiated already.
+                kernel = tile if self.kept else tile.exp_()
+                softmaxes = [kernel.mul_(sum(torch.exp(-full[p]) for (full, _), p in zip(sides, parts, strict=True)))]
+            for (full, partner), part in zip(sides, parts, strict=True) if not self.plain else ():
                 softmaxes.append((tile - full[part]).exp_())
                 if spread is not None:
                     gap = tile - partner[part]

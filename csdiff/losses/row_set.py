@@ -17,6 +17,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared row norms `(N,)`, summed in the wide dtype."""
     wide = wide_dtype(rows.device)
+    if rows.dtype in (torch.float32, torch.float64):
+        squares = torch.cat([(block * block).sum(dim=1, dtype=wide) for block in rows.split(BLOCK)])
+        if bool(((squares > 1e-30) & (squares < 1e30)).all()):
+            return squares
+    # Squares may have left the range of the rows' dtype.
     norms = [torch.linalg.vector_norm(block, dim=1, dtype=wide) for block in rows.split(BLOCK)]
     return torch.cat(norms).square_()
 
