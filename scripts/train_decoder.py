@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,35 +63,40 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
-def encode_images(encoder: CLIPVisionModelWithProjection, views: torch.Tensor) -> torch.Tensor:
-    return torch.cat([encoder(chunk).image_embeds for chunk in views.split(256)])
+def cached(encode: Callable[[], dict[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:
+    """What `encode` returns, kept in `path`."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(encode(), path)
+    return load_file(path)
 
 
-@torch.no_grad()
-def encode_train_split(clip: Path, movq: Path, cache: Path) -> dict[str, torch.Tensor]:
-    """`latents` (2N, 4, 16, 16), `embeds` (2, 2N, 256: the picture itself, a moved view), `zero_embed` (256)."""
-    if cache.is_file():
-        return load_file(cache)
-    encoder = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
-    autoencoder = VQModel.from_pretrained(movq).eval()
+def train_pixels() -> torch.Tensor:
+    """Every train picture and its mirror image, (2N, 3, 128, 128) uint8."""
     pixels = load_pictures("train").pixels
-    pixels = torch.cat([pixels, pixels.flip(-1)])
-    latents, exact, moved = [], [], []
+    return torch.cat([pixels, pixels.flip(-1)])
+
+
+@torch.no_grad()
+def encode_latents(movq: Path) -> dict[str, torch.Tensor]:
+    """`latents` (2N, 4, 16, 16)."""
+    autoencoder = VQModel.from_pretrained(movq).eval()
+    chunks = [autoencoder.encode(chunk.float() / 127.5 - 1).latents for chunk in train_pixels().split(64)]
+    return {"latents": torch.cat(chunks)}
+
+
+@torch.no_grad()
+def encode_conditions(clip: Path) -> dict[str, torch.Tensor]:
+    """`embeds` (2, 2N, D), of the picture itself and of a moved view, and `zero_embed` (D), of an all-zero image."""
+    encoder = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
+    exact, moved = [], []
     generator = torch.Generator().manual_seed(0)
-    for chunk in pixels.split(128):
-        latents.append(autoencoder.encode(chunk.float() / 127.5 - 1).latents)
+    for chunk in train_pixels().split(128):
         view = F.interpolate(chunk.float(), size=IMAGE_SIZE, mode="bicubic", antialias=True).clamp(0, 255)
-        exact.append(encode_images(encoder, view / 127.5 - 1))
-        moved.append(encode_images(encoder, augment(chunk, generator)))
-    data = {
-        "latents": torch.cat(latents),
-        "embeds": torch.stack([torch.cat(exact), torch.cat(moved)]),
-        "zero_embed": encode_images(encoder, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0],
-    }
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    save_file(data, cache)
-    return data
+        exact.append(encoder(view / 127.5 - 1).image_embeds)
+        moved.append(encoder(augment(chunk, generator)).image_embeds)
+    zero = encoder(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).image_embeds[0]
+    return {"embeds": torch.stack([torch.cat(exact), torch.cat(moved)]), "zero_embed": zero}
 
 
 class Trainer:
@@ -151,7 +157,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    data = encode_train_split(arguments.clip, arguments.movq, arguments.output / "train_split.safetensors")
+    data = {
+        **cached(lambda: encode_latents(arguments.movq), arguments.output / "latents.safetensors"),
+        **cached(lambda: encode_conditions(arguments.clip), arguments.output / "conditions.safetensors"),
+    }
     unet = build_unet(data["embeds"].shape[-1]).to(memory_format=torch.channels_last)
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     modules = {"unet": unet, "ema": EMAState(ema)}
@@ -178,7 +187,7 @@ def main() -> None:
             mean = sum(losses) / len(losses)
             print(f"step {step} loss {mean:.4f} lr {group['lr']:.2e} {time.time() - started:.0f} s", flush=True)
             losses = []
-        if step % 500 == 0 or step == arguments.steps:
+        if step % 250 == 0 or step == arguments.steps:
             save(arguments.output / "checkpoint", step, modules, optimizer)
             export(unet, ema, arguments.movq, arguments.output)
     (arguments.output / "figures.json").write_text(

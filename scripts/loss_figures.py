@@ -1,0 +1,203 @@
+"""Draw the pictures of docs/loss.md and print the numbers of its table: python scripts/loss_figures.py
+
+What each term sees (points moved by its gradient), the divergence against the bandwidth, and the error of random
+features. Everything is seeded; two minutes on one core.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csdiff.losses import cauchy_schwarz_divergence, info_nce, log_mean_kernel, random_feature_cauchy_schwarz
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {"target": "#b0b7bf", "blue": "#1f6fb4", "red": "#c8442b", "green": "#2e8b57", "ink": "#22272e"}
+
+
+def two_moons(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Points of two moons `(count, 2)` and their place along them, 0 to 1."""
+    place = torch.rand(count, generator=generator)
+    upper = torch.arange(count) % 2 == 0
+    angle = torch.pi * place
+    x = torch.where(upper, angle.cos(), 1 - angle.cos())
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
+    points = torch.stack([x, y], dim=1) + 0.05 * torch.randn(count, 2, generator=generator)
+    return points, torch.where(upper, place / 2, 0.5 + place / 2)
+
+
+def pair_contrast(x: Tensor, y: Tensor, temperature: float = 0.3) -> Tensor:
+    """InfoNCE with logits `-||x - y||^2 / 2` over the temperature, as products of lengthened rows."""
+    ones = torch.ones(len(x), 1)
+    left = torch.cat([x, -x.square().sum(1, keepdim=True) / 2, ones], dim=1)
+    right = torch.cat([y, ones, -y.square().sum(1, keepdim=True) / 2], dim=1)
+    return info_nce(left, right, temperature=temperature, two_sided=False)
+
+
+def squared_mmd(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
+    within = [log_mean_kernel(one, bandwidth=bandwidth).exp() for one in (x, y)]
+    return within[0] + within[1] - 2 * log_mean_kernel(x, y, bandwidth=bandwidth).exp()
+
+
+def flow(loss, start: Tensor, steps: int = 1500, rate: float = 0.02) -> Tensor:
+    """Where points end that follow the gradient of a loss of them; Adam, so that losses of any scale move alike."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(x).backward()
+        optimizer.step()
+        schedule.step()
+    return x.detach()
+
+
+def draw_flow(path: Path) -> None:
+    """Four losses move a misplaced, misshapen copy onto two moons; colour tells which point is whose partner."""
+    generator = torch.Generator().manual_seed(0)
+    target, place = two_moons(240, generator)
+    start = 0.35 * torch.randn(240, 2, generator=generator) + torch.tensor([-1.6, -1.3])
+    start = start + 0.25 * (target - target.mean(0))
+    # Pairs as captions are: most say where their image is, roughly.
+    partner = target + 0.35 * torch.randn(240, 2, generator=generator)
+    bandwidth = 0.3
+    losses = {
+        "InfoNCE": lambda x: pair_contrast(x, partner),
+        "Cauchy-Schwarz": lambda x: cauchy_schwarz_divergence(x, target, bandwidth=(bandwidth, 1.0)),
+        "MMD": lambda x: squared_mmd(x, target, bandwidth),
+        "InfoNCE + Cauchy-Schwarz": lambda x: (
+            pair_contrast(x, partner) + 2 * cauchy_schwarz_divergence(x, target, bandwidth=(bandwidth, 1.0))
+        ),
+    }
+    panels = {"before": start, **{name: flow(loss, start) for name, loss in losses.items()}}
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.9), sharex=True, sharey=True)
+    for axis, (name, points) in zip(axes, panels.items(), strict=True):
+        axis.scatter(*target.T, s=9, color=COLOURS["target"], label="images", linewidths=0)
+        axis.scatter(*points.T, s=9, c=place, cmap="turbo", linewidths=0)
+        gap = cauchy_schwarz_divergence(points, target, bandwidth=bandwidth).item()
+        distance = (points - target).norm(dim=1).mean().item()
+        axis.set_title(name, fontsize=11, color=COLOURS["ink"])
+        axis.set_xlabel(f"divergence {gap:.3f}\ndistance to partner {distance:.2f}", fontsize=9)
+        axis.set_aspect("equal")
+        axis.set(xticks=[], yticks=[], xlim=(-2.9, 2.6), ylim=(-2.6, 1.7))
+        print(f"flow: {name:26s} divergence {gap:.4f}, mean distance to partner {distance:.3f}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def sphere_sets(count: int, dim: int, gap: float, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit vectors in two cones a gap apart; the second has fewer strong directions than the first."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(1.5, 0.5, dim)
+    x = torch.randn(count, dim, generator=generator) * scale.flip(0)
+    y = torch.randn(count, dim, generator=generator) * scale * spread
+    y[:, 0] += gap * dim**0.5
+    return F.normalize(x, dim=1), F.normalize(y, dim=1)
+
+
+def draw_bandwidth(path: Path) -> None:
+    """The divergence of two sets against the bandwidth, with and without the diagonal, for several set sizes."""
+    widths = torch.logspace(-1.1, 0.7, 40).tolist()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, (title, gap, spread) in zip(
+        axes, (("far apart: centroids 0.6 apart", 0.75, 1.0), ("nearly one distribution", 0.05, 1.0)), strict=True
+    ):
+        for count, shade in ((128, 0.35), (512, 0.65), (2048, 1.0)):
+            x, y = sphere_sets(count, 64, gap, spread)
+            for diagonal, colour, style in ((True, COLOURS["blue"], "-"), (False, COLOURS["red"], "--")):
+                values = [cauchy_schwarz_divergence(x, y, bandwidth=w, diagonal=diagonal).item() for w in widths]
+                values = [v if v > 1e-4 else float("nan") for v in values]
+                label = f"{'with' if diagonal else 'without'} diagonal, N = {count}"
+                axis.plot(widths, values, style, color=colour, alpha=shade, label=label, linewidth=1.6)
+        distance = (x.mean(0) - y.mean(0)).norm().item()
+        axis.plot(
+            widths, [distance**2 / w**2 for w in widths], ":", color=COLOURS["ink"], label="(centroid gap / s)^2"
+        )
+        axis.set(xscale="log", yscale="log", xlabel="bandwidth s", title=title, ylim=(1e-4, 300))
+        axis.grid(alpha=0.25)
+        print(f"bandwidth: {title}, centroid gap {distance:.3f}")
+    axes[0].set_ylabel("Cauchy-Schwarz divergence")
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def feature_errors(
+    count: int, features: int, bandwidth: float, *, orthogonal: bool, seeds: int = 8
+) -> tuple[float, float]:
+    """Relative errors of value and gradient of the random-feature estimate, root mean square over seeds."""
+    x, y = sphere_sets(count, 512, 0.6, 1.0)
+    x.requires_grad_()
+    exact = cauchy_schwarz_divergence(x, y, bandwidth=bandwidth)
+    (right,) = torch.autograd.grad(exact, x)
+    value, gradient = [], []
+    for seed in range(seeds):
+        found = random_feature_cauchy_schwarz(
+            x, y, bandwidth=bandwidth, num_features=features, orthogonal=orthogonal, seed=seed
+        )
+        (one,) = torch.autograd.grad(found, x)
+        value.append(((found - exact) / exact).detach().square())
+        gradient.append((one - right).square().sum() / right.square().sum())
+    return torch.stack(value).mean().sqrt().item(), torch.stack(gradient).mean().sqrt().item()
+
+
+def draw_features(path: Path) -> None:
+    """Error of random features against their number, for orthogonal and independent frequencies."""
+    numbers = [256, 512, 1024, 2048, 4096, 8192]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for bandwidth, colour in ((0.35, COLOURS["red"]), (0.5, COLOURS["blue"]), (1.0, COLOURS["green"])):
+        for orthogonal, style in ((True, "-"), (False, "--")):
+            errors = [feature_errors(1024, n, bandwidth, orthogonal=orthogonal) for n in numbers]
+            for axis, kind in zip(axes, (0, 1), strict=True):
+                label = f"s = {bandwidth}, {'orthogonal' if orthogonal else 'independent'}"
+                axis.plot(
+                    numbers, [e[kind] for e in errors], style, color=colour, label=label, marker="o", markersize=3
+                )
+    for axis, title in zip(axes, ("error of the value", "error of the gradient"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="random features F", title=f"{title}, relative (N = 1024)")
+        axis.set_xticks(numbers, [str(n) for n in numbers])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print("\n| N | F | s | value, orthogonal | value, independent | gradient, orthogonal | gradient, independent |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for count in (256, 1024, 4096):
+        for features in (512, 2048, 8192):
+            for bandwidth in (0.35, 0.5, 1.0):
+                own, plain = (
+                    feature_errors(count, features, bandwidth, orthogonal=orthogonal, seeds=4)
+                    for orthogonal in (True, False)
+                )
+                row = [f"{100 * e:.1f}%" for e in (own[0], plain[0], own[1], plain[1])]
+                print(f"| {count} | {features} | {bandwidth} | {' | '.join(row)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "figures")
+    parser.add_argument("--only", choices=["flow", "bandwidth", "features"], default=None)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    drawings = {
+        "flow": (draw_flow, "loss_flow.png"),
+        "bandwidth": (draw_bandwidth, "loss_bandwidth.png"),
+        "features": (draw_features, "loss_random_features.png"),
+    }
+    for name, (draw, file) in drawings.items():
+        if args.only in (None, name):
+            draw(args.output / file)
+
+
+if __name__ == "__main__":
+    main()
