@@ -92,7 +92,7 @@ def open_text_side(config: TrainConfig, sources: Sources, device: torch.device) 
         )
     online = config.data.text == "online" or not cached
     name = encoder_id(config, sources, "text") if online or wants_tokens(config) else None
-    if online and (store.metadata is None or "caption" not in store.metadata.names):
+    if online and not has_captions(store):
         raise CSDiffError(
             f"--adapter {config.adapter} encodes captions at every step, and {store.path} has no captions: expected "
             "the column caption in metadata/*.parquet."
@@ -130,7 +130,38 @@ def build_inputs(
             embedder.project_text_with(embedder.adapter.text_encoder.text_projection.forward)
     text_keys = ("text_embeds", "text_states", "text_mask") if text.states and not text.online else ("text_embeds",)
     encoder = text.encoder if text.online and tokenize is None else None
-    return Inputs(device, text_keys, image_keys, encoder, tokenize, image_encoder, pictures)
+    inputs = Inputs(device, text_keys, image_keys, encoder, tokenize, image_encoder, pictures)
+    for group, name in {"pairs": "validation", "unpaired_text": "unpaired_text"}.items():
+        pairs = getattr(sources, name)
+        if pairs is not None:
+            _check_columns(inputs, group, name, pairs.store)
+    return inputs
+
+
+def _check_columns(inputs: Inputs, group: str, name: str, store: EmbeddingStore) -> None:
+    """Refuse a second store that lacks what the first one has."""
+    # Held-out rows are measured on pooled embeddings: tokens are for the objective.
+    missing = [key for key in inputs.keys[group] if key not in store.keys and key != "image_tokens"]
+    if inputs.captions and not has_captions(store):
+        missing.append("captions")
+    if missing:
+        raise CSDiffError(
+            f"--data.{name} {store.path} has no {missing[0]}, which the run reads: embed it like the training data."
+        )
+
+
+def has_captions(store: EmbeddingStore) -> bool:
+    """Whether a store knows its captions."""
+    return store.metadata is not None and "caption" in store.metadata.names
+
+
+def check_named_encoders(config: TrainConfig, sources: Sources) -> None:
+    """Refuse encoders that are named in the configuration and are not those of the store, needed or not."""
+    for side in ("text", "image"):
+        name, stated = getattr(config.data, f"{side}_encoder"), sources.fingerprint.get(f"{side}_encoder")
+        if name is not None and stated is not None and is_store(config.data.train):
+            found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
+            check_same_encoder(stated, found, f"{side} encoder", str(sources.store.path), name)
 
 
 def encoder_id(config: TrainConfig, sources: Sources, side: str) -> str:

@@ -98,8 +98,12 @@ class RunFolder:
     def open(self, start: Path | None, step: int) -> None:
         """Create the folder, or make an existing one ready to go on after `step`."""
         own = start is not None and start.parent == self.checkpoints.folder.resolve()
-        if not own and self._occupied():
-            self._set_aside()
+        if own:
+            later = [self.checkpoints.path(other) for other in self.checkpoints.steps() if other > step]
+        else:
+            later = list(self.path.iterdir()) if self._occupied() else []
+        if later:
+            self._set_aside(later)
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
         for leftover in self.path.glob(".partial-*"):
@@ -110,12 +114,12 @@ class RunFolder:
     def _occupied(self) -> bool:
         return self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists()
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, paths: list[Path]) -> None:
         number = 1
         while (aside := self.path / f"previous-{number}").exists():
             number += 1
         aside.mkdir()
-        for path in list(self.path.iterdir()):
+        for path in paths:
             # Embeddings made for the earlier run serve the new one; they carry their own fingerprint.
             if not path.name.startswith("previous-") and path.name != "store":
                 path.rename(aside / path.name)

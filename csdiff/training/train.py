@@ -21,7 +21,7 @@ from csdiff.training.config import TrainConfig, check
 from csdiff.training.console import Console
 from csdiff.training.embedding import embed_dataset
 from csdiff.training.export import Exporter
-from csdiff.training.feeding import build_inputs, caches_states, open_text_side, wants_tokens
+from csdiff.training.feeding import build_inputs, caches_states, check_named_encoders, open_text_side, wants_tokens
 from csdiff.training.loop import Loop, make_optimizer
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder, flatten
@@ -54,6 +54,11 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config)
     start = folder.start_from()
     accelerator = _accelerator(config, folder)
+    if config.batch_size < accelerator.num_processes:
+        raise CSDiffError(
+            f"--batch_size {config.batch_size} leaves some of the {accelerator.num_processes} processes without a "
+            "row: raise it."
+        )
     console = Console(accelerator.is_main_process, config.logging.progress)
 
     states, tokens = caches_states(config), wants_tokens(config) and config.data.image != "online"
@@ -64,6 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
         if warning.category is UserWarning:
             console.say(f"Note: {warning.message}")
     check_objective(config, sources)
+    check_named_encoders(config, sources)
     text = open_text_side(config, sources, accelerator.device)
     embedder = build_embedder(config, sources, text)
     inputs = build_inputs(config, sources, text, embedder, accelerator.device)

@@ -245,10 +245,28 @@ def test_another_encoder_than_the_stores_is_refused(pooled_store, tmp_path):
     from tiny import make_tiny_clip
 
     other = make_tiny_clip(tmp_path / "clip", seed=5)
-    made = training_runs.config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other)})
-    made.data.text = "online"
-    with pytest.raises(CSDiffError, match="text encoder"):
+    for text in ("cached", "online"):
+        made = training_runs.config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other)})
+        made.data.text = text
+        with pytest.raises(CSDiffError, match="text encoder"):
+            train(made)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_path):
+    made = training_runs.config(rich_store, tmp_path / "out", adapter="transformer", batch_size=16)
+    made.adapter_options, made.data.unpaired_text = SMALL, str(pooled_store)
+    with pytest.raises(CSDiffError, match=r"unpaired_text.*no text_states"):
         train(made)
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(plain_store, tmp_path):
+    train(training_runs.config(plain_store, tmp_path, **{"checkpoint.keep": 0}))
+    back = training_runs.config(plain_store, tmp_path, resume=str(tmp_path / "checkpoints" / "step-00000004"))
+    back.checkpoint.keep = 0
+    train(back)
+    assert (tmp_path / "previous-1" / "step-00000012" / "config.json").is_file()
+    assert [line["step"] for line in training_runs.log(tmp_path, "train")] == list(range(1, 13))
 
 
 def test_pictures_of_prompts_at_validation(pooled_store, tiny_decoder, tmp_path):
