@@ -16,6 +16,8 @@ from csdiff.errors import CSDiffError
 
 # Linux 5.14 and later; maps all pages of a range at once instead of one fault each. Python names it from 3.15 on.
 _MADV_POPULATE_READ = 22
+# A mapped array is populated once this part of its rows has been asked for: it is being trained on.
+POPULATE_AFTER = 1 / 64
 
 
 class NpyShard:
@@ -127,6 +129,7 @@ class ShardedArray:
         self.row_bytes = first.row_bytes
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
         self._buffers = threading.local()
+        self._gathered, self._populated = 0, False
         self.storage_dtype = torch.bfloat16 if first.bfloat16 else torch.from_numpy(np.empty(0, first.dtype)).dtype
 
     def __len__(self) -> int:
@@ -136,6 +139,10 @@ class ShardedArray:
         """Rows `indices` (int64, in range), in that order: float32, or bool for masks."""
         if not self.mapped:
             return self._converted(self._gather_read(indices))
+        if not self._populated:
+            self._gathered += len(indices)
+            if self._gathered > POPULATE_AFTER * len(self):
+                self.populate()
         if len(self.shards) == 1:
             return self._converted(self.shards[0].tensor().index_select(0, torch.from_numpy(indices)))
         return self._converted(self._gather_mapped(indices))
@@ -193,6 +200,7 @@ class ShardedArray:
 
     def populate(self) -> None:
         """Map all pages now, see `NpyShard.populate`."""
+        self._populated = True
         for shard in self.shards:
             shard.populate()
 

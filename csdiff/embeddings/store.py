@@ -25,8 +25,6 @@ STATISTICS_SAMPLE = 1 << 18
 VERIFY_BYTES = 512 << 20
 # A store up to this size is mapped into memory as a whole; of a larger one only the rows asked for are read.
 MAPPED_BYTES = 4 << 30
-# A mapped store is populated once this part of its rows has been asked for: it is being trained on.
-POPULATE_AFTER = 1 / 64
 
 Indices = Sequence[int] | np.ndarray | Tensor | slice | range
 
@@ -65,8 +63,6 @@ class EmbeddingStore:
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
         self._columns = columns
         self._length = len(next(iter(columns.values())))
-        self._unpopulated = [column for column in columns.values() if column.mapped]
-        self._rows_read = 0
         self.text_dim = self._width("text_embeds")
         self.image_dim = self._width("image_embeds")
         stated = None if fingerprint is None else fingerprint.get("normalized")
@@ -151,11 +147,6 @@ class EmbeddingStore:
             KeyError: A column that the store does not have.
         """
         rows = self._row_numbers(indices)
-        self._rows_read += len(rows)
-        if self._unpopulated and self._rows_read > POPULATE_AFTER * len(self):
-            for column in self._unpopulated:
-                column.populate()
-            self._unpopulated = []
         return {key: self._column(key).gather(rows) for key in (self.keys if keys is None else keys)}
 
     def blocks(self, size: int = 8192, keys: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
