@@ -4,8 +4,8 @@ python benchmarks/prior.py [--quick] [--device cuda]
 
 Prints markdown. Every case runs in its own process, so that memory is its own. Diffusion priors are run as diffusers'
 `KandinskyV22PriorPipeline` runs them: 25 steps, guidance 4, hence 50 passes. Weights are random (time does not depend
-on them), text states are the same for all. Steps of a diffusion prior cost the same, so a slow case is timed over a
-few of its 25 steps and scaled; the table says over how many.
+on them), text states are the same for all. Steps of a diffusion prior cost the same, and so do the prompts of a large
+batch, so a slow case is timed over some of its 25 steps or 64 prompts and scaled; the table says over how many.
 """
 
 import argparse
@@ -59,7 +59,9 @@ def build(name: str, device: str):
     return model
 
 
-def measure(name: str, batch: int, length: int, steps: int, repeats: int, threads: int, device: str) -> dict:
+def measure(
+    name: str, batch: int, length: int, steps: int, repeats: int, threads: int, device: str, clock: str
+) -> dict:
     """Seconds for `steps` denoising steps (or the adapter's pass), peak memory beyond the weights, and parameters."""
     import torch
     from diffusers import UnCLIPScheduler
@@ -97,20 +99,21 @@ def measure(name: str, batch: int, length: int, steps: int, repeats: int, thread
             latents = scheduler.step(predicted, step, latents, prev_timestep=following).prev_sample
         return model.post_process_latents(latents)
 
+    now = time.process_time if clock == "cpu" else time.perf_counter
     run = adapter_pass if name == ADAPTER else denoise
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     is_cuda = device.startswith("cuda")
     before = torch.cuda.memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if name == ADAPTER or batch == 1:
-        # the long cases are hundreds of times longer than their warm-up
+    if name == ADAPTER:
+        # the others are many times longer than what a warm-up saves
         run()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         run()
         if is_cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": sorted(seconds)[len(seconds) // 2] * (1 if name == ADAPTER else STEPS / steps),
@@ -135,23 +138,26 @@ def prior_table(arguments) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for batch in (1, 64):
-        common = {"batch": batch, "threads": arguments.threads, "device": arguments.device}
-        few = 1 if batch > 1 else (2 if quick else 5)
+        common = {"threads": arguments.threads, "device": arguments.device, "clock": arguments.clock}
+        one = batch == 1
         cases = [
-            (ADAPTER, TOKENS, 1, 3 if quick else 7),
-            (f"{ADAPTER}, captions of {CAPTION} tokens", CAPTION, 1, 3 if quick else 7),
-            (EQUAL, TOKENS, STEPS if batch == 1 else few, 1 if quick or batch > 1 else 3),
-            (REAL, TOKENS, few, 1),
+            (ADAPTER, batch, TOKENS, 1, (3 if one else 1) if quick else 7),
+            (f"{ADAPTER}, captions of {CAPTION} tokens", batch, CAPTION, 1, (3 if one else 1) if quick else 7),
+            (EQUAL, batch if one or not quick else 16, TOKENS, (5 if quick else STEPS) if one else 1, 1),
+            (REAL, batch if one or not quick else 4, TOKENS, 1 if quick or not one else 5, 1),
         ]
         ours = None
-        for title, length, steps, repeats in cases:
+        for title, rows, length, steps, repeats in cases:
             name = ADAPTER if title.startswith(ADAPTER) else title
-            result = in_own_process(name=name, length=length, steps=steps, repeats=repeats, **common)
-            ours = ours or result["seconds"]
+            result = in_own_process(name=name, batch=rows, length=length, steps=steps, repeats=repeats, **common)
+            seconds = result["seconds"] * batch / rows
+            ours = ours or seconds
             timed = f"median of {repeats}" if name == ADAPTER else f"{steps} of {STEPS} steps"
-            ratio = "" if name == ADAPTER else f"{result['seconds'] / ours:.0f}x"
+            if rows < batch:
+                timed += f", {rows} of {batch} prompts"
+            ratio = "" if name == ADAPTER else f"{seconds / ours:.0f}x"
             lines.append(
-                f"| {title} ({result['parameters'] / 1e6:.1f}M) | {batch} | {duration(result['seconds'])} | {ratio} "
+                f"| {title} ({result['parameters'] / 1e6:.1f}M) | {batch} | {duration(seconds)} | {ratio} "
                 f"| {result['weights'] / 2**20:.0f} MiB | {result['extra'] / 2**20:.0f} MiB | {timed} |"
             )
             print(lines[-1], file=sys.stderr, flush=True)
@@ -239,12 +245,17 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer repeats and steps")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the processor")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy machine"
+    )
     parser.add_argument("--part", choices=["all", "prior", "cold"], default="all", help="which of the two tables")
     arguments = parser.parse_args()
     import torch
 
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else processor_name()
-    print(f"{where}, {arguments.threads} threads, torch {torch.__version__}, float32, {time.strftime('%Y-%m-%d')}.\n")
+    print(
+        f"{where}, {arguments.threads} threads, torch {torch.__version__}, float32, {arguments.clock} time, {time.strftime('%Y-%m-%d')}.\n"
+    )
     if arguments.part in ("all", "prior"):
         print(prior_table(arguments) + "\n")
     if arguments.part in ("all", "cold"):

@@ -174,11 +174,14 @@ def load_decoder(source: DecoderSource, device: torch.device, dtype: torch.dtype
 
 
 def load_pipeline(pipeline_class: type, source: DecoderSource, dtype: torch.dtype, **components):
-    """`pipeline_class.from_pretrained`, safetensors only, without its loading bar."""
+    """`pipeline_class.from_pretrained`, safetensors only, without its loading bar and its notice of foreign classes."""
     from diffusers.utils import logging
 
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         return pipeline_class.from_pretrained(source.source, dtype=dtype, use_safetensors=True, **components)
     finally:
+        logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

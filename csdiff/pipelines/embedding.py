@@ -42,7 +42,11 @@ class PromptEmbedder:
                 "one; use an adapter trained from a store with a fingerprint."
             )
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        self.encoder = load_text_encoder(known["id"], device, dtype, revision=known.get("revision"))
+        # pooled and cut as the training did
+        options = {name: known.get(name) for name in ("revision", "pooling")}
+        if card is not None:
+            options["max_length"] = (card.metadata.get("tokenizer") or {}).get("max_length")
+        self.encoder = load_text_encoder(known["id"], device, dtype, **options)
         if card is None:
             if self.encoder.dim != decoder.embedding_dim:
                 raise CSDiffError(

@@ -89,7 +89,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         if "text_encoder" not in parts or "tokenizer" not in parts:
             if not known.get("id"):
                 raise CSDiffError(f"{folder}/csdiff.json names no text encoder; give text_encoder= and tokenizer=.")
-            text = load_text_encoder(known["id"], dtype=dtype, revision=known.get("revision"))
+            cut = (adapter.metadata.get("tokenizer") or {}).get("max_length")
+            text = load_text_encoder(known["id"], dtype=dtype, revision=known.get("revision"), max_length=cut)
             if text.pooling != "projection":
                 raise CSDiffError(
                     f"{known['id']} has no CLIP text projection, which this pipeline's calls need; encode the text "
