@@ -253,9 +253,8 @@ def main():
     import torch
 
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else processor_name()
-    print(
-        f"{where}, {arguments.threads} threads, torch {torch.__version__}, float32, {arguments.clock} time, {time.strftime('%Y-%m-%d')}.\n"
-    )
+    how = f"{arguments.threads} threads, torch {torch.__version__}, float32, {arguments.clock} time"
+    print(f"{where}, {how}, {time.strftime('%Y-%m-%d')}.\n")
     if arguments.part in ("all", "prior"):
         print(prior_table(arguments) + "\n")
     if arguments.part in ("all", "cold"):
