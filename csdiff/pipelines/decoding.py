@@ -174,7 +174,7 @@ def load_decoder(source: DecoderSource, device: torch.device, dtype: torch.dtype
 
 
 def load_pipeline(pipeline_class: type, source: DecoderSource, dtype: torch.dtype, **components):
-    """`pipeline_class.from_pretrained`, safetensors only, without its loading bar and its notice of foreign classes."""
+    """`pipeline_class.from_pretrained`, safetensors only, without its loading bar and its notices of types."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
