@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedding_runs import PICTURES, config
 from PIL import Image
 
-from csdiff.embeddings import EmbedConfig, embed
-
-PICTURES = 13
+from csdiff.embeddings import embed
 
 
 @pytest.fixture(scope="session")
@@ -32,21 +31,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(dataset: Path, clip: Path, output: Path, **options) -> EmbedConfig:
-    """The configuration that the tests vary: four shards of four items."""
-    values = {"shard_size": 4, "batch_size": 3, "device": "cpu", "progress": False, "workers": 2}
-    encoders = {"text_encoder": str(clip), "image_encoder": str(clip)}
-    return EmbedConfig(**{"source": str(dataset), "output": str(output), **encoders, **values, **options})
-
-
 @pytest.fixture(scope="session")
 def store(dataset: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of the data set, made in one go."""
     output = tmp_path_factory.mktemp("stores") / "whole"
     embed(config(dataset, tiny_clip, output))
     return output
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

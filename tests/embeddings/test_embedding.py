@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PICTURES, config, content
+from embedding_runs import PICTURES, config, content
 from PIL import Image
 
 from csdiff.embeddings import EmbeddingStore, embed, load_image_encoder, load_text_encoder

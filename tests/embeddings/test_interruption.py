@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import config, content
+from embedding_runs import config, content
 
 from csdiff.embeddings import EmbeddingStore, embed
 from csdiff.errors import CSDiffError
