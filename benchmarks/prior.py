@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,8 +127,9 @@ def measure(
 
 def in_own_process(**case) -> dict:
     """`measure` in a fresh interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, kwds=case)
+    # unlike multiprocessing.Pool, this says so when the process is killed for its memory
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, **case).result()
 
 
 def prior_table(arguments) -> str:
