@@ -148,15 +148,17 @@ def timed(function, device: str, repeats: int = 1) -> float:
 
 def race(floor: Products, functions: dict, device: str, rounds: int, repeats: int) -> tuple[float, dict[str, float]]:
     """Median time of the floor and the median ratio of each contestant to it, round by round."""
-    for function in (floor, *functions.values()):
+    # What takes seconds needs no warming up.
+    for function in (floor, *functions.values()) if floor.flops < 1e11 else ():
         timed(function, device)
     floors, ratios = [], {name: [] for name in functions}
     for _ in range(rounds):
+        floors.append(timed(floor, device, repeats))
         for name, function in functions.items():
             # Each between two floors: what else the machine does changes within a round too.
-            before, own, after = (timed(f, device, repeats) for f in (floor, function, floor))
-            floors += [before, after]
-            ratios[name].append(2 * own / (before + after))
+            own = timed(function, device, repeats)
+            floors.append(timed(floor, device, repeats))
+            ratios[name].append(2 * own / (floors[-2] + floors[-1]))
     return statistics.median(floors), {name: statistics.median(found) for name, found in ratios.items()}
 
 
