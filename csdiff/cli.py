@@ -144,7 +144,7 @@ def parse(config_class: type, arguments: Sequence[str], prog: str):
     parser = build_parser(config_class, prog)
     values = parser.parse_args(normalize_arguments(config_class, arguments))
     values.pop("config", None)
-    return config_class(**vars(parser.instantiate_classes(values)))
+    return config_class(**vars(parser.instantiate(values)))
 
 
 def run(action: Callable[[], object], prog: str) -> int:
