@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, default=Path("build/clip/model"))
     parser.add_argument("--movq", type=Path, default=Path("build/autoencoder/movq"))
     parser.add_argument("--output", type=Path, default=Path("build/decoder"))
+    parser.add_argument("--initial", type=Path, help="pipeline folder to start from, such as assets/decoder")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -161,7 +162,10 @@ def main() -> None:
         **cached(lambda: encode_latents(arguments.movq), arguments.output / "latents.safetensors"),
         **cached(lambda: encode_conditions(arguments.clip), arguments.output / "conditions.safetensors"),
     }
-    unet = build_unet(data["embeds"].shape[-1]).to(memory_format=torch.channels_last)
+    unet = build_unet(data["embeds"].shape[-1])
+    if arguments.initial is not None:
+        unet = UNet2DConditionModel.from_pretrained(arguments.initial, subfolder="unet")
+    unet = unet.to(memory_format=torch.channels_last)
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     modules = {"unet": unet, "ema": EMAState(ema)}
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
