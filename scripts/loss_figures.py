@@ -150,7 +150,7 @@ def feature_errors(
 def draw_features(path: Path) -> None:
     """Error of random features against their number, for orthogonal and independent frequencies."""
     numbers = [256, 512, 1024, 2048, 4096]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharex=True)
     for bandwidth, colour in ((0.35, COLOURS["red"]), (0.5, COLOURS["blue"]), (1.0, COLOURS["green"])):
         for orthogonal, style in ((True, "-"), (False, "--")):
             errors = [feature_errors(1024, n, bandwidth, orthogonal=orthogonal) for n in numbers]
@@ -164,7 +164,7 @@ def draw_features(path: Path) -> None:
         axis.set_xticks(numbers, [str(n) for n in numbers])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
