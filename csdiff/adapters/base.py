@@ -11,6 +11,10 @@ from csdiff.adapters.checks import require_positive
 from csdiff.adapters.persistence import Persistent
 from csdiff.errors import CSDiffError
 
+# Norms are spread at most this much: a steeper map, fitted on a few nearly equal norms, would throw an unusual norm
+# out of any range that a decoder knows.
+_MAX_NORM_SCALE = 4.0
+
 
 class Adapter(Persistent, ModelMixin, ConfigMixin):
     r"""A map from text embeddings to raw image embeddings that diffusers pipelines accept as their prior.
@@ -167,7 +171,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         """Makes the norms of predictions have the mean and spread of the real ones; directions stay as they are.
 
         Fits `log n' = scale * log n + shift` so that the mean and the standard deviation of `n'` over the given
-        predictions are those of `real_norms`, and composes it with the calibration already there.
+        predictions are those of `real_norms`, and composes it with the calibration already there; `scale` <= 4.
 
         Args:
             predicted_norms (`Tensor` of shape `(N,)`): Norms of what `embed` returns now, best on held-out data.
@@ -181,11 +185,11 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             if norms.numel() < 2 or not norms.isfinite().all() or (norms <= 0).any():
                 raise CSDiffError(f"`{name}` must hold at least two positive finite norms, found {norms.numel()}.")
         logs = predicted.log() - predicted.log().mean()
-        scale = (real.log().std() / logs.std().clamp_min(1e-12)).clamp_max(20.0)
+        scale = (real.log().std() / logs.std().clamp_min(1e-12)).clamp_max(_MAX_NORM_SCALE)
         for _ in range(20):
             mapped = torch.exp(scale * logs)
             ratio = (real.std() / real.mean()) / (mapped.std() / mapped.mean()).clamp_min(1e-12)
-            scale = (scale * ratio).clamp_max(20.0)
+            scale = (scale * ratio).clamp_max(_MAX_NORM_SCALE)
         shift = (real.mean() / torch.exp(scale * logs).mean()).log() - scale * predicted.log().mean()
         self.norm_shift.copy_(scale * self.norm_shift.double().cpu() + shift)
         self.norm_scale.copy_(scale * self.norm_scale.double().cpu())
