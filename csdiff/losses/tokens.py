@@ -15,7 +15,7 @@ FLOAT32_REACH, SMALL_EXPONENT, NEARLY_EQUAL = 20.0, 0.3, 3e-4
 # Tokens nearer than this, as a fraction of the squared radius, also ask for float64.
 NEAR = 1e-3
 # Kernel values evaluated at once when no block size is given.
-KERNELS_AT_ONCE = 2**21
+KERNELS_AT_ONCE = 2**18
 
 
 def token_cauchy_schwarz_divergence(
@@ -46,7 +46,7 @@ def token_cauchy_schwarz_divergence(
         bandwidth: as for `cauchy_schwarz_divergence`; one for all pairs. Rules look at all tokens, pooled.
         diagonal: whether the within-set means include a token's pair with itself.
         normalize: divide each token by its length first; a zero token stays zero.
-        block_size: pairs b evaluated at once; None takes as many as make 2 million kernel values.
+        block_size: pairs b evaluated at once; None takes as many as make 2^18 kernel values.
         group: a process group whose processes hold shares of the pairs, of any size. Every process returns the mean
             over all pairs; the gradient is `W` times that of the local pairs, see `cauchy_schwarz_divergence`. Each
             process sends two numbers (a rule for the bandwidth sends the tokens too).
@@ -102,7 +102,10 @@ def _check(name: str, tokens: Tensor, mask_name: str, mask: Tensor | None, diago
     if short:
         rule = "at least one token" if diagonal else "at least two tokens with diagonal=False"
         raise ValueError(f"{mask_name} must leave {rule} in every row; rows {short[:8]} have {least - 1} or none")
-    bad = (~torch.isfinite(tokens).all(dim=2) & mask).any(dim=1).nonzero().flatten().tolist()
+    # The sum is finite when all tokens are; what masked ones hold is looked at only otherwise.
+    bad = []
+    if not bool(tokens.detach().sum(dtype=_wider(tokens.dtype)).isfinite()):
+        bad = (~torch.isfinite(tokens).all(dim=2) & mask).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteRows(f"{name} must be finite; rows {bad[:8]} hold NaN or infinite tokens")
     return mask
@@ -185,6 +188,13 @@ def _differentiable_backward(ctx, x, y, x_mask, y_mask, grad) -> tuple[Tensor | 
     return tuple(found.pop(0) if needed else None for needed in ctx.needs_input_grad[:2])
 
 
+def _cleared(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`values` with zeros where the mask is False."""
+    if mask is None:
+        return values
+    return values.masked_fill(~mask.reshape(mask.shape + (1,) * (values.dim() - 2)), 0)
+
+
 class _Chunk:
     """The divergences of some pairs, `(b,)`, and their gradients by the tokens."""
 
@@ -198,70 +208,88 @@ class _Chunk:
             self._evaluate(sides, wide)
 
     def _evaluate(self, sides, dtype: torch.dtype) -> None:
-        units = [_unit(tokens.to(dtype).masked_fill(~mask[..., None], 0), self.normalize) for tokens, mask, _ in sides]
-        # Distances do not change with the origin; between the two sets of a pair it costs the fewest digits.
+        masks = [None if bool(mask.all()) else mask for _, mask, _ in sides]
+        tokens = [_cleared(t.to(dtype), mask) for (t, _, _), mask in zip(sides, masks, strict=True)]
+        units = [_unit(t, self.normalize) for t in tokens]
         counts = [mask.sum(dim=1)[:, None, None].to(dtype) for _, mask, _ in sides]
+        # Distances do not change with the origin; between the two sets of a pair it costs the fewest digits.
         centre = sum(unit.sum(dim=1, keepdim=True) / n for unit, n in zip(units, counts, strict=True)) / 2
-        points = [
-            (unit - centre).masked_fill_(~mask[..., None], 0) for unit, (_, mask, _) in zip(units, sides, strict=True)
-        ]
-        squares = [p.square().sum(dim=2) for p in points]
+        points = [unit - centre for unit in units]
+        squares = [torch.linalg.vector_norm(p, dim=2).square_() for p in points]
+        squares = [_cleared(square, mask) for square, mask in zip(squares, masks, strict=True)]
         scales = [1 / (2 * width**2) for width in self.widths]
         self.base = min(scales)
         self.ratios = [scale / self.base for scale in scales]
         self.reach = max(scales) * max(float(s.max()) for s in squares)
         self.small, self.near = 4 * self.reach < SMALL_EXPONENT, False
-        masks = [mask for _, mask, _ in sides]
-        grads = [torch.zeros_like(p) if needed else None for p, (_, _, needed) in zip(points, sides, strict=True)]
-        divergence = 0
-        for i, j, factor in ((0, 0, 1), (1, 1, 1), (0, 1, -2)):
-            value, weight, scale = self._term(
-                points, squares, masks, i, j, grads[i] is not None or grads[j] is not None
-            )
-            divergence = divergence + factor * value
-            for side, other, w in ((i, j, weight), (j, i, None if weight is None else weight.mT)):
-                if grads[side] is not None:
-                    pull = torch.bmm(w, points[other]) - w.sum(dim=2, keepdim=True) * points[side]
-                    grads[side] += pull * (2 * factor * self.base * scale)
-        if self.diagonal:
-            divergence = divergence.clamp_min(0)
-        self.divergence = divergence
-        self.gradients = [
-            None if grad is None else self._lead_back(grad, unit, tokens.to(dtype)).masked_fill_(~mask[..., None], 0)
-            for grad, unit, (tokens, mask, _) in zip(grads, units, sides, strict=True)
-        ]
 
-    def _term(self, points, squares, masks, i: int, j: int, with_weight: bool):
-        """`log V` of sides i and j `(b,)`, kernel weights `(b, n_i, n_j)`, and the scale of the weights."""
-        pair = masks[i][:, :, None] & masks[j][:, None, :]
+        grads = [torch.zeros_like(p) if needed else None for p, (_, _, needed) in zip(points, sides, strict=True)]
+        row_weights = [0, 0]
+        self.divergence = 0
+        for i, j, factor in ((0, 0, 1), (1, 1, 1), (0, 1, -2)):
+            needed = grads[i] is not None or grads[j] is not None
+            value, weight = self._term(points, squares, masks, i, j, needed)
+            self.divergence = self.divergence + factor * value
+            # Each token of a set stands on both sides of its pairs.
+            for side, other in ((i, j), (j, i)) if i != j else ((i, i),):
+                if grads[side] is not None:
+                    own = weight if side == i else weight.mT
+                    factors = {"alpha": 2 * factor * self.base * (2 if i == j else 1)}
+                    grads[side].baddbmm_(own, points[other], **factors)
+                    row_weights[side] = row_weights[side] + own.sum(dim=2, keepdim=True) * factors["alpha"]
+        if self.diagonal:
+            self.divergence = self.divergence.clamp_min(0)
+        self.gradients = []
+        for side, grad in enumerate(grads):
+            if grad is not None:
+                grad = self._lead_back(
+                    grad.addcmul_(row_weights[side], points[side], value=-1), units[side], tokens[side]
+                )
+                grad = _cleared(grad, masks[side])
+            self.gradients.append(grad)
+
+    def _term(self, points, squares, masks, i: int, j: int, with_weight: bool) -> tuple[Tensor, Tensor | None]:
+        """`log V` of sides i and j `(b,)` and the kernels over their sum `(b, n_i, n_j)`, for the gradient."""
         exponent = torch.baddbmm(squares[j][:, None, :], points[i], points[j].mT, beta=-self.base, alpha=2 * self.base)
-        exponent.sub_(self.base * squares[i][:, :, None]).clamp_(max=0).masked_fill_(~pair, -math.inf)
-        count = pair.sum(dim=(1, 2)).to(wide_dtype(exponent.device))
-        ones = torch.zeros_like(count)
+        exponent.sub_(self.base * squares[i][:, :, None]).clamp_(max=0)
+        sizes = []
+        for side, view in ((i, (slice(None), slice(None), None)), (j, (slice(None), None, slice(None)))):
+            if masks[side] is not None:
+                exponent.masked_fill_(~masks[side][view], -math.inf)
+            whole = squares[side].new_full((len(exponent),), squares[side].shape[1])
+            sizes.append((whole if masks[side] is None else masks[side].sum(dim=1)).to(wide_dtype(exponent.device)))
+        count, ones = sizes[0] * sizes[1], torch.zeros_like(sizes[0])
         if i == j:
             # A token's pair with itself has kernel 1 and no gradient.
             exponent.diagonal(dim1=1, dim2=2).fill_(-math.inf)
-            tokens = masks[i].sum(dim=1).to(count.dtype)
-            ones, count = (tokens, count) if self.diagonal else (ones, count - tokens)
-        shift = torch.zeros_like(count, dtype=exponent.dtype)
+            ones, count = (sizes[0], count) if self.diagonal else (ones, count - sizes[0])
+        shift = torch.zeros_like(ones, dtype=exponent.dtype)
         if not self.small:
             shift = exponent.amax(dim=(1, 2))
             self.near |= float(shift.max()) > -NEAR * self.reach / max(self.ratios)
             shift = torch.where(shift.isfinite(), shift, 0)
+
         value, weight = 0, 0
         for ratio in self.ratios:
-            term = torch.exp(exponent * ratio - shift[:, None, None])
-            weight = weight + term * ratio
-            # Beside kernels close to 1 it is their distance from 1 that counts.
-            counted = torch.expm1(exponent * ratio).masked_fill_(exponent.isneginf(), 0) if self.small else term
-            value = value + counted.sum(dim=(1, 2), dtype=count.dtype)
-        value, weight = value / len(self.ratios), weight / len(self.ratios)
+            scaled = exponent if len(self.ratios) == 1 else exponent * ratio
+            if self.small:
+                # Beside kernels close to 1 it is their distance from 1 that counts.
+                counted = torch.expm1(scaled).masked_fill_(scaled.isneginf(), 0)
+                term = torch.exp(scaled) if with_weight else counted
+            else:
+                counted = term = scaled.sub_(shift[:, None, None]).exp_()
+            value = value + counted.sum(dim=2).sum(dim=1, dtype=count.dtype)
+            if with_weight:
+                weight = term if len(self.ratios) == 1 else weight + term * ratio
+        value = value / len(self.ratios)
         if self.small:
             log_mean = torch.log1p(value / count)
         else:
             log_mean = torch.logaddexp(value.log() + shift, ones.log()) - count.log()
-        scale = torch.exp(shift - log_mean - count.log()).to(exponent.dtype)[:, None, None]
-        return log_mean, weight if with_weight else None, scale
+        if not with_weight:
+            return log_mean, None
+        scale = torch.exp(shift - log_mean - count.log()) / len(self.ratios)
+        return log_mean, weight.mul_(scale.to(weight.dtype)[:, None, None])
 
     def _lead_back(self, grad: Tensor, unit: Tensor, tokens: Tensor) -> Tensor:
         if not self.normalize:
