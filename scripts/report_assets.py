@@ -94,7 +94,7 @@ def report_decoder(limit: int, guidance: float | None) -> dict:
     fingerprint = json.loads((ASSETS / "decoder/csdiff.json").read_text())
     steps = fingerprint["sampling"]["steps"]
     guidance = fingerprint["sampling"]["guidance"] if guidance is None else guidance
-    decoder = KandinskyV22Pipeline.from_pretrained(ASSETS / "decoder", torch_dtype=torch.float32)
+    decoder = KandinskyV22Pipeline.from_pretrained(ASSETS / "decoder", dtype=torch.float32)
     decoder.set_progress_bar_config(disable=True)
     encoder = load_image_encoder("tiny-clip")
     train, held_out = load_pictures("train"), load_pictures("combination")
