@@ -132,7 +132,7 @@ def normalize_arguments(config_class: type, arguments: Sequence[str]) -> list[st
             gathered.setdefault(name, []).append(value)
         else:
             rest.append(f"--{name}{equals}{value}")
-    return rest + [f"--{name}={json.dumps(values)}" for name, values in gathered.items()]
+    return rest + [f"--{name}={json.dumps(values, ensure_ascii=False)}" for name, values in gathered.items()]
 
 
 def parse(config_class: type, arguments: Sequence[str], prog: str):
@@ -158,6 +158,10 @@ def run(action: Callable[[], object], prog: str) -> int:
         # The reader of our output has gone; stop without a second complaint at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # A file that is missing, damaged or not ours to write: the message of whoever met it, in one line.
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -48,7 +48,9 @@ def test_dashes_and_underscores_are_one_spelling():
     assert parse("--num-images", "3").num_images == parse("--num_images=3").num_images == 3
 
 
-@pytest.mark.parametrize("text", ["a: b", "[1, 2]", "yes", "3", '"quoted"', "null", "{x}", "# no", "ünï ☃", " "])
+@pytest.mark.parametrize(
+    "text", ["a: b", "[1, 2]", "yes", "3", '"quoted"', "null", "{x}", "# no", "ü☃", "🐟 fish", " "]
+)
 def test_prompts_are_text_whatever_they_look_like(text):
     assert parse("--prompt", text, f"--prompt={text}", "--prompt", "plain").prompt == [text, text, "plain"]
 
@@ -134,3 +136,11 @@ def test_unknown_command(capsys):
         cli.main(["paint"])
     assert stop.value.code == 2
     assert "paint" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_one_line(capsys):
+    def action() -> None:
+        raise OSError("unet is damaged:\n  download it again")
+
+    assert cli.run(action, "test") == 2
+    assert capsys.readouterr().err == "test: unet is damaged: download it again\n"
