@@ -134,6 +134,11 @@ def check_numbers(config: GenerateConfig):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise CSDiffError(f"{name}: expected a whole number of 1 or more, found {value}.")
+    # Every decoder here was trained with 1000 noise levels.
+    if config.steps is not None and config.steps > 1000:
+        raise CSDiffError(f"steps: expected at most 1000, found {config.steps}.")
+    if not config.output:
+        raise CSDiffError("output: expected a folder for the pictures, found an empty name.")
     for name in ("height", "width"):
         value = getattr(config, name)
         if value is not None and value % 8:
