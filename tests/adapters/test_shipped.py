@@ -12,7 +12,6 @@ from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.resources import assets_dir
 
 
-@pytest.mark.skipif(not (assets_dir() / "adapter" / "config.json").exists(), reason="assets/adapter is not built")
 @torch.no_grad()
 def test_predicted_norms_have_the_real_mean_and_spread():
     rows = parquet.read_table(assets_dir() / "data" / "combination.parquet").to_pylist()[::2]
