@@ -1,49 +1,18 @@
-"""The command line. Every option comes from a config dataclass; this file only routes.
-
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, 1 a defect (with its traceback).
-"""
+"""Options from dataclasses: parsing, help, and errors of one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
-import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-import csdiff
 from csdiff.errors import CSDiffError
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: where its options and its function are, both imported only when they are needed."""
-
-    config: str
-    function: str
-    help: str
-
-
-COMMANDS = {
-    "embed": Command(
-        "csdiff.embeddings.config:EmbedConfig",
-        "csdiff.embeddings:embed",
-        "captions and pictures to an embedding store",
-    ),
-    "train": Command(
-        "csdiff.training.config:TrainConfig", "csdiff.training:train", "an embedding store to an adapter"
-    ),
-    "generate": Command("csdiff.pipelines.config:GenerateConfig", "csdiff.pipelines:generate", "prompts to pictures"),
-}
-
 
 # The comments under the fields are the help texts.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -96,16 +65,12 @@ def type_name(annotation: object) -> str:
     return getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
 
 
-def import_object(path: str):
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def build_parser(config_class: type, prog: str) -> ArgumentParser:
     """A parser whose options, defaults, help and checks are the fields of `config_class`."""
     parser = OneLineParser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
     parser.add_class_arguments(config_class)
     return parser
 
@@ -141,66 +106,13 @@ def parse(config_class: type, arguments: Sequence[str], prog: str):
     Raises:
         CSDiffError: for an unknown option or config key, or a value of the wrong type.
     """
+    return parse_command(config_class, arguments, prog)[0]
+
+
+def parse_command(config_class: type, arguments: Sequence[str], prog: str) -> tuple[object, bool]:
+    """As `parse`, and whether `--json` is given."""
     parser = build_parser(config_class, prog)
     values = parser.parse_args(normalize_arguments(config_class, arguments))
     values.pop("config", None)
-    return config_class(**vars(parser.instantiate(values)))
-
-
-def run(action: Callable[[], object], prog: str) -> int:
-    """Run `action`; bad input becomes one sentence on stderr and exit code 2."""
-    try:
-        action()
-    except CSDiffError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output has gone; stop without a second complaint at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        # A file that is missing, damaged or not ours to write: the message of whoever met it, in one line.
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse the options of one subcommand and call its function; returns the exit code."""
-    command = COMMANDS[name]
-
-    def action() -> None:
-        config = parse(import_object(command.config), arguments, prog)
-        import_object(command.function)(config)
-
-    return run(action, prog)
-
-
-def overview() -> str:
-    lines = ["usage: csdiff COMMAND [OPTIONS]", "", "CLIP text embeddings into the image-embedding distribution.", ""]
-    lines += [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
-    lines += ["", "`csdiff COMMAND --help` lists the options of a command.", f"csdiff {csdiff.__version__}"]
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `csdiff`."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        print(csdiff.__version__)
-        sys.exit(0)
-    name = arguments[0]
-    if name not in COMMANDS:
-        print(f"csdiff: expected a command ({', '.join(COMMANDS)}), found {name!r}.", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run_command(name, arguments[1:], prog=f"csdiff {name}"))
-
-
-if __name__ == "__main__":
-    main()
+    as_json = values.pop("json")
+    return config_class(**vars(parser.instantiate(values))), as_json

@@ -1,0 +1,13 @@
+"""The command line: `csdiff COMMAND [OPTIONS]`. Nothing heavy is imported before a command runs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "commands": ["COMMANDS", "Command", "import_object"],
+        "entry": ["main", "run_command"],
+        "options": ["build_parser", "option_types", "parse"],
+        "running": ["run"],
+    },
+)
