@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "encoders": ["load_image_encoder", "load_text_encoder", "resolve_encoder"],
         "extraction": ["EmbedReport", "embed"],
         "fingerprint": ["check_same_encoder", "weights_sha256"],
+        "image_groups": ["ImageGroups"],
         "image_encoder": ["ImageEncoder", "ImageEncoding"],
         "loader": ["StoreBatches"],
         "statistics": ["EmbeddingStatistics"],

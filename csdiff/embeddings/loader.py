@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from csdiff.embeddings.image_groups import ImageGroups
 from csdiff.embeddings.permutation import RowOrder
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
@@ -17,7 +18,7 @@ from csdiff.errors import CSDiffError
 class StoreBatches:
     """Iterate over a store in random order, forever.
 
-    Every epoch is a new random permutation of the rows, which depends on `(seed, epoch)` only; the last incomplete
+    Every epoch is a new random permutation of the rows (of the images, with `groups`), which depends on `(seed, epoch)` only; the last incomplete
     batch of an epoch is dropped. Step t reads the same global batch whatever the number of processes; each process
     reads its part of it. Started at any step, the batches are those of an uninterrupted run, bit for bit.
 
@@ -37,6 +38,8 @@ class StoreBatches:
         keys: Columns to read; all by default.
         captions: Also give `captions`, a list of strings.
         rows: Use these rows of the store only (a split); all by default.
+        groups: Rows by image: an epoch then has one row of each image (see `ImageGroups`), so that no batch holds two
+            captions of one image. Takes the place of `rows`.
         prefetch: Batches read ahead in a thread; 0 reads when asked.
 
     Attributes:
@@ -59,12 +62,14 @@ class StoreBatches:
         keys: Sequence[str] | None = None,
         captions: bool = False,
         rows: np.ndarray | range | None = None,
+        groups: ImageGroups | None = None,
         prefetch: int = 2,
     ):
-        count = len(store) if rows is None else len(rows)
+        count = len(groups) if groups is not None else len(store) if rows is None else len(rows)
         if not 1 <= batch_size <= count:
+            unit = "rows" if groups is None else "images"
             raise CSDiffError(
-                f"batch_size: expected 1 to {count}, the number of rows in use of {store.path}, found {batch_size}; "
+                f"batch_size: expected 1 to {count}, the number of {unit} in use of {store.path}, found {batch_size}; "
                 "lower it or give more data."
             )
         if batch_size < world_size or not 0 <= rank < world_size:
@@ -76,6 +81,7 @@ class StoreBatches:
         self.epoch_size = count // batch_size
         self.keys, self.with_captions, self.prefetch = keys, captions, prefetch
         self._rows = None if rows is None else np.asarray(rows, dtype=np.int64)
+        self._groups = groups
         self._count = count
         # The parts of an uneven batch differ by one row at most.
         self._part = slice(*(batch_size * (rank + i) // world_size for i in (0, 1)))
@@ -94,6 +100,8 @@ class StoreBatches:
             order = self._order = (epoch, RowOrder(self._count, self.seed, epoch))
         start = batch * self.batch_size
         rows = order[1][start + self._part.start : start + self._part.stop]
+        if self._groups is not None:
+            return self._groups.pick(rows, self.seed, epoch)
         return rows if self._rows is None else self._rows[rows]
 
     def read(self, step: int) -> dict:

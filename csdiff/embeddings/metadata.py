@@ -48,6 +48,15 @@ class ShardedMetadata:
     def take(self, name: str, rows: np.ndarray) -> list:
         """Values of one column at these rows."""
         if name not in self._columns:
-            parts = [pq.read_table(file, columns=[name], memory_map=True).column(0) for file in self.files]
-            self._columns[name] = pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+            self._columns[name] = self._read(name)
         return self._columns[name].take(pa.array(rows)).to_pylist()
+
+    def codes(self, name: str) -> np.ndarray:
+        """A number (int64) for each row, equal where the values of a column are equal; keeps no column in memory."""
+        column = self._columns.get(name)
+        encoded = (self._read(name) if column is None else column).dictionary_encode("encode").combine_chunks()
+        return encoded.indices.to_numpy().astype(np.int64)
+
+    def _read(self, name: str) -> pa.ChunkedArray:
+        parts = [pq.read_table(file, columns=[name], memory_map=True).column(0) for file in self.files]
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)

@@ -24,11 +24,11 @@ class RowOrder:
 
     def __init__(self, count: int, seed: int, epoch: int):
         self.count = count
-        start = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) ^ np.uint64(epoch)
-        self._keys = _mix(_mix(start) + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+        start = mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) ^ np.uint64(epoch)
+        self._keys = mix(mix(start) + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
         self._order = None
         if count <= DRAWN_ROWS:
-            hashed = _mix(_mix(np.arange(count, dtype=np.uint64) + self._keys[0]) ^ self._keys[1])
+            hashed = mix(mix(np.arange(count, dtype=np.uint64) + self._keys[0]) ^ self._keys[1])
             self._order = np.argsort(hashed, kind="stable")
         bits = max(2, (count - 1).bit_length())
         self._widths = np.uint64(bits // 2), np.uint64(bits - bits // 2)
@@ -48,7 +48,7 @@ class RowOrder:
         left_bits, right_bits = self._widths
         left, right = rows >> right_bits, rows & _low(right_bits)
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & _low(left_bits))
+            left, right = right, left ^ (mix(right + key) & _low(left_bits))
             left_bits, right_bits = right_bits, left_bits
         return (left << right_bits) | right
 
@@ -57,7 +57,7 @@ def _low(bits: np.uint64) -> np.uint64:
     return (np.uint64(1) << bits) - np.uint64(1)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection that scatters 64-bit integers."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

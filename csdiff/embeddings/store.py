@@ -175,6 +175,21 @@ class EmbeddingStore:
         """
         return self._metadata_column("image_id", indices)
 
+    @property
+    def knows_images(self) -> bool:
+        """Whether the metadata says which rows share an image."""
+        return self.metadata is not None and "image_id" in self.metadata.names
+
+    def image_numbers(self) -> np.ndarray:
+        """Number (N,) int64 of the image of every row, equal for the captions of one image.
+
+        Raises:
+            CSDiffError: The store does not say which image a row belongs to.
+        """
+        if not self.knows_images:
+            self.image_ids([])
+        return self.metadata.codes("image_id")
+
     def column(self, name: str, indices: Indices = slice(None)) -> list:
         """Any column of the metadata, see `metadata.names`."""
         return self._metadata_column(name, indices)

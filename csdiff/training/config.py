@@ -22,6 +22,9 @@ class DataConfig:
     """Store whose pictures have no captions; they enter the distribution term only."""
     unpaired_batch_size: int | None = None
     """Unpaired rows a global batch, from each unpaired store; as many as pairs by default."""
+    one_caption_per_image: bool = True
+    """One random caption of each picture an epoch, so that no batch has two of one picture, which the objective would
+    push apart; needs a store that knows its pictures (`image_id`), others give all their rows."""
     text: Literal["auto", "cached", "online"] = "auto"
     """Text embeddings from the store, or from the text encoder at every step; auto asks the adapter."""
     image: Literal["auto", "cached", "online"] = "auto"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from csdiff.embeddings.image_groups import ImageGroups
 from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
@@ -24,14 +25,29 @@ class Pairs:
     Args:
         store: Where the rows are.
         rows: Row numbers in the store; all of them by default.
+
+    Attributes:
+        groups: The rows by image, where an epoch is to have one row of each; see `group_by_image`.
     """
 
     def __init__(self, store: EmbeddingStore, rows: np.ndarray | None = None):
         self.store = store
         self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
+        self.groups: ImageGroups | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows that an epoch has."""
+        return len(self) if self.groups is None else len(self.groups)
+
+    def group_by_image(self) -> None:
+        """Let an epoch have one row of each image, where the store knows its images and some have several rows."""
+        if self.store.knows_images:
+            groups = ImageGroups(self.rows, self.store.image_numbers()[self.rows])
+            self.groups = groups if len(groups) < len(self) else None
 
     def read(self, positions, keys: Sequence[str] = ("text_embeds", "image_embeds")) -> dict[str, Tensor]:
         """Rows by position among the chosen ones, as float32 tensors by column."""
@@ -87,7 +103,7 @@ def held_out_split(store: EmbeddingStore, fraction: float) -> tuple[np.ndarray, 
 def _codes(store: EmbeddingStore, start: int, stop: int) -> np.ndarray:
     """Well-spread 32-bit codes of the pictures of these rows."""
     rows = range(start, stop)
-    if store.metadata is not None and "image_id" in store.metadata.names:
+    if store.knows_images:
         keys = [str(value).encode() for value in store.image_ids(rows)]
     elif len(store) <= _EXACT_SPLIT:
         keys = [row.tobytes() for row in store.read(rows, keys=["image_embeds"])["image_embeds"].numpy()]

@@ -122,6 +122,7 @@ class Inputs:
             keys=self.keys[group],
             captions=self.captions and group != "unpaired_image",
             rows=pairs.rows,
+            groups=pairs.groups,
         )
         for batch in loader:
             if group == "pairs" and self.pictures is not None:

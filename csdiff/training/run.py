@@ -79,16 +79,18 @@ class Run:
             )
             if pairs is not None
         )
+        train = self.sources.train
+        pictures = "" if train.groups is None else f" of {train.epoch_rows:,} pictures, one caption of each an epoch"
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
         processes = self.accelerator.num_processes
         say(
             f"Training {config.adapter} ({weights:,} weights) with {config.objective} on "
-            f"{len(self.sources.train):,} pairs{extra}, {held_out:,} held out ({store.path}, "
+            f"{len(train):,} pairs{pictures}{extra}, {held_out:,} held out ({store.path}, "
             f"text {store.text_dim}, image {store.image_dim})."
         )
         say(
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs "
-            f"({config.max_steps * config.batch_size / len(self.sources.train):.1f} epochs) on {processes} "
+            f"({config.max_steps * config.batch_size / train.epoch_rows:.1f} epochs) on {processes} "
             f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; "
             f"output in {self.folder.path}."
         )

@@ -72,6 +72,14 @@ def open_sources(config: TrainConfig, embed: Callable[[str, str], EmbeddingStore
     elif data.validation_fraction > 0:
         rows, held_out = held_out_split(store, data.validation_fraction)
         train, validation = Pairs(store, rows), Pairs(store, held_out)
+    if data.one_caption_per_image:
+        train.group_by_image()
+    if train.groups is not None and config.batch_size > len(train.groups):
+        raise CSDiffError(
+            f"--batch_size {config.batch_size} is larger than the {len(train.groups)} pictures to train on in "
+            f"{data.train}: lower it, or set --data.one_caption_per_image false, with which captions of one picture "
+            "meet in a batch."
+        )
     if config.batch_size > len(train):
         raise CSDiffError(
             f"--batch_size {config.batch_size} is larger than the {len(train)} pairs to train on in {data.train}: "

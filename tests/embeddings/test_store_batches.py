@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from csdiff.embeddings import EmbeddingStore, StoreBatches, permutation, write_store
+from csdiff.embeddings import EmbeddingStore, ImageGroups, StoreBatches, permutation, write_store
 from csdiff.embeddings.permutation import RowOrder
 from csdiff.errors import CSDiffError
 
@@ -97,9 +97,65 @@ def test_a_split_uses_its_rows_only(store: EmbeddingStore):
     assert sorted(index.tolist()) == rows.tolist()
 
 
+IMAGES = np.random.default_rng(0).permutation(np.repeat(np.arange(20), [1, 2, 3, 4, 5, 3, 3, 3, 2, 2] * 2))[:53]
+
+
+@pytest.fixture(scope="module")
+def groups() -> ImageGroups:
+    """The rows of the store as captions of twenty images, one to five of each, in no order."""
+    return ImageGroups(np.arange(53), IMAGES)
+
+
+def test_an_epoch_has_one_caption_of_every_image(store: EmbeddingStore, groups: ImageGroups):
+    batches = StoreBatches(store, 10, seed=5, groups=groups)
+    assert (len(groups), batches.epoch_size) == (20, 2)
+    steps = [IMAGES[batch["index"]] for batch in islice(batches, 8)]
+    assert all(len(set(step)) == 10 for step in steps)
+    assert all(sorted(np.concatenate(steps[i : i + 2])) == list(range(20)) for i in range(0, 8, 2))
+
+
+def test_every_caption_of_an_image_comes_equally_often_and_at_random(groups: ImageGroups):
+    # Sixty epochs: a multiple of one to five captions.
+    picked = np.stack([groups.pick(np.arange(20), 3, epoch) for epoch in range(60)])
+    assert all(len(set(IMAGES[column])) == 1 for column in picked.T)
+    rows, times = np.unique(picked, return_counts=True)
+    assert len(rows) == 53
+    assert (times * np.array([(IMAGES == IMAGES[row]).sum() for row in rows]) == 60).all()
+    assert all((picked[epoch] != groups.pick(np.arange(20), 4, epoch)).any() for epoch in range(60))
+    pairs = ImageGroups(np.arange(2000), np.arange(2000) // 2)
+    first, second, later = (pairs.pick(np.arange(1000), 0, epoch) % 2 for epoch in (0, 1, 2))
+    assert (first != second).all()
+    assert 440 < first.sum() < 560
+    assert 440 < (first == later).sum() < 560
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_one_caption_of_an_image_for_any_processes_resumed_anywhere(store, groups, world_size: int):
+    whole = [batch["index"] for batch in islice(StoreBatches(store, 9, 2, groups=groups), 10)]
+    for start in (0, 1, 7):
+        parts = [
+            islice(StoreBatches(store, 9, 2, rank, world_size, start, groups=groups), 10 - start)
+            for rank in range(world_size)
+        ]
+        for expected, split in zip(whole[start:], zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat([part["index"] for part in split]), expected)
+
+
+def test_rows_of_one_image_are_known_by_their_identity(tmp_path: Path):
+    rows = torch.arange(10.0).reshape(5, 2)
+    write_store(tmp_path / "store", image_embeds=rows, image_ids=["b", "a", "b", "c", "a"], shard_size=2)
+    store = EmbeddingStore.open(tmp_path / "store")
+    assert store.image_numbers().tolist() == [0, 1, 0, 2, 1]
+    # The numbers do not matter, the order of appearance does.
+    groups = ImageGroups(np.array([4, 3, 2]), np.array([9, 1, 5]))
+    assert groups.pick(np.arange(3), 0, 0).tolist() == [4, 3, 2]
+
+
 def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
     with pytest.raises(CSDiffError, match=r"batch_size: expected 1 to 53, .*found 54"):
         StoreBatches(store, 54)
+    with pytest.raises(CSDiffError, match=r"number of images in use .*found 3"):
+        StoreBatches(store, 3, groups=ImageGroups(np.arange(4), np.arange(4) // 2))
     with pytest.raises(CSDiffError, match="at least one row for each of 8 processes, found 4"):
         StoreBatches(store, 4, rank=0, world_size=8)
 
@@ -112,6 +168,8 @@ def test_an_error_while_reading_ahead_reaches_the_caller(store: EmbeddingStore):
 def test_orders_are_the_same_on_every_machine():
     """Resuming elsewhere must continue the same order: these numbers may never change."""
     assert RowOrder(8, 0, 0)[0:8].tolist() == [0, 1, 6, 3, 5, 2, 7, 4]
+    groups = ImageGroups(np.arange(12), np.arange(12) // 4)
+    assert [groups.pick(np.arange(3), 0, epoch).tolist() for epoch in (0, 1, 4)] == [[1, 6, 11], [2, 7, 8], [0, 5, 10]]
     assert RowOrder(5_000_000, 7, 2)[1000:1004].tolist() == [1211310, 3030352, 3470390, 2066684]
 
 

@@ -9,6 +9,7 @@ import pytest
 import training_processes as processes
 
 from csdiff.adapters.registry import AutoAdapter
+from csdiff.embeddings import EmbeddingStore, write_store
 
 PLACES = [
     ("after a step", 3),
@@ -21,15 +22,25 @@ PLACES = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(plain_store, tmp_path_factory):
+def store(plain_store, tmp_path_factory):
+    """Thirty-two pictures with two captions each, of which an epoch has one."""
+    with pytest.warns(UserWarning, match=r"has no csdiff\.json"):
+        plain = EmbeddingStore.open(plain_store)
+    path = tmp_path_factory.mktemp("store") / "store"
+    write_store(path, **plain.read(range(64)), image_ids=[str(row // 2) for row in range(64)], dtype="float32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    assert processes.finish(processes.start(processes.train, processes.config(plain_store, output))) == [0]
+    assert processes.finish(processes.start(processes.train, processes.config(store, output))) == [0]
     return processes.everything(output)
 
 
 @pytest.mark.parametrize(("where", "count"), PLACES)
-def test_killed_and_resumed(plain_store, tmp_path, undisturbed, where, count):
-    made = processes.config(plain_store, tmp_path)
+def test_killed_and_resumed(store, tmp_path, undisturbed, where, count):
+    made = processes.config(store, tmp_path)
     killed = processes.start(processes.train_and_die, made, where, count)
     assert processes.finish(killed) == [-signal.SIGKILL]
     for folder in (tmp_path / "checkpoints").glob("step-*"):
@@ -41,8 +52,8 @@ def test_killed_and_resumed(plain_store, tmp_path, undisturbed, where, count):
     assert steps == list(range(1, 13))
 
 
-def test_killed_from_outside(plain_store, tmp_path, undisturbed):
-    made = processes.config(plain_store, tmp_path)
+def test_killed_from_outside(store, tmp_path, undisturbed):
+    made = processes.config(store, tmp_path)
     running = processes.start(processes.train, made)
     deadline = time.monotonic() + 60
     while not (tmp_path / "checkpoints" / "latest").exists() and time.monotonic() < deadline:

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import training_runs
 from tiny import make_plain_store
 
+from csdiff.embeddings import write_store
 from csdiff.errors import CSDiffError
 from csdiff.training import train
 from csdiff.training.config import TrainConfig, check
@@ -88,6 +90,16 @@ def test_stores_of_different_encoders(plain_store, tmp_path):
         stores.append(store)
     made = training_runs.config(stores[0], tmp_path / "out", **{"data.validation": str(stores[1])})
     refused(made, "one", "two", "differ")
+
+
+def test_a_batch_larger_than_the_pictures(tmp_path):
+    rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    store = tmp_path / "store"
+    write_store(store, text_embeds=rows, image_embeds=rows.flip(0), image_ids=[str(row // 4) for row in range(20)])
+    made = training_runs.config(store, tmp_path / "out", batch_size=8, max_steps=1, **{"data.validation_fraction": 0})
+    refused(made, "--batch_size 8", "5 pictures", "--data.one_caption_per_image false")
+    made.data.one_caption_per_image = False
+    train(made)
 
 
 def test_an_empty_split(tmp_path):
