@@ -14,11 +14,14 @@ class Command:
         config: Dataclass of its options: option names, defaults, help texts and checks come from there. Its module
             must import no model library, so that `--help` answers at once.
         function: Called with an instance of `config`. What it returns (a dataclass, dict, list, path or None) is the
-            result; `--json`, which every command has, writes it to stdout as JSON.
+            result; `--json`, which every command has, writes it to stdout as JSON. A result with `problems` that are
+            not empty makes the exit code 2.
         help: One line for `csdiff --help`.
         group: Heading in `csdiff --help` under which it stands.
         show: Makes the text for stdout from the result, without `--json`; by default nothing is written there.
             What the function itself prints goes to stderr.
+        positional: An option that may be given without its name.
+        examples: Command lines for the help.
     """
 
     config: str
@@ -26,9 +29,11 @@ class Command:
     help: str
     group: str
     show: str | None = None
+    positional: str | None = None
+    examples: tuple[str, ...] = ()
 
 
-MAKE, USE, LOOK = "Make an adapter", "Use it", "Look at what is there"
+MAKE, USE, LOOK = "Make an adapter", "Use it", "See what it is worth"
 
 COMMANDS = {
     "embed": Command(
@@ -37,6 +42,10 @@ COMMANDS = {
         "captions and pictures to an embedding store",
         MAKE,
         "csdiff.cli.results:output_folder",
+        examples=(
+            "csdiff embed --source my-pictures --output my-store",
+            "csdiff embed --source my-pictures --output my-store --text_states --dtype float32",
+        ),
     ),
     "train": Command(
         "csdiff.training.config:TrainConfig",
@@ -44,6 +53,10 @@ COMMANDS = {
         "an embedding store to an adapter",
         MAKE,
         "csdiff.cli.results:adapter_folder",
+        examples=(
+            "csdiff train --config configs/tiny.yaml",
+            "csdiff train --data.train my-store --output_dir runs/mine --max_steps 500",
+        ),
     ),
     "generate": Command(
         "csdiff.pipelines.config:GenerateConfig",
@@ -51,6 +64,10 @@ COMMANDS = {
         "prompts to pictures",
         USE,
         "csdiff.cli.results:lines",
+        examples=(
+            'csdiff generate --prompt "a red apple, 3d style"',
+            'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output pictures',
+        ),
     ),
 }
 

@@ -29,10 +29,15 @@ class OneLineParser(ArgumentParser):
     def explain(self, message: str) -> str:
         known_types = option_types(self.config_class)
         if unknown := re.match(r"unrecognized arguments: (\S+)|.*[Oo]ption '([^']+)'$|Option '([^']+)'", message):
-            found = next(filter(None, unknown.groups())).split("=")[0].lstrip("-")
+            given = next(filter(None, unknown.groups()))
+            found = given.split("=")[0].lstrip("-")
+            if unknown[1] and not given.startswith("-"):
+                return f"Expected options (--name value), found {given!r}; quote a value that has spaces."
             near = difflib.get_close_matches(found, known_types, n=1, cutoff=0.5)
             known = f"did you mean {near[0]!r}?" if near else "--help lists them."
             return f"Expected a known option, found {found!r}: {known}"
+        if bare := re.fullmatch(r"argument (--[\w.]+): expected one argument", message):
+            return f"Expected a value after {bare[1]}, found none."
         if key := re.search(r'[Kk]ey "([\w.]+)"', message):
             if missing := re.search(r"File does not exist: (.+)", message):
                 return f"Expected an existing file for --{key[1]}, found none at {missing[1]}."
@@ -65,9 +70,25 @@ def type_name(annotation: object) -> str:
     return getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
 
 
-def build_parser(config_class: type, prog: str) -> ArgumentParser:
-    """A parser whose options, defaults, help and checks are the fields of `config_class`."""
-    parser = OneLineParser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
+def build_parser(config_class: type, prog: str, positional: str | None = None, examples: Sequence[str] = ()):
+    """A parser whose options, defaults, help and checks are the fields of `config_class`.
+
+    Args:
+        config_class: Dataclass of the options.
+        prog: Name in the help.
+        positional: Option that may be given without its name.
+        examples: Command lines for the help.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        usage=" ".join([prog, *([positional.upper()] if positional else []), "[OPTIONS]"]),
+        description=config_class.__doc__,
+        exit_on_error=True,
+        allow_abbrev=False,
+    )
+    if examples:
+        parser.formatter_class = _keep_examples(parser.formatter_class)
+        parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)])
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
@@ -75,29 +96,58 @@ def build_parser(config_class: type, prog: str) -> ArgumentParser:
     return parser
 
 
-def normalize_arguments(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """Let ``--num-images`` mean ``--num_images``, and gather repeated text options literally.
+def _keep_examples(formatter: type) -> type:
+    """Of the help's parts, command lines alone must not be wrapped."""
 
-    A prompt is text, whatever it looks like: ``--prompt "3: [a]"`` must not be read as YAML.
+    class Formatter(formatter):
+        def _fill_text(self, text, width, indent):
+            if text.startswith("examples:"):
+                return "".join(indent + line for line in text.splitlines(keepends=True))
+            return super()._fill_text(text, width, indent)
+
+    return Formatter
+
+
+def normalize_arguments(config_class: type, arguments: Sequence[str], positional: str | None = None) -> list[str]:
+    """The command line as the parser wants it: every option as `--name=value`.
+
+    `--num-images` means `--num_images`; `--grid` alone means `--grid=true` and `--no-grid` the opposite. A prompt is
+    text, whatever it looks like: `--prompt "3: [a]"` must not be read as YAML, so repeated texts are gathered as text.
     """
-    repeatable = {name for name, annotation in option_types(config_class).items() if annotation == list[str]}
+    known = option_types(config_class)
+    repeatable = {name for name, annotation in known.items() if annotation == list[str]}
     gathered: dict[str, list[str]] = {}
     rest: list[str] = []
-    pending = iter(arguments)
-    for argument in pending:
+    pending = list(reversed(arguments))
+    while pending:
+        argument = pending.pop()
         if not argument.startswith("--") or argument == "--":
-            rest.append(argument)
+            if positional and not argument.startswith("-"):
+                rest.append(f"--{positional}={argument}")
+                positional = None
+            else:
+                rest.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         if name in repeatable:
-            value = value if equals else next(pending, None)
-            if value is None:
+            if not equals and not pending:
                 raise CSDiffError(f"Expected a text after --{name}, found the end of the command.")
-            gathered.setdefault(name, []).append(value)
-        else:
+            gathered.setdefault(name, []).append(value if equals else pending.pop())
+        elif equals or name in _FLAGS:
             rest.append(f"--{name}{equals}{value}")
+        elif name.startswith("no_") and known.get(name[3:]) is bool:
+            rest.append(f"--{name[3:]}=false")
+        elif known.get(name) is bool and not (pending and pending[-1].lower() in ("true", "false")):
+            rest.append(f"--{name}=true")
+        elif pending and not pending[-1].startswith("--"):
+            rest.append(f"--{name}={pending.pop()}")
+        else:
+            rest.append(f"--{name}")
     return rest + [f"--{name}={json.dumps(values, ensure_ascii=False)}" for name, values in gathered.items()]
+
+
+_FLAGS = {"json", "help", "print_config"}
 
 
 def parse(config_class: type, arguments: Sequence[str], prog: str):
@@ -109,10 +159,16 @@ def parse(config_class: type, arguments: Sequence[str], prog: str):
     return parse_command(config_class, arguments, prog)[0]
 
 
-def parse_command(config_class: type, arguments: Sequence[str], prog: str) -> tuple[object, bool]:
+def parse_command(
+    config_class: type,
+    arguments: Sequence[str],
+    prog: str,
+    positional: str | None = None,
+    examples: Sequence[str] = (),
+) -> tuple[object, bool]:
     """As `parse`, and whether `--json` is given."""
-    parser = build_parser(config_class, prog)
-    values = parser.parse_args(normalize_arguments(config_class, arguments))
+    parser = build_parser(config_class, prog, positional, examples)
+    values = parser.parse_args(normalize_arguments(config_class, arguments, positional))
     values.pop("config", None)
     as_json = values.pop("json")
     return config_class(**vars(parser.instantiate(values))), as_json
