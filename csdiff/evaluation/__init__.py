@@ -5,18 +5,26 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "distances": [
+            "TwoSampleTest",
+            "centroid_gap",
+            "distribution_gap",
+            "frechet_distance",
+            "frechet_extrapolated",
+            "kernel_distance",
+            "mmd_test",
+        ],
         "embedding_metrics": [
             "baseline_metrics",
-            "centroid_gap",
+            "baseline_predictions",
             "cosine_similarities",
-            "distribution_gap",
+            "cross_fitted_predictions",
             "effective_rank",
             "embedding_metrics",
-            "frechet_distance",
-            "image_identities",
-            "kernel_distance",
             "norm_ratios",
-            "retrieval",
         ],
+        "extractors": ["Extractor", "extract", "load_extractor"],
+        "held_out": ["held_out_metrics", "linear_separability", "real_metrics"],
+        "retrieval": ["Ranks", "image_identities", "retrieval", "retrieval_ranks"],
     },
 )

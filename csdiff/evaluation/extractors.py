@@ -129,7 +129,7 @@ class EfficientNetLite0(Extractor):
 
 
 class Inception(Extractor):
-    """The 2048 pooled features of the Inception network that FID is defined on, by torch-fidelity through torchmetrics.
+    """The 2048 pooled features of the Inception network that FID is defined on (torch-fidelity, through torchmetrics).
 
     Args:
         weights: The weights file of torch-fidelity; by default the copy in the cache of torch.hub.

@@ -6,19 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from csdiff.evaluation.distances import centroid_gap, distribution_gap, frechet_distance, kernel_distance
 from csdiff.evaluation.embedding_metrics import (
     baseline_metrics,
-    centroid_gap,
+    baseline_predictions,
     cosine_similarities,
-    distribution_gap,
+    cross_fitted_predictions,
     effective_rank,
     embedding_metrics,
-    frechet_distance,
-    image_identities,
-    kernel_distance,
     norm_ratios,
-    retrieval,
 )
+from csdiff.evaluation.retrieval import image_identities, retrieval
 
 
 def cloud(n, d, seed=0, shift=0.0):
@@ -159,6 +157,28 @@ def test_baselines_recover_what_they_model():
     assert moved["mean_shift"]["cosine"]["paired"] == pytest.approx(1, abs=1e-4)
     assert moved["raw_text"]["cosine"]["paired"] < 0.5
     assert set(baseline_metrics(text[:200, :4], image[:200], text[200:, :4], image[200:])) == {"ridge"}
+
+
+def test_cross_fitted_rows_are_predicted_from_the_other_pictures():
+    """A row's own pair has no part in its prediction: changing it changes the others' predictions only."""
+    text, ids = cloud(60, 5), torch.arange(30).repeat_interleave(2)
+    image = cloud(30, 5, seed=1)[ids]
+    before = cross_fitted_predictions(text, image, ids)
+    assert before["raw_text"].equal(text)
+    changed = image.clone()
+    changed[:2] += 100
+    after = cross_fitted_predictions(text, changed, ids)
+    for name in ("mean_shift", "ridge"):
+        torch.testing.assert_close(after[name][:2], before[name][:2])
+        assert (after[name] - before[name]).abs().amax(1).gt(1e-3).sum() >= 40
+
+
+def test_cross_fitting_of_a_linear_map_agrees_with_a_fit_to_more_data():
+    text = cloud(300, 6)
+    image = text @ cloud(6, 6, 3) + 2
+    fitted = baseline_predictions(text, image, text)["ridge"]
+    crossed = cross_fitted_predictions(text, image, torch.arange(300))["ridge"]
+    assert F.cosine_similarity(fitted, crossed).min() > 0.999
 
 
 @pytest.mark.parametrize(
