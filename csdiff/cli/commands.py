@@ -69,6 +69,15 @@ COMMANDS = {
             'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output pictures',
         ),
     ),
+    "info": Command(
+        "csdiff.info.config:InfoConfig",
+        "csdiff.info:inspect_path",
+        "what is in an adapter, store, training run, pipeline or encoder folder",
+        LOOK,
+        "csdiff.info:as_text",
+        "path",
+        ("csdiff info runs/mine", "csdiff info my-store --check", "csdiff info assets/decoder --json"),
+    ),
 }
 
 
