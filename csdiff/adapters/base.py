@@ -226,6 +226,16 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             "image_embeds = adapter.embed(text_embeds, text_states, text_mask)",
         ]
 
+    def to(self, *args: Any, **kwargs: Any) -> "Adapter":
+        """`torch.nn.Module.to`; the statistics stay float32."""
+        # diffusers warns at every cast of modules that should stay in float32: "[]", as there are none.
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is None:
+            return super().to(*args, **kwargs)
+        if device is not None:
+            super().to(device, non_blocking=non_blocking)
+        return torch.nn.Module.to(self, dtype)
+
     def _apply(self, fn, recurse=True):
         # Half-precision casts would round the statistics that every embedding passes through: keep them in float32.
         before = {name: self._buffers[name] for name in self._STATISTICS if name in self._buffers}

@@ -5,6 +5,7 @@ import functools
 import torch
 from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UnCLIPScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +14,17 @@ from csdiff.adapters.checks import require_positive, require_states
 from csdiff.errors import CSDiffError
 
 Condition = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class PriorBlock(BasicTransformerBlock):
+    """The stock block, which recomputes its activations in the backward pass where that is switched on."""
+
+    gradient_checkpointing = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(super().forward, hidden_states, attention_mask)
+        return super().forward(hidden_states, attention_mask)
 
 
 class DiffusionAdapter(Adapter, PriorTransformer):
@@ -41,6 +53,8 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     """
 
     one_shot = False
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PriorBlock"]
 
     @register_to_config
     def __init__(
@@ -93,6 +107,8 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         }
         super().__init__(embedding_dim=embedding_dim, **stock)
         self._record(text_dim=text_dim, states_dim=states_dim, **stock)
+        for block in self.transformer_blocks:
+            block.__class__ = PriorBlock
         # Stock clip_mean and clip_std are parameters without gradient, which DDP refuses: buffers instead.
         del self.clip_mean, self.clip_std
         self._init_statistics(embedding_dim, text_dim)

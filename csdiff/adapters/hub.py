@@ -10,6 +10,7 @@ from csdiff.errors import CSDiffError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_PATIENCE = 5.0
 _FILES = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -36,6 +37,7 @@ def locate(
 
     from huggingface_hub import snapshot_download
 
+    silent = None if local_files_only else unreachable()
     prefix = f"{subfolder}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
@@ -43,16 +45,30 @@ def locate(
             revision=revision,
             token=token,
             cache_dir=cache_dir,
-            local_files_only=bool(local_files_only),
+            local_files_only=bool(local_files_only or silent),
             force_download=force_download,
             allow_patterns=[prefix + pattern for pattern in _FILES],
         )
     except Exception as error:
         raise CSDiffError(
             f"Adapter {name_or_path!r} is no folder here, and could not be fetched from the Hub "
-            f"({_reason(error)}); check the name, or fetch it once while online."
+            f"({silent or _reason(error)}); check the name, or fetch it once while online."
         ) from error
     return Path(snapshot) / subfolder if subfolder else Path(snapshot)
+
+
+def unreachable() -> str | None:
+    """Why the Hub cannot be asked, or None. One short try: the Hub's own client repeats it for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:
+        return f"{constants.ENDPOINT} does not answer: {type(error).__name__}"
+    return None
 
 
 def push(adapter: Any, repo_id: str, *, commit_message, private, token, create_pr, variant, subfolder, **save) -> str:

@@ -141,8 +141,16 @@ class LoRAAdapter(Adapter):
         ]
 
     def _write_folder(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
+        from accelerate.utils.modeling import convert_file_size_to_int
         from safetensors.torch import save_file
 
+        _refuse_variant(variant)
+        size = sum(p.numel() * p.element_size() for n, p in self.named_parameters() if ".lora_" in n)
+        if size > convert_file_size_to_int(max_shard_size):
+            raise CSDiffError(
+                f"max_shard_size: a LoRA adapter is one PEFT file, here of {size} bytes, found {max_shard_size!r}; "
+                "leave it at its default."
+            )
         self.peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         self.save_config(directory)
         statistics = {name: getattr(self, name).contiguous() for name in self._STATISTICS}
@@ -152,6 +160,7 @@ class LoRAAdapter(Adapter):
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        _refuse_variant(options.get("variant"))
         values = {name: value for name, value in config.items() if not name.startswith("_")}
         statistics_file, peft_file = (folder.weight_files(path, name=n)[0] for n in (folder.WEIGHTS, PEFT_WEIGHTS))
         headers = {file: folder.read_header(file) for file in (statistics_file, peft_file)}
@@ -181,6 +190,14 @@ def check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> N
         raise CSDiffError(
             f"LoRA targets {missing or 'are empty'} do not exist in text encoder {name}; its linear layers are "
             f"{sorted(linear)}."
+        )
+
+
+def _refuse_variant(variant: str | None) -> None:
+    if variant is not None:
+        raise CSDiffError(
+            f"variant: a LoRA adapter has the file names that PEFT knows ({PEFT_WEIGHTS}), found {variant!r}; use a "
+            "folder for each variant."
         )
 
 

@@ -35,7 +35,6 @@ CASES = {
             "states_dim": STATES_DIM,
         },
         text_dim=20,
-        checkpoints_gradients=False,
     ),
 }
 

@@ -124,6 +124,21 @@ def test_half_precision_keeps_statistics_and_answers(adapter, name, dtype):
         assert (output.float() - full).norm() < 0.05 * full.norm()
 
 
+@pytest.mark.parametrize("arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.zeros(1).bfloat16(),)])
+def test_casts_are_silent(adapter, arguments, caplog):
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        cast = adapter.to(*arguments)
+    finally:
+        logging.disable_propagation()
+    assert cast is adapter
+    assert cast.dtype == torch.bfloat16
+    assert cast.clip_mean.dtype == torch.float32
+    assert not caplog.records
+
+
 def test_mixed_dtypes_are_accepted(adapter, name):
     embeds, states, mask = text_inputs(name)
     output = embed(adapter, (embeds.half(), None if states is None else states.half(), mask))

@@ -67,6 +67,11 @@ def test_loads_in_another_dtype_with_exact_statistics(adapter, tmp_path, dtype):
 
 def test_sharded_weights_load(adapter, name, tmp_path):
     if not CASES[name].shards:
+        with pytest.raises(CSDiffError, match=r"max_shard_size: .* one PEFT file, here of \d+ bytes, found 1000"):
+            adapter.save_pretrained(tmp_path / "small", max_shard_size=1000)
+        assert not (tmp_path / "small").exists()
+        adapter.save_pretrained(tmp_path, max_shard_size="1MB")
+        assert not list(tmp_path.glob("*.index.json"))
         return
     adapter.save_pretrained(tmp_path, max_shard_size=1000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -83,6 +88,18 @@ def test_variants_and_subfolders_load(tmp_path, text_encoder):
     assert torch.equal(embed(loaded, text_inputs("mlp")), embed(adapter, text_inputs("mlp")))
     with pytest.raises(CSDiffError, match=rf"{WEIGHTS} is missing"):
         AutoAdapter.from_pretrained(tmp_path / "prior")
+
+
+def test_lora_has_no_variants(tmp_path, text_encoder):
+    adapter = make_adapter("lora", text_encoder)
+    with pytest.raises(
+        CSDiffError, match=r"variant: a LoRA adapter has the file names that PEFT knows .* found 'ema'"
+    ):
+        adapter.save_pretrained(tmp_path / "adapter", variant="ema")
+    assert not (tmp_path / "adapter").exists()
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(CSDiffError, match="variant: a LoRA adapter"):
+        AutoAdapter.from_pretrained(tmp_path, variant="ema")
 
 
 def test_loading_info_is_returned_on_request(adapter, tmp_path):
