@@ -225,13 +225,17 @@ def _read(source: str, file: str) -> dict:
 def _download(repo: str, file: str) -> str:
     from huggingface_hub import hf_hub_download
 
+    from csdiff.adapters.hub import unreachable
+
+    silent = unreachable()
     try:
-        return hf_hub_download(repo, file)
+        return hf_hub_download(repo, file, local_files_only=silent is not None)
     # every reason (no network, no such repository or file, gated) has one cure
     except Exception as error:
         raise CSDiffError(
             f"decoder: expected {file} of the hub repository {repo}, found neither a local copy nor the hub "
-            f"({type(error).__name__}); download it where there is a network, or give a folder."
+            f"({silent or type(error).__name__}); download it where there is a network, or give a folder; with "
+            "HF_HUB_OFFLINE=1 the hub is not asked."
         ) from error
 
 

@@ -97,7 +97,12 @@ class PromptEmbedder:
         if not all(finite):
             raise CSDiffError(
                 f"The image embedding of {prompts[finite.index(False)]!r} is not finite: expected numbers, found NaN "
-                "or infinity; the adapter was trained on too little data or has diverged, train it again."
+                "or infinity; "
+                + (
+                    f"copy the text encoder {self.text_encoder['id']} again."
+                    if self.adapter is None
+                    else "the adapter was trained on too little data or has diverged, train it again."
+                )
             )
         return embeds.to(self.dtype)
 
@@ -119,7 +124,13 @@ class PromptEmbedder:
             )
         encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
         size = encoder.model.config.image_size
-        return encoder.forward(torch.zeros(1, 3, size, size)).embeds.to(self.dtype)
+        embeds = encoder.forward(torch.zeros(1, 3, size, size)).embeds
+        if not embeds.isfinite().all():
+            raise CSDiffError(
+                f"The image encoder {known['id']} embeds an all-zero picture, the default negative, as NaN or "
+                "infinity: copy it again, or give --negative_prompt."
+            )
+        return embeds.to(self.dtype)
 
     def _warn_of_cut(self, prompts: list[str]):
         tokenizer, limit = self.encoder.tokenizer, self.encoder.max_length

@@ -87,8 +87,9 @@ def generate(config: GenerateConfig) -> list[Path]:
             [generator for *_, generator in batch],
             options,
         )
+        command = _command(config, prompts, [(prompt, seed) for prompt, seed, _ in batch])
         for (prompt, seed, _), image in zip(batch, drawn, strict=True):
-            own = {"prompt": prompt, "seed": seed, "command": _command(config, prompt, seed)}
+            own = {"prompt": prompt, "seed": seed, "command": command}
             paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **record}))
             images.append(image)
     if config.grid and len(images) > 1:
@@ -194,13 +195,19 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _command(config: GenerateConfig, prompt: str, seed: int) -> str:
-    """The command that draws this one picture again."""
-    options = {"--prompt": prompt, "--seed": seed, "--adapter": config.adapter, "--decoder": config.decoder}
-    names = ("ip_adapter", "steps", "guidance", "negative_prompt", "height", "width", "device", "dtype")
+def _command(config: GenerateConfig, prompts: list[str], batch: list[tuple[str, int]]) -> str:
+    """The command that draws these pictures again, as one batch: neighbours in a batch may change the last bits."""
+    ours = list(dict.fromkeys(prompt for prompt, _ in batch))
+    seed, count = batch[0][1], len(batch) // len(ours)
+    if batch != [(prompt, seed + index) for prompt in ours for index in range(count)]:
+        # a batch from the middle of one prompt to the middle of another is drawn by the whole run alone
+        ours, seed, count = prompts, config.seed, config.num_images
+    words = [word for prompt in ours for word in ("--prompt", prompt)]
+    options = {"seed": seed, "num_images": count, "adapter": config.adapter, "decoder": config.decoder}
+    names = ("ip_adapter", "steps", "guidance", "negative_prompt", "height", "width", "batch_size", "device", "dtype")
+    options |= {name: getattr(config, name) for name in names}
     defaults = GenerateConfig()
-    for name in names:
-        if getattr(config, name) != getattr(defaults, name):
-            options[f"--{name}"] = getattr(config, name)
-    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    for name, value in options.items():
+        if name in ("seed", "decoder") or value != getattr(defaults, name):
+            words += [f"--{name}", str(value)]
     return shlex.join(["csdiff", "generate", *words])

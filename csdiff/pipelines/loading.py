@@ -55,7 +55,8 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
         `pipe`.
 
     Raises:
-        CSDiffError: the pipeline has no prior, or the adapter was trained for other dimensions or other encoders.
+        CSDiffError: the pipeline has no prior, its prior must start from a picture, or the adapter was trained for
+            other dimensions or other encoders.
 
     Usage:
         >>> pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
@@ -66,6 +67,13 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
         from csdiff.adapters import AutoAdapter
 
         adapter = AutoAdapter.from_pretrained(adapter)
+    from diffusers import KandinskyV22PriorEmb2EmbPipeline
+
+    if is_one_shot(adapter) and isinstance(pipe, KandinskyV22PriorEmb2EmbPipeline):
+        raise CSDiffError(
+            "KandinskyV22PriorEmb2EmbPipeline starts denoising at a picture, which an adapter that answers in one "
+            "pass would not look at: mix prompts and pictures with CSDiffPriorPipeline.interpolate instead."
+        )
     if check:
         _check(pipe, slots, adapter)
 

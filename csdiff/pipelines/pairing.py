@@ -122,8 +122,9 @@ def check_dimensions(config, *, image_dim: int | None, text_dim: int | None, whe
 def check_encoder(trained: dict | None, found: dict | None, name: str, where: str):
     """Refuses an adapter that was trained on another encoder than `where` has.
 
-    Weight hashes decide when both are known; otherwise the names do, with the names of one published model taken as
-    one. What is unknown (a local folder without hash, a foreign adapter) passes.
+    Weight hashes decide when both are known: a renamed copy is the same encoder. Otherwise the names must agree, with
+    the names of one published model taken as one. An encoder without a name (a foreign adapter, a model built in
+    memory) passes.
 
     Args:
         trained: the encoder in the adapter's `csdiff.json`, `{"id", "weights_sha256", ...}`.
@@ -137,31 +138,34 @@ def check_encoder(trained: dict | None, found: dict | None, name: str, where: st
     if not trained or not found:
         return
     hashes = trained.get("weights_sha256"), found.get("weights_sha256")
-    ids = encoder_family(trained.get("id")), encoder_family(found.get("id"))
+    ids = trained.get("id"), found.get("id")
     if all(hashes):
-        same = hashes[0] == hashes[1]
+        same, reason = hashes[0] == hashes[1], " (the weights differ)"
     elif all(ids):
-        same = ids[0] == ids[1]
+        families = [encoder_family(id) or id for id in ids]
+        same, reason = families[0] == families[1], ""
+        if not all(encoder_family(id) for id in ids):
+            reason = ", and without the hashes of both nothing tells whether they are copies of one model"
     else:
         return
     if not same:
         raise CSDiffError(
-            f"The adapter was trained on the {name} {trained.get('id')}, but {where} has {found.get('id')}"
-            f"{' (the weights differ)' if all(hashes) else ''}: use an adapter trained on this {name}."
+            f"The adapter was trained on the {name} {ids[0]}, but {where} has {ids[1]}{reason}: use an adapter "
+            f"trained on this {name}."
         )
 
 
 def encoder_family(encoder_id: str | None) -> str | None:
-    """The one name of a published encoder; None for a local folder, whose name says nothing."""
+    """The one name of a published encoder, also for a folder called like it; None for another local folder."""
     if not encoder_id:
         return None
     cached = HUB_CACHE.search(encoder_id)
     if cached:
         encoder_id = f"{cached[1]}/{cached[2]}"
-    for family, ids in SAME_ENCODERS.items():
-        if encoder_id in ids:
-            return family
     is_name = encoder_id == "tiny-clip" or (HUB_ID.match(encoder_id) and not Path(encoder_id).exists())
+    for family, ids in SAME_ENCODERS.items():
+        if encoder_id in ids or (not is_name and {id.split("/")[1] for id in ids} & set(Path(encoder_id).parts)):
+            return family
     return encoder_id if is_name else None
 
 

@@ -129,6 +129,20 @@ def test_ip_adapter_files(tmp_path):
         resolve_decoder(base, tmp_path / "missing.safetensors")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # nothing listens on the discard port
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    words = "neither a local copy nor the hub .http://127.0.0.1:9 does not answer.*; with HF_HUB_OFFLINE=1"
+    with pytest.raises(CSDiffError, match=words) as caught:
+        resolve_decoder("someone/decoder")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CSDiffError, match=r"'someone/adapter' is no folder here, .* does not answer"):
+        read_adapter_card("someone/adapter")
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
@@ -141,6 +155,8 @@ def test_ip_adapter_files(tmp_path):
         ("someone/clip", "someone/clip"),
         ("tiny-clip", "tiny-clip"),
         ("/models/clip", None),
+        ("/models/clip-vit-large-patch14", "OpenAI CLIP ViT-L/14"),
+        ("/models/kandinsky-2-2-prior/image_encoder", "OpenCLIP ViT-bigG/14"),
         (None, None),
     ],
 )
@@ -153,5 +169,30 @@ def test_hashes_go_before_names():
     check_encoder(one, same, "text encoder", "it")
     with pytest.raises(CSDiffError, match="the weights differ"):
         check_encoder(one, {"id": "a/b", "weights_sha256": "2"}, "text encoder", "it")
-    check_encoder(one, {"id": "/unknown"}, "text encoder", "it")
-    check_encoder(None, one, "text encoder", "it")
+
+
+def test_without_both_hashes_the_names_must_agree():
+    with_hash, without = {"id": "a/b", "weights_sha256": "1"}, {"id": "a/b"}
+    check_encoder(with_hash, without, "text encoder", "it")
+    check_encoder({"id": "/models/b"}, {"id": "/models/b"}, "text encoder", "it")
+    for trained, found in ((with_hash, "/unknown"), (without, "/unknown"), ({"id": "/mine"}, "a/b")):
+        with pytest.raises(CSDiffError, match="nothing tells whether they are copies") as caught:
+            check_encoder(trained, {"id": found}, "text encoder", "it")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CSDiffError, match=r"trained on the text encoder a/b, but it has c/d: use"):
+        check_encoder(with_hash, {"id": "c/d"}, "text encoder", "it")
+    check_encoder(None, with_hash, "text encoder", "it")
+    check_encoder({"id": None, "dim": 8}, with_hash, "text encoder", "it")
+
+
+def test_a_renamed_copy_is_the_same_encoder(metadata, tmp_path):
+    adapter = random_adapter()
+    adapter.metadata = {**metadata, "image_encoder": {**metadata["image_encoder"], "id": "elsewhere/renamed"}}
+    adapter.save_pretrained(tmp_path / "adapter")
+    card = read_adapter_card(tmp_path / "adapter")
+    folder = kandinsky(tmp_path / "decoder", dim=DIM, **{"csdiff.json": {"kind": "decoder", **metadata}})
+    check_pairing(card, resolve_decoder(folder))
+    image = {"id": metadata["image_encoder"]["id"]}
+    (folder / "csdiff.json").write_text(json.dumps({"kind": "decoder", "image_encoder": image}))
+    with pytest.raises(CSDiffError, match=r"elsewhere/renamed, but the decoder .* nothing tells"):
+        check_pairing(card, resolve_decoder(folder))

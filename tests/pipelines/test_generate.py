@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
+import shlex
 import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import (
     DIM,
     ip_adapter_weights,
     karlo_folder,
+    prior_transformer,
     random_adapter,
     stable_diffusion,
     stable_diffusion_xl,
@@ -20,6 +24,7 @@ from tiny_pipelines import (
 
 from csdiff import CSDiffError
 from csdiff.adapters import LoRAAdapter, TransformerAdapter
+from csdiff.cli.options import parse
 from csdiff.pipelines import GenerateConfig, generate
 
 
@@ -72,17 +77,19 @@ def test_a_picture_and_its_record(config, tmp_path, adapter_folder, decoder, enc
     assert "--guidance 2.0" in record["command"]
 
 
-def test_the_recorded_command_draws_the_same_bytes(config, tmp_path):
-    import shlex
-
-    path = generate(config(prompt=["a cat", "it's a dog"], num_images=2, guidance=2.0, negative_prompt="blurry"))[3]
-    words = shlex.split(json.loads(path.with_suffix(".json").read_text())["command"])
+@pytest.mark.parametrize(("batch_size", "num_images", "drawn"), [(1, 2, 1), (2, 1, 2), (2, 2, 2), (3, 2, 4)])
+def test_the_recorded_command_draws_the_same_bytes(batch_size, num_images, drawn, config, tmp_path):
+    options = {"num_images": num_images, "batch_size": batch_size, "guidance": 2.0, "negative_prompt": "blurry"}
+    paths = generate(config(prompt=["a cat", "it's a dog"], grid=False, **options))
+    words = shlex.split(json.loads(paths[1].with_suffix(".json").read_text())["command"])
     assert words[:2] == ["csdiff", "generate"]
-    options = dict(zip((word.removeprefix("--") for word in words[2::2]), words[3::2], strict=True))
-    numbers = {name: int(options[name]) for name in ("seed", "steps", "height", "width")}
-    changes = {**options, **numbers, "guidance": float(options["guidance"]), "prompt": [options["prompt"]]}
-    (again,) = generate(config(**changes, output=str(tmp_path / "again")))
-    assert again.read_bytes() == path.read_bytes()
+    again = parse(GenerateConfig, words[2:], "csdiff generate")
+    # the picture alone, its batch, or, where that begins in the middle of a prompt, the run
+    assert len(again.prompt) * again.num_images == drawn
+    assert again.batch_size == batch_size
+    again.output, again.progress, again.grid = str(tmp_path / "again"), False, False
+    pictures = {path.name: path.read_bytes() for path in generate(again)}
+    assert pictures[paths[1].name] == paths[1].read_bytes()
 
 
 def test_same_seed_same_bytes_whatever_else_is_drawn(config, tmp_path):
@@ -330,6 +337,47 @@ def test_text_and_image_of_other_widths_need_an_adapter(config, metadata, tiny_d
     (tmp_path / "decoder" / "csdiff.json").write_text(json.dumps({"format": 1, "kind": "decoder", **metadata}))
     with pytest.raises(CSDiffError, match="have 16 dimensions, but the decoder takes 24"):
         generate(config(adapter="none", decoder=str(tmp_path / "decoder")))
+
+
+@pytest.mark.parametrize("component", ["unet", "movq"])
+def test_a_decoder_with_weights_that_are_not_finite_draws_nothing(component, config, decoder, tmp_path):
+    shutil.copytree(decoder, tmp_path / "decoder")
+    (file,) = (tmp_path / "decoder" / component).glob("*.safetensors")
+    tensors = load_file(file)
+    name = "conv_out.bias" if component == "unet" else "decoder.conv_out.bias"
+    tensors[name][:2] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = f"numbers in {component} of .*decoder, found 2 values that are NaN or infinite in its tensor {name}"
+    with pytest.raises(CSDiffError, match=words) as caught:
+        generate(config(decoder=str(tmp_path / "decoder")))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_picture_that_overflows_names_the_number_format(config, tmp_path):
+    with pytest.raises(CSDiffError, match=r"picture of 'a red apple' is not finite.* are finite in float32"):
+        generate(config(guidance=3e38))
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("make", [karlo, stable_unclip_with_image_embeds])
+def test_pickled_decoders_say_how_to_convert_them(make, config, tiny_clip, tmp_path):
+    options = make(tmp_path / "decoder", tiny_clip)
+    prior_transformer(tiny_clip, DIM).save_pretrained(tmp_path / "decoder" / "prior")
+    changes = {**options, "decoder": str(tmp_path / "decoder")}
+    for file in (tmp_path / "decoder").glob("*/*.safetensors"):
+        name = "pytorch_model.bin" if file.name == "model.safetensors" else file.with_suffix(".bin").name
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    with pytest.raises(CSDiffError, match=r"PyTorch's own format alone.* and give --decoder DIR") as caught:
+        generate(config(**changes))
+    assert "\n" not in str(caught.value)
+    # the command that the sentence names
+    code = re.search(r'python -c "(.*)" and', str(caught.value))[1]
+    exec(code.replace("'DIR'", repr(str(tmp_path / "converted"))), {})
+    assert not list((tmp_path / "converted").rglob("*.bin"))
+    (path,) = generate(config(**{**changes, "decoder": str(tmp_path / "converted")}))
+    assert path.exists()
 
 
 def test_an_interrupted_write_leaves_no_half_file(config, tmp_path, monkeypatch):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, UnCLIPScheduler
+from diffusers import (
+    KandinskyV22Pipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
+    KandinskyV22PriorPipeline,
+    UnCLIPScheduler,
+)
+from PIL import Image
 from tiny_pipelines import (
     DIM,
     PROMPT,
@@ -139,6 +145,30 @@ def test_a_diffusion_adapter_gets_its_scheduler_and_many_steps(pipe, encoders, m
     stable.set_progress_bar_config(disable=True)
     stable(PROMPT, prior_num_inference_steps=3, num_inference_steps=1, output_type="np")
     assert len(stable.prior_scheduler.timesteps) == 3
+
+
+def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, encoders, metadata):
+    prior = prior_transformer(tiny_clip, DIM)
+    scheduler = UnCLIPScheduler(prediction_type="sample")
+    pipe = KandinskyV22PriorEmb2EmbPipeline(prior=prior, scheduler=scheduler, **clip_parts(tiny_clip))
+    with pytest.raises(CSDiffError, match=r"starts denoising at a picture.* CSDiffPriorPipeline\.interpolate"):
+        load_adapter(pipe, adapter)
+    assert pipe.prior is prior
+    text = encoders["text"]
+    diffusion = DiffusionAdapter(
+        embedding_dim=DIM,
+        states_dim=text.states_dim,
+        num_embeddings=text.max_length,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+    )
+    diffusion.metadata = dict(metadata)
+    load_adapter(pipe, diffusion).set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (32, 32), "red")
+    output = pipe(PROMPT, image=picture, num_inference_steps=4, strength=0.5, guidance_scale=1.0)
+    assert output.image_embeds.shape == (1, DIM)
+    assert output.image_embeds.isfinite().all()
 
 
 def test_from_an_adapter_folder(adapter_folder, adapter, embed, zero_image_embeds):
