@@ -69,6 +69,18 @@ COMMANDS = {
             'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output pictures',
         ),
     ),
+    "evaluate": Command(
+        "csdiff.evaluation.config:EvaluateConfig",
+        "csdiff.evaluation:evaluate",
+        "how good an adapter is, in numbers",
+        LOOK,
+        "csdiff.evaluation.table:as_text",
+        examples=(
+            "csdiff evaluate --adapter runs/mine --data held-out-store --json scores.json --report scores.html",
+            "csdiff evaluate --data held-out-store --compare runs/a runs/b runs/c",
+            "csdiff evaluate --adapter runs/mine --decoder tiny --pictures held-out.parquet --num_images 2",
+        ),
+    ),
     "info": Command(
         "csdiff.info.config:InfoConfig",
         "csdiff.info:inspect_path",

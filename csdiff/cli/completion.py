@@ -26,6 +26,9 @@ NAMES = {
     ("generate", "adapter"): ("none",),
     ("generate", "decoder"): tuple(PRESETS),
     ("generate", "dtype"): ("auto", "float32", "float16", "bfloat16"),
+    ("evaluate", "decoder"): tuple(PRESETS),
+    ("evaluate", "extractors"): ("efficientnet-lite0", "inception", "tiny-clip"),
+    ("evaluate", "clip"): ("tiny-clip",),
     ("embed", "text_encoder"): ("tiny-clip",),
     ("embed", "image_encoder"): ("tiny-clip",),
 }
@@ -72,7 +75,8 @@ def options(command: str) -> Iterator[Option]:
     texts = {action.dest: str(action.help or "") for action in parser._actions}
     yield Option("help", "Show the options.", flag=True)
     yield Option("config", _sentence(texts["config"]), paths=True)
-    yield Option("json", _sentence(texts["json"]), flag=True)
+    if "json" not in option_types(config_class):
+        yield Option("json", _sentence(texts["json"]), flag=True)
     for name, annotation in option_types(config_class).items():
         if dataclasses.is_dataclass(annotation):
             continue

@@ -91,7 +91,9 @@ def build_parser(config_class: type, prog: str, positional: str | None = None, e
         parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)])
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
+    # A command may name a file for its JSON instead.
+    if "json" not in option_types(config_class):
+        parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
     parser.add_class_arguments(config_class)
     return parser
 
@@ -134,7 +136,9 @@ def normalize_arguments(config_class: type, arguments: Sequence[str], positional
             if not equals and not pending:
                 raise CSDiffError(f"Expected a text after --{name}, found the end of the command.")
             gathered.setdefault(name, []).append(value if equals else pending.pop())
-        elif equals or name in _FLAGS:
+            while name in _SEVERAL and pending and not pending[-1].startswith("-"):
+                gathered[name].append(pending.pop())
+        elif equals or (name in _FLAGS and name not in known):
             rest.append(f"--{name}{equals}{value}")
         elif name.startswith("no_") and known.get(name[3:]) is bool:
             rest.append(f"--{name[3:]}=false")
@@ -148,6 +152,8 @@ def normalize_arguments(config_class: type, arguments: Sequence[str], positional
 
 
 _FLAGS = {"json", "help", "print_config"}
+# `--compare A B C`; not for prompts, whose words would each become one if the quotes were forgotten.
+_SEVERAL = {"compare", "extractors"}
 
 
 def parse(config_class: type, arguments: Sequence[str], prog: str):
@@ -170,5 +176,5 @@ def parse_command(
     parser = build_parser(config_class, prog, positional, examples)
     values = parser.parse_args(normalize_arguments(config_class, arguments, positional))
     values.pop("config", None)
-    as_json = values.pop("json")
+    as_json = values.pop("json") if "json" not in option_types(config_class) else False
     return config_class(**vars(parser.instantiate(values))), as_json

@@ -5,6 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "comparison": ["compare"],
+        "config": ["EvaluateConfig"],
         "distances": [
             "TwoSampleTest",
             "centroid_gap",
@@ -23,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "embedding_metrics",
             "norm_ratios",
         ],
+        "evaluate": ["evaluate"],
         "extractors": ["Extractor", "extract", "load_extractor"],
         "held_out": ["held_out_metrics", "linear_separability", "real_metrics"],
         "retrieval": ["Ranks", "image_identities", "retrieval", "retrieval_ranks"],

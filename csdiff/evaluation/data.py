@@ -1,0 +1,164 @@
+"""Held-out pairs for an evaluation: opened, checked against the adapters, and read."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csdiff.embeddings.config import EmbedConfig
+from csdiff.embeddings.fingerprint import check_same_encoder
+from csdiff.embeddings.store import EmbeddingStore
+from csdiff.errors import CSDiffError
+from csdiff.evaluation.held_out import require_pictures
+from csdiff.evaluation.retrieval import first_rows, image_identities
+from csdiff.pipelines.pairing import AdapterCard
+
+
+@dataclass
+class HeldOutPairs:
+    """Rows of a store, in memory.
+
+    Attributes:
+        source: What was asked for.
+        store: Where the rows are.
+        rows: `(N,)` row numbers.
+        text: `(N, Dt)` raw text embeddings.
+        image: `(N, D)` raw image embeddings.
+        image_ids: `(N,)` picture of each row.
+    """
+
+    source: str
+    store: EmbeddingStore
+    rows: np.ndarray
+    text: Tensor
+    image: Tensor
+    image_ids: Tensor
+
+    @property
+    def pictures(self) -> int:
+        """Distinct pictures."""
+        return len(first_rows(self.image_ids))
+
+    def describe(self) -> dict:
+        """What the manifest says of them."""
+        digest = hashlib.sha256()
+        for part in (self.text, self.image, self.image_ids):
+            digest.update(part.contiguous().numpy().tobytes())
+        encoders = {
+            f"{side}_encoder": (self.store.fingerprint or {}).get(f"{side}_encoder") for side in ("text", "image")
+        }
+        return {
+            "source": self.source,
+            "rows": len(self.rows),
+            "rows_of": len(self.store),
+            "pictures": self.pictures,
+            "embeddings_sha256": digest.hexdigest(),
+            **encoders,
+        }
+
+
+@contextmanager
+def open_store(
+    path: str, option: str, card: AdapterCard, device: str | None, progress: bool
+) -> Iterator[EmbeddingStore]:
+    """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
+
+    Raises:
+        CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
+    """
+    from csdiff.training.data import is_store
+
+    if is_store(path):
+        yield EmbeddingStore.open(path)
+        return
+    if not Path(path).exists():
+        raise CSDiffError(
+            f"--{option} {path}: expected an embedding store, or captions with images, found nothing there."
+        )
+    from csdiff.embeddings.extraction import embed
+
+    encoders = {side: (card.metadata.get(f"{side}_encoder") or {}).get("id") for side in ("text", "image")}
+    if not all(encoders.values()):
+        raise CSDiffError(
+            f"--{option} {path} is no embedding store, and {card.path} does not say which encoders to embed it with; "
+            "make a store with `csdiff embed`."
+        )
+    with tempfile.TemporaryDirectory(prefix="csdiff-evaluate-") as folder:
+        embed(
+            EmbedConfig(
+                source=path,
+                output=f"{folder}/store",
+                text_encoder=encoders["text"],
+                image_encoder=encoders["image"],
+                max_length=(card.metadata.get("tokenizer") or {}).get("max_length"),
+                dtype="float32",
+                device=device,
+                progress=progress,
+            )
+        )
+        yield EmbeddingStore.open(f"{folder}/store")
+
+
+def read_pairs(source: str, store: EmbeddingStore, option: str, max_rows: int) -> HeldOutPairs:
+    """Pairs of a store, at most `max_rows`, evenly spread.
+
+    Raises:
+        CSDiffError: one side is missing, or there are too few pictures.
+    """
+    for side in ("text", "image"):
+        if getattr(store, f"{side}_dim") is None:
+            raise CSDiffError(f"--{option} {source}: expected text and image embeddings, found no {side} embeddings.")
+    rows = np.unique(np.linspace(0, len(store) - 1, min(max_rows, len(store))).astype(np.int64))
+    values = store.read(rows, ["text_embeds", "image_embeds"])
+    ids = (
+        torch.from_numpy(store.image_numbers()[rows])
+        if store.knows_images
+        else image_identities(values["image_embeds"])
+    )
+    pairs = HeldOutPairs(source, store, rows, values["text_embeds"], values["image_embeds"], ids)
+    for side, part in (("text", pairs.text), ("image", pairs.image)):
+        if not part.isfinite().all():
+            raise CSDiffError(
+                f"--{option} {source}: expected numbers, found NaN or infinity in the {side} embeddings."
+            )
+    require_pictures(pairs.pictures)
+    return pairs
+
+
+def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: str) -> None:
+    """Refuses a store that an adapter cannot be measured on.
+
+    Raises:
+        CSDiffError: other dimensions, other encoders, or rows without their norms.
+    """
+    for side, expected in (("text", card.text_dim), ("image", card.embedding_dim)):
+        found = getattr(store, f"{side}_dim")
+        if found is not None and found != expected:
+            raise CSDiffError(
+                f"--{option} {source}: expected {side} embeddings of {expected} dimensions, as the adapter "
+                f"{card.path} was trained on, found {found}; embed the data with the adapter's encoders."
+            )
+    for side in ("text", "image"):
+        expected, found = (d.get(f"{side}_encoder") for d in (card.metadata, store.fingerprint or {}))
+        check_same_encoder(expected, found, f"{side} encoder", str(card.path), source)
+    kinds = {True: "unit-norm", False: "raw"}
+    trained = bool(card.metadata.get("normalized"))
+    if store.normalized != trained:
+        raise CSDiffError(
+            f"--{option} {source}: expected {kinds[trained]} embeddings, as the adapter {card.path} was trained on, "
+            f"found {kinds[store.normalized]} ones; embed the data again with `csdiff embed`."
+        )
+
+
+def trained_on(card: AdapterCard, store: EmbeddingStore) -> bool:
+    """Whether the adapter says that it was trained on this very data, so that nothing here is held out."""
+    trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
+    return trained is not None and trained == ((store.fingerprint or {}).get("data") or {}).get("source")
