@@ -57,6 +57,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
             return match[0]
         name = path.relative_to(ROOT)
         target = name.relative_to("docs") if name.parts[0] == "docs" else Path(BESIDE) / name
+        target = target.with_suffix(".md") if target.suffix == ".ipynb" else target
         relative = os.path.relpath(target, here.parent)
         return f"{match[1]}{Path(relative).as_posix()}{match[3] or ''})"
 
