@@ -81,6 +81,18 @@ COMMANDS = {
             "csdiff evaluate --adapter runs/mine --decoder tiny --pictures held-out.parquet --num_images 2",
         ),
     ),
+    "export": Command(
+        "csdiff.export.config:ExportConfig",
+        "csdiff.export:export",
+        "an adapter of a training run to a folder of its own, a pipeline, or the hub",
+        USE,
+        "csdiff.export.exporting:as_text",
+        "source",
+        (
+            "csdiff export runs/mine --checkpoint best --output my-adapter",
+            "csdiff export runs/mine --format prior --dtype fp16 --output my-prior",
+        ),
+    ),
     "info": Command(
         "csdiff.info.config:InfoConfig",
         "csdiff.info:inspect_path",

@@ -44,12 +44,13 @@ def describe_run(folder: Path, problems: list[str], check: bool) -> dict:
                 facts[name] = link.readlink().name
                 if not link.exists():
                     problems.append(f"{link} points to {facts[name]}, which is missing")
-    facts["last_validation"] = _last_validation(folder / METRICS_NAME)
     where = folder if finished else newest
     if where is None:
         problems.append(f"{folder}: the run has left no checkpoint yet; the same command starts it anew")
     else:
-        facts["adapter"] = describe_adapter(where, problems, check)
+        facts |= describe_adapter(where, problems, check)
+    if not facts.get("metrics"):
+        facts["last_validation"] = _last_validation(folder / METRICS_NAME)
     for step in steps if check else ():
         _check_state(checkpoints.path(step), problems)
     return facts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, METADATA_FOLDER, PARTIAL_FOLDER, REPORT_FILE, find_shards
@@ -36,7 +38,7 @@ def describe_store(folder: Path, problems: list[str], check: bool) -> dict:
         "text_dim": (columns.get("text_embeds") or {}).get("shape", [None])[-1],
         "image_dim": (columns.get("image_embeds") or {}).get("shape", [None])[-1],
         "columns": columns,
-        "captions": any(find_shards(folder / METADATA_FOLDER, "metadata", "parquet")),
+        "captions": _has_captions(folder),
         **encoders(metadata),
         "normalized": metadata.get("normalized"),
         "statistics": _short(metadata.get("statistics")),
@@ -79,6 +81,15 @@ def _columns(folder: Path, metadata: dict, problems: list[str]) -> tuple[dict, i
     return columns, max(rows.values(), default=0)
 
 
+def _has_captions(folder: Path) -> bool:
+    for file in find_shards(folder / METADATA_FOLDER, "metadata", "parquet").values():
+        try:
+            return "caption" in pq.read_schema(file).names
+        except (OSError, pa.ArrowInvalid):
+            return False
+    return False
+
+
 def _header(file: Path, problems: list[str]) -> np.ndarray | None:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -103,7 +114,6 @@ def _open(folder: Path, facts: dict, problems: list[str], check: bool) -> None:
         return
     facts["normalized"] = store.normalized
     if check:
-        facts["captions"] = store.metadata is not None and "caption" in store.metadata.names
         for key, side in (("statistics", store.statistics), ("text_statistics", store.text_statistics)):
             facts[key] = facts[key] or (None if side is None else _short(side.to_dict()))
         for key, count in _not_finite(store).items():

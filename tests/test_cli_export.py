@@ -1,0 +1,201 @@
+"""`csdiff export`: from a run to a folder of its own, whole and loadable by those it is for."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, KandinskyV22PriorPipeline
+from safetensors.torch import load_file
+
+from csdiff import AutoAdapter, CSDiffError
+from csdiff.adapters import LoRAAdapter, MLPAdapter
+from csdiff.export import ExportConfig, export
+from csdiff.training import train
+from tests.training.training_runs import config as run_config
+from tests.training.training_runs import log
+
+DIM = 16
+
+
+@pytest.fixture(scope="module")
+def run(plain_store, tmp_path_factory):
+    """Twelve steps with checkpoints at 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return train(run_config(plain_store, folder, **{"checkpoint.keep": 0, "validation.every": 4})).adapter_dir
+
+
+@pytest.fixture
+def text():
+    return torch.randn(8, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def named(adapter, clip):
+    """The adapter as training on the encoders of `clip` leaves it."""
+    adapter.metadata = {f"{tower}_encoder": {"id": str(clip)} for tower in ("text", "image")}
+    return adapter.eval()
+
+
+def random_mlp(clip):
+    torch.manual_seed(0)
+    adapter = MLPAdapter(embedding_dim=DIM, width=16, num_layers=1)
+    torch.nn.init.normal_(adapter.proj_out.weight, std=0.1)
+    return named(adapter, clip)
+
+
+def random_lora(clip):
+    torch.manual_seed(0)
+    adapter = LoRAAdapter(embedding_dim=DIM, text_encoder=str(clip), rank=2)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return named(adapter, clip)
+
+
+def embed(folder, text):
+    with torch.no_grad():
+        return AutoAdapter.from_pretrained(folder).embed(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "."),
+        ({"weights": "online"}, "online"),
+        ({"checkpoint": "latest"}, "checkpoints/step-00000012"),
+        ({"checkpoint": "8"}, "checkpoints/step-00000008"),
+    ],
+)
+def test_the_adapter_of_a_run_is_exported_as_it_is(run, tmp_path, text, options, expected):
+    result = export(ExportConfig(source=str(run), output=str(tmp_path / "out"), **options))
+    assert torch.equal(embed(tmp_path / "out", text), embed(run / expected, text))
+    assert result.step == int(expected[-2:] if "step" in expected else 12)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "csdiff.json", "README.md", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+
+
+def test_online_weights_of_a_checkpoint(run, tmp_path):
+    export(ExportConfig(source=str(run), output=str(tmp_path / "out"), checkpoint="8", weights="online"))
+    found = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    state = load_file(run / "checkpoints" / "step-00000008" / "state" / "weights.safetensors")
+    for name, tensor in state.items():
+        if name.startswith("online.embedder.adapter."):
+            assert torch.equal(found[name.removeprefix("online.embedder.adapter.")], tensor)
+    average = load_file(run / "checkpoints" / "step-00000008" / "diffusion_pytorch_model.safetensors")
+    assert not torch.equal(found["proj_out.weight"], average["proj_out.weight"])
+    metadata = json.loads((tmp_path / "out" / "csdiff.json").read_text())
+    assert metadata["training"]["weights"] == "online"
+    measured = {line["step"]: line["online"] for line in log(run, "validation")}
+    assert metadata["metrics"] == measured[8]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_the_number_format_is_that_of_the_weights_alone(run, tmp_path, text, dtype, kind):
+    result = export(ExportConfig(source=str(run), output=str(tmp_path / "out"), dtype=dtype))
+    found = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert found["proj_out.weight"].dtype == kind
+    assert found["clip_mean"].dtype == torch.float32
+    assert result.dtype == str(kind).removeprefix("torch.")
+    cosine = torch.cosine_similarity(embed(tmp_path / "out", text), embed(run, text))
+    assert cosine.min() > 0.99
+
+
+def test_weights_beyond_the_range_are_refused(tiny_clip, tmp_path):
+    adapter = random_mlp(tiny_clip)
+    adapter.proj_out.bias.data[0] = 1e6
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CSDiffError, match="float16"):
+        export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "out"), dtype="float16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_way_stays_unless_told(run, tmp_path, text):
+    out = tmp_path / "out"
+    options = {"source": str(run), "output": str(out)}
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CSDiffError, match="output"):
+            export(ExportConfig(**options, overwrite=overwrite))
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    export(ExportConfig(**options, checkpoint="4"))
+    with pytest.raises(CSDiffError, match="overwrite"):
+        export(ExportConfig(**options))
+    export(ExportConfig(**options, overwrite=True))
+    assert torch.equal(embed(out, text), embed(run, text))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"source": ""}, ["source"]),
+        ({"output": ""}, ["--output", "--push_to_hub"]),
+        ({"checkpoint": "6"}, ["6", "4, 8, 12"]),
+        ({"checkpoint": "worst"}, ["best", "worst"]),
+        ({"merge_lora": True}, ["LoRA", "MLPAdapter"]),
+        ({"format": "prior"}, ["text encoder", "--format adapter"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, options, words):
+    with pytest.raises(CSDiffError) as error:
+        export(ExportConfig(**{"source": str(run), "output": str(tmp_path / "out"), **options}))
+    assert all(word in str(error.value) for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_never_replaced(run, tiny_clip, tmp_path):
+    random_mlp(tiny_clip).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CSDiffError, match="not replaced"):
+        export(ExportConfig(source=str(tmp_path / "adapter"), output=str(run), overwrite=True))
+    assert (run / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize("make", [random_mlp, random_lora])
+def test_a_prior_loads_in_stock_diffusers(make, tiny_clip, tmp_path):
+    adapter = make(tiny_clip)
+    adapter.save_pretrained(tmp_path / "adapter")
+    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), format="prior"))
+    pipe = KandinskyV22PriorPipeline.from_pretrained(tmp_path / "prior")
+    assert type(pipe) is KandinskyV22PriorPipeline
+    found = pipe(["red apple", "apple"], guidance_scale=1.0, num_inference_steps=1).image_embeds
+    tokens = pipe.tokenizer(
+        ["red apple", "apple"], padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        if isinstance(adapter, LoRAAdapter):
+            expected = adapter.embed_input_ids(tokens.input_ids, tokens.attention_mask)
+        else:
+            expected = adapter.embed(pipe.text_encoder(**tokens).text_embeds)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_pipeline_draws_by_itself(tiny_clip, tiny_decoder, tmp_path):
+    random_mlp(tiny_clip).save_pretrained(tmp_path / "adapter")
+    options = {"format": "pipeline", "decoder": str(tiny_decoder)}
+    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "whole"), **options))
+    pipe = AutoPipelineForText2Image.from_pretrained(tmp_path / "whole")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.prior_pipe.set_progress_bar_config(disable=True)
+    pipe.decoder_pipe.set_progress_bar_config(disable=True)
+    image = pipe("red apple", prior_guidance_scale=1.0, num_inference_steps=1, height=32, width=32).images[0]
+    assert image.size == (32, 32)
+
+
+def test_a_merged_adapter_gives_what_the_lora_adapter_gives(tiny_clip, tmp_path):
+    from csdiff.embeddings import load_text_encoder
+
+    adapter = random_lora(tiny_clip)
+    adapter.save_pretrained(tmp_path / "lora")
+    export(ExportConfig(source=str(tmp_path / "lora"), output=str(tmp_path / "merged"), merge_lora=True))
+    merged = AutoAdapter.from_pretrained(tmp_path / "merged")
+    assert not merged.uses_input_ids
+    text = load_text_encoder(merged.metadata["text_encoder"]["id"])
+    encoded = text.tokenizer(
+        ["red apple"], padding="max_length", max_length=text.tokenizer.model_max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = adapter.embed_input_ids(encoded.input_ids, encoded.attention_mask)
+        found = merged.embed(text.encode(["red apple"]).embeds)
+    assert torch.allclose(found, expected, atol=1e-4)
