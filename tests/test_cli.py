@@ -1,14 +1,19 @@
 """The command line: options from one definition, one-sentence errors, help without heavy imports."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from csdiff import cli
+from csdiff.cli.options import parse_command
+from csdiff.cli.results import as_json
 from csdiff.errors import CSDiffError
 
 
@@ -144,3 +149,142 @@ def test_a_damaged_file_is_one_line(capsys):
 
     assert cli.run(action, "test") == 2
     assert capsys.readouterr().err == "test: unet is damaged: download it again\n"
+
+
+def test_a_defect_has_a_traceback_and_exit_code_1(capsys):
+    def action() -> None:
+        raise RuntimeError("two plus two is five")
+
+    assert cli.run(action, "test") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_overview_says_what_a_newcomer_asks(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for words in ("Make an adapter:", "Examples:", "--print_completion", "Exit codes", *cli.COMMANDS):
+        assert words in text
+    assert max(map(len, text.splitlines())) < 120
+    for command in cli.COMMANDS.values():
+        assert sum(command.help in line for line in text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [(["trian"], "'train'"), (["genrate", "--prompt", "x"], "'generate'"), (["--verson"], "'--version'")],
+)
+def test_a_near_command_is_suggested(capsys, arguments, suggestion):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert f"did you mean {suggestion}?" in captured.err
+    assert captured.out == ""
+
+
+def test_examples_of_the_help_are_accepted():
+    for name, command in cli.COMMANDS.items():
+        for example in command.examples:
+            words = shlex.split(example)
+            assert words[:2] == ["csdiff", name]
+            config_class = cli.import_object(command.config)
+            known = {"--config", "--json", *(f"--{option}" for option in cli.option_types(config_class))}
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, example
+
+
+@dataclass
+class Switches:
+    """Switches and a positional option."""
+
+    path: str = ""
+    grid: bool = True
+    check: bool = False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a b", "--check"], Switches("a b", check=True)),
+        (["--check", "a"], Switches("a", check=True)),
+        (["--check", "false", "--no-grid", "--path", "3"], Switches("3", grid=False)),
+        (["--grid", "true", "x: y"], Switches("x: y")),
+    ],
+)
+def test_switches_and_the_positional_option(arguments, expected):
+    assert parse_command(Switches, arguments, "test", "path") == (expected, False)
+    assert parse_command(Switches, [*arguments, "--json"], "test", "path") == (expected, True)
+
+
+def test_a_second_positional_is_refused():
+    with pytest.raises(CSDiffError, match="found 'b'"):
+        parse_command(Switches, ["a", "b"], "test", "path")
+
+
+def test_results_as_json():
+    result = {"inner": Inner(3), "path": Path("a/b"), "gap": float("nan"), "norms": np.arange(2), 5: (True, None)}
+    assert json.loads(as_json(result)) == {
+        "inner": {"width": 3}, "path": "a/b", "gap": None, "norms": [0, 1], "5": [True, None],
+    }  # fmt: skip
+
+
+def test_problems_in_a_result_make_exit_code_2(tmp_path, capsys):
+    (tmp_path / "csdiff.json").write_text('{"format": 1, "kind": "adapter"}')
+    assert cli.run_command("info", [str(tmp_path), "--json"], "csdiff info") == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["kind"] == "adapter"
+    assert captured.err.startswith("csdiff info: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_names_that_completion_offers_are_those_there_are():
+    from csdiff.cli.completion import NAMES, OBJECTIVE_NAMES
+    from csdiff.losses import OBJECTIVES
+
+    assert set(OBJECTIVE_NAMES) == {*OBJECTIVES, "diffusion"}
+    for command, name in NAMES:
+        assert name in cli.option_types(cli.import_object(cli.COMMANDS[command].config)), (command, name)
+
+
+def complete_in_bash(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last of `words`."""
+    code = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _csdiff; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", code, "bash", str(script), *words], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+def test_bash_completes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print_completion", "bash"])
+    assert stop.value.code == 0
+    script = tmp_path / "csdiff.bash"
+    script.write_text(capsys.readouterr().out)
+    assert complete_in_bash(script, "csdiff", "") >= set(cli.COMMANDS)
+    assert complete_in_bash(script, "csdiff", "tr") == {"train"}
+    assert complete_in_bash(script, "csdiff", "train", "--data.unp") == {
+        "--data.unpaired_text", "--data.unpaired_image", "--data.unpaired_batch_size",
+    }  # fmt: skip
+    assert complete_in_bash(script, "csdiff", "generate", "--num-im") == {"--num_images"}
+    assert complete_in_bash(script, "csdiff", "train", "--objective", "cs") == {"cs", "cs_aligner"}
+    assert complete_in_bash(script, "csdiff", "train", "--mixed_precision", "=", "b") == {"bf16"}
+    assert complete_in_bash(script, "csdiff", "generate", "--grid", "") == {"true", "false"}
+    assert complete_in_bash(script, "csdiff", "generate", "--output", "") == set()
+
+
+@pytest.mark.parametrize(("shell", "start"), [("zsh", "#compdef csdiff\n"), ("fish", "# fish completion")])
+def test_other_shells_are_told_every_option(capsys, shell, start):
+    with pytest.raises(SystemExit):
+        cli.main([f"--print-completion={shell}"])
+    script = capsys.readouterr().out
+    assert script.startswith(start)
+    assert all(option in script for option in ("data.unpaired_text", "num_images", "print_completion"))
+
+
+def test_unknown_shell(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print_completion", "tcsh"])
+    assert stop.value.code == 2
+    assert "bash, zsh, fish" in capsys.readouterr().err

@@ -24,6 +24,8 @@ NAMES = {
     ("train", "objective"): OBJECTIVE_NAMES,
     ("train", "resume"): ("auto", "never"),
     ("generate", "adapter"): ("none",),
+    ("export", "checkpoint"): ("best", "latest"),
+    ("export", "decoder"): ("tiny", "kandinsky22"),
     ("generate", "decoder"): tuple(PRESETS),
     ("generate", "dtype"): ("auto", "float32", "float16", "bfloat16"),
     ("evaluate", "decoder"): tuple(PRESETS),
@@ -75,9 +77,10 @@ def options(command: str) -> Iterator[Option]:
     texts = {action.dest: str(action.help or "") for action in parser._actions}
     yield Option("help", "Show the options.", flag=True)
     yield Option("config", _sentence(texts["config"]), paths=True)
-    if "json" not in option_types(config_class):
+    known = option_types(config_class)
+    if "json" not in known:
         yield Option("json", _sentence(texts["json"]), flag=True)
-    for name, annotation in option_types(config_class).items():
+    for name, annotation in known.items():
         if dataclasses.is_dataclass(annotation):
             continue
         values = NAMES.get((command, name)) or _values(annotation)

@@ -38,7 +38,7 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
 
         config_class = import_object(command.config)
         config, json = parse_command(config_class, arguments, prog, command.positional, command.examples)
-        _plain_output()
+        _plain_output(config)
         # stdout is for results: whatever is said on the way is progress.
         with redirect_stdout(sys.stderr):
             result = import_object(command.function)(config)
@@ -58,11 +58,15 @@ def _write(show: str | None, result: object, json: bool) -> None:
         raise CSDiffError(f"{len(problems)} problem{'s' * (len(problems) > 1)} found, listed above.")
 
 
-def _plain_output() -> None:
-    """No progress bars of libraries where nobody watches: they fill log files with control characters."""
-    if not sys.stderr.isatty():
-        for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-            os.environ.setdefault(variable, "1")
+def _plain_output(config: object) -> None:
+    """No progress bars where nobody watches: they fill log files with control characters."""
+    if sys.stderr.isatty():
+        return
+    if getattr(config, "progress", None) is True:
+        config.progress = False
+    # the bars of libraries
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")
 
 
 def _general(arguments: Sequence[str]) -> None:

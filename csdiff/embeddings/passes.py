@@ -234,7 +234,8 @@ def progress_bar(config: EmbedConfig, state, unit: str, total: int | None):
         unit=f" {unit}",
         dynamic_ncols=True,
         smoothing=0.05,
-        disable=not (config.progress and state.is_main_process and total != 0),
+        # None: a bar on a terminal, nothing in a log file
+        disable=None if config.progress and state.is_main_process and total != 0 else True,
     )
 
 

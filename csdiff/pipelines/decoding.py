@@ -225,7 +225,8 @@ def load_decoder(
             if has_only_pickles(source.source, error):
                 raise CSDiffError(_conversion(source)) from error
             raise
-    decoder.pipe.set_progress_bar_config(disable=not progress, leave=False)
+    # None: a bar on a terminal, nothing in a log file
+    decoder.pipe.set_progress_bar_config(disable=None if progress else True, leave=False)
     if offload:
         decoder.pipe.enable_model_cpu_offload(device=device)
     else:

@@ -49,7 +49,12 @@ def write_picture(folder: Path, name: str, image: Image.Image, record: dict) -> 
         count += 1
         path = folder / f"{name}-{count}.png"
     _write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    _write_whole(path, lambda file: image.save(file, format="PNG"))
+    try:
+        _write_whole(path, lambda file: image.save(file, format="PNG"))
+    except BaseException:
+        if not path.exists():
+            path.with_suffix(".json").unlink()
+        raise
     return path
 
 

@@ -1,0 +1,140 @@
+"""`csdiff info`: what it says of each kind of folder, and what it finds wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny import make_pairs
+
+from csdiff import CSDiffError
+from csdiff.embeddings import write_store
+from csdiff.info import InfoConfig, as_text, inspect_path
+from csdiff.resources import assets_dir
+from csdiff.training import train
+from tests.training.training_runs import config as run_config
+
+
+def inspect(path, check=False):
+    return inspect_path(InfoConfig(str(path), check))
+
+
+@pytest.fixture(scope="module")
+def original_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("info") / "store"
+    text, image = make_pairs(64, 16, 12)
+    write_store(folder, text_embeds=text, image_embeds=image, captions=[f"no {index}" for index in range(64)])
+    return folder
+
+
+@pytest.fixture
+def store(original_store, tmp_path):
+    return shutil.copytree(original_store, tmp_path / "store")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return shutil.copytree(assets_dir() / "adapter", tmp_path / "adapter")
+
+
+def test_an_adapter(adapter):
+    facts = inspect(adapter, check=True)
+    config, metadata = (json.loads((adapter / name).read_text()) for name in ("config.json", "csdiff.json"))
+    assert (facts["kind"], facts["class"]) == ("adapter", config["_class_name"])
+    assert facts["text_encoder"] == metadata["text_encoder"]
+    assert facts["metrics"] == metadata["metrics"]
+    assert facts["problems"] == []
+    from csdiff import AutoAdapter
+
+    loaded = AutoAdapter.from_pretrained(adapter)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+    text = as_text(facts)
+    assert all(word in text for word in ("Adapter", "MLPAdapter", "tiny-clip", "text_to_image.r@1", "no problems"))
+
+
+def test_a_broken_adapter(adapter):
+    weights = next(adapter.glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    (adapter / "old.bin").write_bytes(b"\x80\x04")
+    (adapter / "csdiff.json").write_text("{")
+    problems = inspect(adapter)["problems"]
+    for name in (weights.name, "old.bin", "csdiff.json"):
+        assert any(name in problem for problem in problems), name
+    assert str(problems[0]) in as_text(inspect(adapter))
+
+
+def test_values_that_are_not_finite_are_found_when_asked(adapter):
+    from safetensors.numpy import load_file, save_file
+
+    weights = next(adapter.glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(name for name in tensors if tensors[name].ndim == 2)
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, weights)
+    assert inspect(adapter)["problems"] == []
+    assert "NaN" in " ".join(inspect(adapter, check=True)["problems"])
+
+
+def test_a_store(store):
+    facts = inspect(store, check=True)
+    assert (facts["kind"], facts["rows"], facts["text_dim"], facts["image_dim"]) == ("store", 64, 16, 12)
+    assert facts["captions"] is True
+    assert facts["statistics"]["norm_mean"] == pytest.approx(10, rel=0.01)
+    assert facts["problems"] == []
+    assert facts["bytes"] == sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+
+
+def test_missing_and_damaged_shards(store):
+    shard = next((store / "img_emb").glob("*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert inspect(store)["problems"] == []
+    assert "sha256" in inspect(store, check=True)["problems"][0]
+    shard.unlink()
+    assert any(f"{shard} is missing" in problem for problem in inspect(store)["problems"])
+
+
+def test_a_plain_store(plain_store):
+    facts = inspect(plain_store)
+    assert (facts["rows"], facts["normalized"], facts["captions"]) == (64, False, True)
+    assert "clip-retrieval" in facts["layout"]
+    assert facts["problems"] == []
+
+
+def test_a_run_and_its_checkpoints(plain_store, tmp_path):
+    folder = tmp_path / "run"
+    train(run_config(plain_store, folder, **{"checkpoint.keep": 0, "validation.every": 0}))
+    facts = inspect(folder, check=True)
+    assert (facts["kind"], facts["finished"], facts["steps"]) == ("run", True, 12)
+    assert facts["checkpoints"] == [4, 8, 12]
+    assert facts["problems"] == []
+    checkpoint = inspect(folder / "checkpoints" / "step-00000008")
+    assert (checkpoint["kind"], checkpoint["progress"]["step"]) == ("checkpoint", 8)
+    (folder / "checkpoints" / "step-00000004" / "state" / "optimizer.safetensors").write_bytes(b"half")
+    (folder / "config.json").unlink()
+    facts = inspect(folder, check=True)
+    assert any("step-00000004" in problem for problem in facts["problems"])
+    as_text(facts)
+
+
+def test_a_decoder_and_an_encoder(tiny_decoder, tiny_clip, tmp_path):
+    facts = inspect(tiny_decoder, check=True)
+    assert (facts["kind"], facts["class"]) == ("decoder", "KandinskyV22Pipeline")
+    assert (facts["decoder"]["hand_over"], facts["decoder"]["embedding_dim"]) == ("kandinsky", 16)
+    assert set(facts["components"]) == {"unet", "movq", "scheduler"}
+    assert facts["problems"] == []
+    assert (inspect(tiny_clip)["kind"], inspect(tiny_clip)["projection_dim"]) == ("encoder", 16)
+    broken = shutil.copytree(tiny_decoder, tmp_path / "decoder")
+    next((broken / "unet").glob("*.safetensors")).unlink()
+    shutil.rmtree(broken / "movq")
+    problems = " ".join(inspect(broken)["problems"])
+    assert "unet" in problems
+    assert "movq" in problems
+
+
+@pytest.mark.parametrize("make", [lambda path: path / "nothing", lambda path: path])
+def test_what_is_not_known_is_one_sentence(tmp_path, make):
+    with pytest.raises(CSDiffError, match="path: expected"):
+        inspect(make(tmp_path))
