@@ -46,7 +46,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     from csdiff.pipelines.decoding import DrawingOptions, load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
-    device, dtype = _device_and_dtype(config)
+    device, dtype = device_and_dtype(config)
     embedder = PromptEmbedder(card, decoder, device, dtype)
     text_encoder = embedder.text_encoder
     seeds = [config.seed + index for index in range(config.num_images)]
@@ -87,7 +87,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             [generator for *_, generator in batch],
             options,
         )
-        command = _command(config, prompts, [(prompt, seed) for prompt, seed, _ in batch])
+        command = redraw_command(config, prompts, [(prompt, seed) for prompt, seed, _ in batch])
         for (prompt, seed, _), image in zip(batch, drawn, strict=True):
             own = {"prompt": prompt, "seed": seed, "command": command}
             paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **record}))
@@ -161,7 +161,8 @@ def sampling(config: GenerateConfig, decoder: DecoderSource) -> tuple[int, float
     return steps, float(guidance)
 
 
-def _device_and_dtype(config: GenerateConfig):
+def device_and_dtype(config: GenerateConfig):
+    """Torch device and number format that the options mean; CSDiffError for a device that is not there."""
     import torch
 
     name = config.device
@@ -195,7 +196,7 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _command(config: GenerateConfig, prompts: list[str], batch: list[tuple[str, int]]) -> str:
+def redraw_command(config: GenerateConfig, prompts: list[str], batch: list[tuple[str, int]]) -> str:
     """The command that draws these pictures again, as one batch: neighbours in a batch may change the last bits."""
     ours = list(dict.fromkeys(prompt for prompt, _ in batch))
     seed, count = batch[0][1], len(batch) // len(ours)
