@@ -18,9 +18,10 @@ from csdiff.errors import CSDiffError
 class StoreBatches:
     """Iterate over a store in random order, forever.
 
-    Every epoch is a new random permutation of the rows (of the images, with `groups`), which depends on `(seed, epoch)` only; the last incomplete
-    batch of an epoch is dropped. Step t reads the same global batch whatever the number of processes; each process
-    reads its part of it. Started at any step, the batches are those of an uninterrupted run, bit for bit.
+    Every epoch is a new random permutation of the rows (of the images, with `groups`), which depends on seed and epoch
+    only; the last incomplete batch of an epoch is dropped. Step t reads the same global batch whatever the number of
+    processes; each process reads its part of it. Started at any step, the batches are those of an uninterrupted run,
+    bit for bit.
 
     ```python
     batches = StoreBatches(store, batch_size=4096, seed=0, rank=rank, world_size=world_size, start_step=step)

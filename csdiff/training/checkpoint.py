@@ -131,8 +131,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 def write_file(target: Path, text: str) -> None:
     """Write a text file atomically."""
+    replace_file(target, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file next to `target`, sync it to disk and rename it."""
     aside = target.with_name(f"{_PARTIAL}{target.name}")
-    aside.write_text(text, encoding="utf-8")
+    write(aside)
     _sync(aside)
     aside.replace(target)
     _sync(target.parent)

@@ -113,6 +113,8 @@ class LoggingConfig:
     """Steps between log lines."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate trackers by name: tensorboard, wandb, trackio, mlflow, ..."""
+    curves: bool = True
+    """Draw `curves.png` of what is in `metrics.jsonl`, and `samples.png` of the pictures where a decoder is given."""
     project: str = "csdiff"
     """Project name for the trackers that have projects."""
     progress: bool = True
@@ -154,7 +156,11 @@ class TrainConfig:
     image_adapter_options: dict[str, Any] = field(default_factory=dict)
     """Options of the image-side adapter."""
     calibrate_norm: bool = True
-    """After training, match mean and spread of predicted norms to the real ones on training data."""
+    """In what is exported, match mean and spread of predicted norms to the real ones: on held-out rows, or on training
+    rows where fewer than 256 are held out."""
+    export: Literal["last", "best"] = "last"
+    """Weights of the finished adapter: those of the last step, or of the best checkpoint by --validation.metric. A
+    finished run started again with the other one exports that, without training."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Computation type of the adapter; weights, losses and averages stay float32."""
     gradient_checkpointing: bool = False

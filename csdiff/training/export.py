@@ -1,10 +1,11 @@
 """The adapter as others load it: averaged weights, calibrated norms, a complete `csdiff.json`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from csdiff.adapters.base import Adapter
 from csdiff.training.config import TrainConfig
@@ -12,7 +13,9 @@ from csdiff.training.inputs import Inputs
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask
 
+# Norms are calibrated on this many rows at most, and on held-out ones where there are enough for two numbers.
 _CALIBRATION_ROWS = 4096
+_HELD_OUT_ROWS = 256
 IMAGE_ADAPTER = "image_adapter"
 ONLINE = "online"
 
@@ -24,25 +27,40 @@ class Exporter:
         config: The run.
         sources: Its data.
         task: Its weights.
-        inputs: Prepares the training rows that norms are calibrated on.
+        inputs: Prepares the rows that norms are calibrated on.
+        pause: Called between blocks of rows; may raise.
     """
 
-    def __init__(self, config: TrainConfig, sources: Sources, task: AlignmentTask, inputs: Inputs):
-        self.config, self.sources, self.task, self.inputs = config, sources, task, inputs
+    def __init__(
+        self,
+        config: TrainConfig,
+        sources: Sources,
+        task: AlignmentTask,
+        inputs: Inputs,
+        pause: Callable[[], None] = lambda: None,
+    ):
+        self.config, self.sources, self.task, self.inputs, self.pause = config, sources, task, inputs, pause
         self.statistics = sources.train.statistics("image_embeds")
+        self.held_out = sources.validation is not None and len(sources.validation) >= _HELD_OUT_ROWS
         self._rows: list[dict] | None = None
+        self._calibrated: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether predicted norms are matched to the real ones; an image adapter has norms of its own."""
+        return self.config.calibrate_norm and self.task.embedder.image_adapter is None
 
     @contextmanager
-    def weights(self, averaged: bool) -> Iterator[Adapter]:
-        """The adapter with averaged or online weights and calibrated norms; afterwards everything is as it was."""
+    def weights(self, step: int, averaged: bool) -> Iterator[Adapter]:
+        """The adapter with the averaged or online weights of a step, norms calibrated; all is put back afterwards."""
         task, adapter = self.task, self.task.embedder.adapter
         was_training = task.embedder.training
         before = adapter.norm_scale.clone(), adapter.norm_shift.clone()
         task.embedder.eval()
         try:
             with task.ema.applied() if averaged else nullcontext():
-                if self.config.calibrate_norm and task.embedder.image_adapter is None:
-                    self._calibrate(adapter)
+                if self.calibrates:
+                    self._calibrate(adapter, (step, averaged))
                 yield adapter
         finally:
             adapter.norm_scale.copy_(before[0])
@@ -50,18 +68,34 @@ class Exporter:
             task.embedder.train(was_training)
 
     @torch.no_grad()
-    def _calibrate(self, adapter: Adapter) -> None:
+    def _calibrate(self, adapter: Adapter, weights: tuple[int, bool]) -> None:
+        if weights not in self._calibrated:
+            # A validation and the checkpoint after it calibrate the same weights.
+            self._calibrated = {key: value for key, value in self._calibrated.items() if key[0] == weights[0]}
+            predicted, real = self._norms()
+            if predicted.isfinite().all() and predicted.min() > 0:
+                adapter.calibrate_norm(predicted, real)
+            self._calibrated[weights] = adapter.norm_scale.clone(), adapter.norm_shift.clone()
+        scale, shift = self._calibrated[weights]
+        adapter.norm_scale.copy_(scale)
+        adapter.norm_shift.copy_(shift)
+
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """Norms of predictions of the weights that are in the model now, and of the real embeddings."""
         if self._rows is None:
-            self._rows = self.inputs.read(self.sources.train.sample(_CALIBRATION_ROWS))
+            # Norms fitted on what was trained on would hide what overfitting does to those of new captions.
+            pairs = self.sources.validation if self.held_out else self.sources.train
+            self._rows = self.inputs.read(pairs.sample(_CALIBRATION_ROWS))
         torch.manual_seed(0)
-        predicted = torch.cat([self.task.embedder.predict(rows)["prediction"].norm(dim=1) for rows in self._rows])
-        real = torch.cat([rows["image_embeds"].norm(dim=1) for rows in self._rows])
-        if predicted.isfinite().all() and predicted.min() > 0:
-            adapter.calibrate_norm(predicted, real)
+        norms = []
+        for rows in self._rows:
+            self.pause()
+            norms.append(self.task.embedder.predict(rows)["prediction"].norm(dim=1))
+        return torch.cat(norms), torch.cat([rows["image_embeds"].norm(dim=1) for rows in self._rows])
 
     def write(self, folder: Path, step: int, metrics: dict, averaged: bool = True) -> None:
         """Write the adapter folder (and the image adapter's below it)."""
-        with self.weights(averaged) as adapter:
+        with self.weights(step, averaged) as adapter:
             adapter.metadata = self.metadata(step, metrics, averaged)
             adapter.save_pretrained(folder)
             if self.task.embedder.image_adapter is not None:
@@ -95,6 +129,7 @@ class Exporter:
                 "seed": config.seed,
                 "weights": "average" if averaged else "online",
                 "ema_decay": config.ema.decay,
+                "norm_calibration": "none" if not self.calibrates else "held-out" if self.held_out else "training",
             },
             "metrics": metrics,
         }

@@ -1,5 +1,6 @@
 """The course of a run: steps, validations, checkpoints, and what is said about them."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -7,12 +8,13 @@ from pathlib import Path
 
 from csdiff.errors import CSDiffError
 from csdiff.training.console import Console, duration
+from csdiff.training.curves import CURVES_NAME, draw_curves
 from csdiff.training.export import ONLINE, Exporter
-from csdiff.training.interrupts import Interrupt
+from csdiff.training.interrupts import Interrupt, Stopped
 from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
 from csdiff.training.run_folder import RunFolder, flatten
-from csdiff.training.samples import Samples
-from csdiff.training.state import save_state, state_bytes
+from csdiff.training.samples import Samples, draw_sheet
+from csdiff.training.state import load_state, save_state, state_bytes
 from csdiff.training.validation import Validator
 
 _BASELINE_ROWS = 20_000
@@ -30,17 +32,29 @@ class Run:
         inputs: Prepares batches.
         loop: Makes the steps.
         exporter: Writes adapters.
+        interrupt: Signals.
     """
 
     def __init__(
-        self, config, accelerator, console: Console, folder: RunFolder, sources, inputs, loop: Loop, exporter: Exporter
+        self,
+        config,
+        accelerator,
+        console: Console,
+        folder: RunFolder,
+        sources,
+        inputs,
+        loop: Loop,
+        exporter: Exporter,
+        interrupt: Interrupt,
     ):
         self.config, self.accelerator, self.console, self.folder = config, accelerator, console, folder
         self.sources, self.inputs, self.loop, self.exporter = sources, inputs, loop, exporter
+        self.interrupt = interrupt
         self.task = loop.task
         self.validator: Validator | None = None
         self.samples: Samples | None = None
         self.metrics: dict = {}
+        self._next_drawing = time.perf_counter() + 20
 
     @property
     def main(self) -> bool:
@@ -53,11 +67,11 @@ class Run:
         if not self.main:
             return
         if config.decoder is not None:
-            self.samples = Samples(self.config, self.exporter)
+            self.samples = Samples(self.config, self.exporter, self.interrupt.at_once)
         if self.sources.validation is None:
             return
         rows = self.inputs.read(self.sources.validation.sample(config.limit))
-        self.validator = Validator(rows, config.metric, config.mode)
+        self.validator = Validator(rows, config.metric, config.mode, self.interrupt.pause)
         progress = self.loop.progress
         if not progress.baselines:
             fitted = self.sources.train.sample(_BASELINE_ROWS).all()
@@ -107,9 +121,11 @@ class Run:
         config, progress = self.config, self.loop.progress
         self.console.start(progress.step, config.max_steps)
         throughput, earlier, began = Throughput(config.batch_size), progress.seconds, time.perf_counter()
-        feed, interrupt = self._feed(), Interrupt()
+        feed, interrupt = self._feed(), self.interrupt
         try:
             with interrupt.watched():
+                if progress.validation_left and self._validate():
+                    self._save()
                 while progress.step < config.max_steps:
                     numbers = self._step(next(feed))
                     progress.seconds = earlier + time.perf_counter() - began
@@ -128,7 +144,7 @@ class Run:
                     sound = progress.skipped_in_a_row == 0
                     if better or stop or last or (sound and self._due(config.checkpoint.every)):
                         self._save()
-                    if stop and not last:
+                    if stop and (not last or not self.task.agree(not progress.validation_left)):
                         self._stop(interrupt.signal)
         finally:
             self.console.stop()
@@ -180,26 +196,49 @@ class Run:
         self.accelerator.log(flat, step=step)
 
     def _validate(self) -> bool:
-        """Measure averaged and online weights; whether the averaged ones are the best so far."""
+        """Draw and measure, unless a signal comes first; whether the averaged weights are the best so far."""
         progress = self.loop.progress
-        if self.samples is not None:
-            self.samples.draw(self.folder.path / "pictures", progress.step)
-        if self.validator is None:
+        progress.validation_left = True
+        try:
+            with self.interrupt.may_leave():
+                if self.samples is not None:
+                    self.samples.draw(self.folder.path, progress.step)
+                better = self.validator is not None and self._measure(self.validator)
+        except Stopped:
             return False
-        with self.exporter.weights(averaged=True):
-            self.metrics = self.validator.measure(self.task)
-        with self.exporter.weights(averaged=False):
-            online = self.validator.measure(self.task)
-        self._log("validation", {"average": self.metrics, "online": online, "baselines": progress.baselines})
-        value = self.validator.value(self.metrics)
+        progress.validation_left = False
+        self._draw()
+        return better
+
+    def _measure(self, validator: Validator) -> bool:
+        progress, step = self.loop.progress, self.loop.progress.step
+        with self.exporter.weights(step, averaged=True):
+            average = validator.measure(self.task)
+        with self.exporter.weights(step, averaged=False):
+            online = validator.measure(self.task)
+        self.metrics = average
+        self._log("validation", {"average": average, "online": online, "baselines": progress.baselines})
+        value = validator.value(average)
         shown = "not finite" if value is None else f"{value:.4f}"
-        self.console.say(
-            f"step {progress.step}: {self.validator.metric} {shown} on {len(self.validator.image):,} held-out rows"
-        )
-        if not self.validator.better(value, progress.best_value):
+        self.console.say(f"step {step}: {validator.metric} {shown} on {len(validator.image):,} held-out rows")
+        if not validator.better(value, progress.best_value):
             return False
-        progress.best_step, progress.best_value = progress.step, value
+        progress.best_step, progress.best_value = step, value
         return True
+
+    def _draw(self, now: bool = False) -> None:
+        """Curves and the sheet of pictures; a run does not end because they cannot be drawn, nor wait for them."""
+        began = time.perf_counter()
+        if not (self.main and self.config.logging.curves) or (began < self._next_drawing and not now):
+            return
+        try:
+            draw_curves(self.folder.path)
+            if self.samples is not None:
+                draw_sheet(self.folder.path, self.config.validation.prompts, self.config.seed)
+        except Exception as error:
+            self.console.say(f"{CURVES_NAME} could not be drawn ({type(error).__name__}: {error}); the run goes on.")
+        # A twentieth of the time at most.
+        self._next_drawing = time.perf_counter() + 20 * (time.perf_counter() - began)
 
     def _save(self) -> None:
         if not self.main:
@@ -222,15 +261,22 @@ class Run:
         )
         raise SystemExit(128 + (number or signal.SIGTERM))
 
-    def finish(self) -> None:
-        """Export the adapter to the output folder and show how it did."""
+    def finish(self) -> dict:
+        """Export the adapter to the output folder and show how it did; returns its held-out metrics."""
         progress, say = self.loop.progress, self.console.say
         if not self.main:
-            return
-        self.exporter.write(self.folder.path, progress.step, self.metrics)
-        self.exporter.write(self.folder.path / ONLINE, progress.step, self.metrics, averaged=False)
-        if self.metrics:
-            self.console.table(f"step {progress.step}, held out", {**progress.baselines, "adapter": self.metrics})
+            return self.metrics
+        self._draw(now=True)
+        step, metrics = progress.step, self.metrics
+        if self.config.export == "best" and progress.best_step not in (None, step):
+            step = progress.best_step
+            best = self.folder.checkpoints.path(step)
+            load_state(best, self.task, self.loop.optimizer)
+            metrics = json.loads((best / "csdiff.json").read_text(encoding="utf-8"))["metrics"]
+        self.exporter.write(self.folder.path, step, metrics)
+        self.exporter.write(self.folder.path / ONLINE, step, metrics, averaged=False)
+        if metrics:
+            self.console.table(f"step {step}, held out", {**progress.baselines, "adapter": metrics})
         rate = self.config.batch_size * progress.step / max(progress.seconds, 1e-9)
         best = (
             f", best {self.validator.metric} {progress.best_value:.4f} at step {progress.best_step}"
@@ -239,4 +285,7 @@ class Run:
         )
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
         say(f"Trained for {duration(progress.seconds)} ({rate:,.0f} samples/s{best}{skipped}).")
-        say(f"Adapter: {self.folder.path}")
+        if step == progress.step and progress.best_step not in (None, step):
+            say(f"To export step {progress.best_step} instead, run the same command with --export best.")
+        say(f"Adapter: {self.folder.path} (step {step})")
+        return metrics

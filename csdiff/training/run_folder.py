@@ -18,7 +18,7 @@ METRICS_NAME = "metrics.jsonl"
 ADAPTER_CONFIG = "config.json"
 
 # What may change between two launches of one run without making it another run.
-_FREE = ("output_dir", "resume", "max_steps", "micro_batch_size", "gradient_checkpointing", "compile")
+_FREE = ("output_dir", "resume", "max_steps", "micro_batch_size", "gradient_checkpointing", "compile", "export")
 _FREE_SECTIONS = ("logging.", "checkpoint.", "validation.")
 
 

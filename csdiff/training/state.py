@@ -29,6 +29,8 @@ class Progress:
     """Checkpointed step with the best validation metric."""
     best_value: float | None = None
     """Its value."""
+    validation_left: bool = False
+    """A signal ended the validation of this step."""
     seconds: float = 0.0
     """Training time over all launches."""
     baselines: dict = field(default_factory=dict)

@@ -22,6 +22,7 @@ from csdiff.training.console import Console
 from csdiff.training.embedding import embed_dataset
 from csdiff.training.export import Exporter
 from csdiff.training.feeding import build_inputs, caches_states, check_named_encoders, open_text_side, wants_tokens
+from csdiff.training.interrupts import Interrupt
 from csdiff.training.loop import Loop, make_optimizer
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder, flatten
@@ -68,6 +69,11 @@ def train(config: TrainConfig) -> TrainResult:
     for warning in caught:
         if warning.category is UserWarning:
             console.say(f"Note: {warning.message}")
+    if config.export == "best" and sources.validation is None:
+        raise CSDiffError(
+            "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
+            "--data.validation_fraction, or --export last."
+        )
     check_objective(config, sources)
     check_named_encoders(config, sources)
     text = open_text_side(config, sources, accelerator.device)
@@ -81,13 +87,18 @@ def train(config: TrainConfig) -> TrainResult:
         loop.progress, scaler_state = load_state(start, task, optimizer)
         if scaler.is_enabled() and scaler_state:
             scaler.load_state_dict(scaler_state)
+        best = loop.progress.best_step
+        if best is not None and not folder.checkpoints.path(best).is_dir():
+            # Of another run, or deleted: this one has to find its own.
+            loop.progress.best_step = loop.progress.best_value = None
         if loop.progress.step > config.max_steps:
             raise CSDiffError(
                 f"--max_steps {config.max_steps}: {start} has {loop.progress.step} steps already; give more, or "
                 "another --output_dir."
             )
-    exporter = Exporter(config, sources, task, inputs)
-    run = Run(config, accelerator, console, folder, sources, inputs, loop, exporter)
+    interrupt = Interrupt()
+    exporter = Exporter(config, sources, task, inputs, interrupt.pause)
+    run = Run(config, accelerator, console, folder, sources, inputs, loop, exporter, interrupt)
     run.prepare()
 
     if accelerator.is_main_process:
@@ -96,8 +107,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator.init_trackers(config.logging.project, config=_plain(flatten(asdict(config))))
     try:
         run.announce(start)
-        metrics = run.go()
-        run.finish()
+        run.go()
+        metrics = run.finish()
     finally:
         accelerator.end_training()
     return TrainResult(folder.path, metrics)

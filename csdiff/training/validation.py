@@ -1,5 +1,7 @@
 """How good the adapter is on held-out pairs, during training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,11 @@ class Validator:
         batches: Held-out rows, prepared for the embedder, on its device.
         metric: Dotted key of the metric that tells the best checkpoint.
         mode: `max`, `min`, or `auto` by the metric's name.
+        pause: Called between blocks of rows; may raise.
     """
 
-    def __init__(self, batches: list[dict], metric: str, mode: str = "auto"):
-        self.batches, self.metric = batches, metric
+    def __init__(self, batches: list[dict], metric: str, mode: str = "auto", pause: Callable[[], None] = lambda: None):
+        self.batches, self.metric, self.pause = batches, metric, pause
         lower = mode == "min" or (mode == "auto" and any(word in metric for word in _LOWER_IS_BETTER))
         self.sign = -1.0 if lower else 1.0
         self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
@@ -35,9 +38,13 @@ class Validator:
         task.embedder.eval()
         # Samplers draw noise: the same noise at every validation. Training seeds every step itself.
         torch.manual_seed(0)
+        embedded = []
         try:
-            with task.autocast():
-                embedded = [task.embedder.predict(rows) for rows in self.batches]
+            for rows in self.batches:
+                self.pause()
+                with task.autocast():
+                    embedded.append(task.embedder.predict(rows))
+            self.pause()
         finally:
             task.embedder.train(was_training)
         prediction = torch.cat([e["prediction"] for e in embedded])

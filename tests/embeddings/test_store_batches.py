@@ -120,7 +120,7 @@ def test_every_caption_of_an_image_comes_equally_often_and_at_random(groups: Ima
     assert all(len(set(IMAGES[column])) == 1 for column in picked.T)
     rows, times = np.unique(picked, return_counts=True)
     assert len(rows) == 53
-    assert (times * np.array([(IMAGES == IMAGES[row]).sum() for row in rows]) == 60).all()
+    assert (times * np.array([(IMAGES[row] == IMAGES).sum() for row in rows]) == 60).all()
     assert all((picked[epoch] != groups.pick(np.arange(20), 4, epoch)).any() for epoch in range(60))
     pairs = ImageGroups(np.arange(2000), np.arange(2000) // 2)
     first, second, later = (pairs.pick(np.arange(1000), 0, epoch) % 2 for epoch in (0, 1, 2))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ from safetensors.torch import load_file
 from tiny import make_plain_store
 
 from csdiff.adapters.registry import AutoAdapter
+from csdiff.embeddings import load_text_encoder, write_store
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.training import train
 from csdiff.training.loop import Loop
+from csdiff.training.samples import draw_sheet
+from csdiff.training.validation import Validator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
@@ -55,12 +60,28 @@ def pooled_store(pictures, tiny_clip, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="module")
+def norm_store(tiny_clip, tmp_path_factory):
+    """Six hundred captions and embeddings that follow from them linearly but for noise, token states included."""
+    folder = tmp_path_factory.mktemp("norms")
+    text = load_text_encoder(str(tiny_clip)).encode([f"thing number {number}" for number in range(600)])
+    image = 2 * text.embeds.flip(1) + 0.1 * torch.randn(600, 16, generator=torch.Generator().manual_seed(0)) + 1
+    states = {"text_embeds": text.embeds, "text_states": text.states, "text_mask": text.mask}
+    captions = [f"thing number {number}" for number in range(600)]
+    encoder = {"id": str(tiny_clip)}
+    write_store(
+        folder / "store", image_embeds=image, captions=captions, fingerprint={"text_encoder": encoder}, **states
+    )
+    return folder / "store"
+
+
 def test_leaves_a_complete_adapter_folder(plain_store, tmp_path):
-    result = train(training_runs.config(plain_store, tmp_path, **{"logging.trackers": ["tensorboard"]}))
+    made = training_runs.config(plain_store, tmp_path, **{"logging.trackers": ["tensorboard"], "logging.curves": True})
+    result = train(made)
     assert result.adapter_dir == tmp_path
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "csdiff.json", "README.md", "diffusion_pytorch_model.safetensors"} <= names
-    assert {"training.yaml", "metrics.jsonl", "checkpoints", "online", "logs"} <= names
+    assert {"training.yaml", "metrics.jsonl", "curves.png", "checkpoints", "online", "logs"} <= names
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
     store = EmbeddingStore.open(plain_store)
     text = store.read(range(8))["text_embeds"]
@@ -119,6 +140,34 @@ def test_keeps_the_newest_and_the_best(plain_store, tmp_path):
     assert names == {"latest", "best", f"step-{best:08d}", "step-00000011", "step-00000012"}
     assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000012"
+
+
+def test_the_best_checkpoint_is_exported(plain_store, tmp_path):
+    best_first = {"validation.metric": "count", "validation.every": 1, "checkpoint.every": 0, "max_steps": 3}
+    made = training_runs.config(plain_store, tmp_path, **best_first)
+    last = train(made).metrics
+    files = "diffusion_pytorch_model.safetensors", "csdiff.json"
+    assert json.loads((tmp_path / "csdiff.json").read_text())["training"]["steps"] == 3
+    made.export = "best"
+    assert train(made).metrics != last
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "checkpoints" / "step-00000001" / name).read_bytes()
+    assert json.loads((tmp_path / "online" / "csdiff.json").read_text())["training"]["steps"] == 1
+    made.export = "last"
+    assert train(made).metrics == last
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "transformer", "lora", "diffusion"])
+def test_exported_norms_have_the_mean_and_spread_of_held_out_ones(norm_store, tmp_path, kind):
+    made = training_runs.config(norm_store, tmp_path, adapter=kind, max_steps=2, batch_size=16)
+    made.adapter_options = {"mlp": made.adapter_options, "linear": {}, "lora": {"rank": 2}}.get(kind, SMALL)
+    made.objective = "diffusion" if kind == "diffusion" else "cs_aligner"
+    made.data.validation_fraction = 0.5
+    norm = train(made).metrics["norm"]
+    assert norm["mean_ratio"] == pytest.approx(1, abs=0.01)
+    # The norms of a prior after two steps hardly vary, and the map that is fitted has a bounded steepness.
+    assert kind == "diffusion" or norm["std_ratio"] == pytest.approx(1, abs=0.05)
+    assert json.loads((tmp_path / "csdiff.json").read_text())["training"]["norm_calibration"] == "held-out"
 
 
 def test_a_finished_run_is_extended(plain_store, tmp_path):
@@ -275,8 +324,47 @@ def test_pictures_of_prompts_at_validation(pooled_store, tiny_decoder, tmp_path)
     (decoder / "unet" / "config.json").write_text(json.dumps({**unet, "sample_size": 8}))
     made = training_runs.config(pooled_store, tmp_path / "out", max_steps=2, batch_size=16)
     made.validation.every, made.validation.decoder, made.validation.prompts = 0, str(decoder), ["a thing", "another"]
+    made.logging.curves = True
     train(made)
-    assert len(list((tmp_path / "out" / "pictures" / "step-00000002").glob("*.png"))) >= 2
+    assert len(list((tmp_path / "out" / "pictures" / "step-00000002").glob("*.png"))) == 2
+    with Image.open(tmp_path / "out" / "samples.png") as sheet:
+        one = sheet.height
+    pictures = tmp_path / "out" / "pictures"
+    shutil.copytree(pictures / "step-00000002", pictures / "step-00000003")
+    draw_sheet(tmp_path / "out", made.validation.prompts, made.seed)
+    with Image.open(tmp_path / "out" / "samples.png") as sheet:
+        assert sheet.height > one
+        assert min(band[0] for band in sheet.getextrema()) == 0
+
+
+def test_curves_that_cannot_be_drawn_stop_nothing(plain_store, tmp_path, capsys):
+    (tmp_path / "curves.png").mkdir()
+    train(training_runs.config(plain_store, tmp_path, max_steps=2, **{"logging.curves": True}))
+    assert "curves.png could not be drawn" in capsys.readouterr().out
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, monkeypatch):
+    train(training_runs.config(plain_store, tmp_path / "undisturbed"))
+    original = Validator.measure
+
+    def measure(self, task):
+        if task.ema.decay and not (tmp_path / "checkpoints").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, task)
+
+    monkeypatch.setattr(Validator, "measure", measure)
+    made = training_runs.config(plain_store, tmp_path, **{"checkpoint.every": 0})
+    with pytest.raises(SystemExit) as caught:
+        train(made)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000005"
+    assert not training_runs.log(tmp_path, "validation")
+    train(made)
+    there, here = (training_runs.log(path, "validation") for path in (tmp_path / "undisturbed", tmp_path))
+    assert here == there
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
 def poison(monkeypatch, steps):
