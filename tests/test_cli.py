@@ -96,6 +96,28 @@ def test_unknown_config_key_is_named(tmp_path, content):
         parse("--config", str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"guidance: 1\nprompt:\n  - x\n num_images: 2\n",
+            "YAML in line 4 of {}, .* error: did not find expected key.$",
+        ),
+        (b"guidance: [1\n", "YAML in line 2 of {}, found a syntax error: did not find expected"),
+        (b"a: b: c\n", "YAML in line 1 of {}, found a syntax error: mapping values are not allowed"),
+        (b"- 1\n- 2\n", "options .name: value. in {}, found '- 1 - 2'"),
+        (b"", "options .name: value. in {}, found an empty file"),
+        (b"\xff\xfe", "YAML in {}, found a file that is not UTF-8"),
+    ],
+)
+def test_broken_yaml_is_one_sentence_with_file_and_line(tmp_path, content, words):
+    path = tmp_path / "options.yaml"
+    path.write_bytes(content)
+    with pytest.raises(CSDiffError, match=words.format(path)) as error:
+        parse("--config", str(path))
+    assert "\n" not in str(error.value)
+
+
 def run_root_script(root, script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(root / script), *arguments], capture_output=True, text=True, cwd=root)
 

@@ -22,6 +22,14 @@ class OneLineParser(ArgumentParser):
     """Says what is wrong in one sentence, without the usage text in front of it."""
 
     config_class: type
+    config_file: object = None
+
+    def parse_path(self, path, *args, **kwargs):
+        self.config_file = path
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise CSDiffError(f"Expected YAML in {path}, found a file that is not UTF-8 text.") from error
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         raise CSDiffError(self.explain(" ".join(str(message).split())))
@@ -36,6 +44,15 @@ class OneLineParser(ArgumentParser):
             near = difflib.get_close_matches(found, known_types, n=1, cutoff=0.5)
             known = f"did you mean {near[0]!r}?" if near else "--help lists them."
             return f"Expected a known option, found {found!r}: {known}"
+        if syntax := re.match(r"Problems parsing config: (.*)", message):
+            # YAML's reader names where the passage began, then where it stopped and why.
+            reason, *rest = re.split(r' in "<unicode string>", line (\d+), column \d+', syntax[1].strip())
+            line = f"line {rest[-2]} of " if rest else ""
+            reason = rest[-3].strip() if len(rest) > 2 else reason
+            return f"Expected YAML in {line}{self.config_file or '--config'}, found a syntax error: {reason}."
+        if unexpected := re.match(r"Unexpected config: ?(.*)", message):
+            found = repr(unexpected[1][:60]) if unexpected[1] else "an empty file"
+            return f"Expected options (name: value) in {self.config_file or '--config'}, found {found}."
         if bare := re.fullmatch(r"argument (--[\w.]+): expected one argument", message):
             return f"Expected a value after {bare[1]}, found none."
         if key := re.search(r'[Kk]ey "([\w.]+)"', message):
