@@ -33,7 +33,8 @@ def open_source(
             folder; - a table or `.txt` file of captions alone;
             - a parquet file, or a folder of them named after their splits, with the images inside;
             - webdataset shards: a `.tar` file, a folder of them, or a pattern such as `data/{00000..00099}.tar`;
-            - a folder written by `datasets.Dataset.save_to_disk`, or the id of a data set on the hub.
+            - a folder written by `datasets.Dataset.save_to_disk`, or the id of a data set on the hub;
+            - COCO captions, Flickr30k, Urban-1k or DOCCI as they are published, see `csdiff.data.benchmark_sets`.
         split: Of a data set that has several.
         subset: Configuration of a data set on the hub.
         captions_file: Table for a folder of images, when it is not in the folder.
@@ -49,7 +50,11 @@ def open_source(
     if captions_file is not None:
         if not path.is_dir():
             raise CSDiffError(f"{source}: expected a folder of images for captions_file, found none.")
+        if Path(captions_file).is_file() and (found := _benchmark(Path(captions_file), split, columns, path)):
+            return found
         return _table_source(Path(captions_file), path, columns)
+    if path.exists() and (found := _benchmark(path, split, columns)):
+        return found
     if path.is_dir():
         return _open_folder(path, split, columns)
     if path.is_file():
@@ -61,6 +66,14 @@ def open_source(
     raise CSDiffError(
         f"{source}: expected a folder, a file or the id of a data set on the hub, found nothing; check the path."
     )
+
+
+def _benchmark(path: Path, split: str, columns: tuple, images: Path | None = None) -> Source | None:
+    """A published data set, unless columns are named: those are of a table."""
+    from csdiff.data.benchmark_sets import benchmark_table
+
+    found = None if any(columns) else benchmark_table(path, split, images)
+    return None if found is None else ImageFolderSource(*found)
 
 
 def _open_folder(path: Path, split: str, columns: tuple) -> Source:
