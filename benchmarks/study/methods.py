@@ -1,0 +1,98 @@
+"""The methods of the comparison and the settings of the sweeps, each a named set of changes to one recipe."""
+
+from dataclasses import dataclass, field
+
+CLOSED_FORMS = ("mean_shift", "ridge", "procrustes", "coral")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a row of a table is made.
+
+    Attributes:
+        title: For people.
+        adapter: Name of the adapter; "raw_text" and "real" are no adapters, closed forms are fitted, not trained.
+        objective: Name of the objective.
+        options: Of the objective.
+        changes: Other options of the run, as `TrainConfig` names them.
+        adapter_options: Of the adapter, in place of the recipe's.
+        pairs: Part of the pairs that is used.
+        unpaired: Rows of the rest that enter without their partners; 1.0 is all of the rest.
+        encoder: Needs the text encoder.
+        tokens: Needs token states of both sides.
+    """
+
+    title: str
+    adapter: str = "recipe"
+    objective: str = "cs_aligner"
+    options: dict = field(default_factory=dict)
+    changes: dict = field(default_factory=dict)
+    adapter_options: dict | None = None
+    pairs: float = 1.0
+    unpaired: float = 0.0
+    encoder: bool = False
+    tokens: bool = False
+
+
+DIFFUSION = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 64, "encoder_hid_proj_type": None}
+
+TABLE = {
+    "real": Method("real images against others", "real"),
+    "raw_text": Method("raw text", "raw_text"),
+    "mean_shift": Method("mean shift", "mean_shift"),
+    "ridge": Method("ridge", "ridge"),
+    "procrustes": Method("Procrustes", "procrustes"),
+    "coral": Method("CORAL (closed form)", "coral"),
+    "mse": Method("MSE (Projection)", objective="mse"),
+    "info_nce": Method("InfoNCE", objective="info_nce"),
+    "eclipse": Method("ECLIPSE, raw rows", objective="eclipse"),
+    "eclipse_standardized": Method(
+        "ECLIPSE, standardized rows", objective="eclipse", options={"rows": "standardized"}
+    ),
+    "mmd": Method("InfoNCE + MMD", objective="mmd", options={"info_nce_weight": 1.0, "weight": 2.0}),
+    "sinkhorn": Method("InfoNCE + Sinkhorn", objective="sinkhorn", options={"info_nce_weight": 1.0, "weight": 2.0}),
+    "kl": Method("InfoNCE + KL", objective="kl", options={"info_nce_weight": 1.0, "weight": 2.0}),
+    "uniform_align": Method("uniform-align", objective="uniform_align"),
+    "diffusion": Method("diffusion prior, 25 steps", "diffusion", "diffusion", adapter_options=DIFFUSION),
+    "cs": Method("CS alone", objective="cs"),
+    "paper": Method("CS-Aligner as in the paper", options={"PAPER": True}),
+    "cs_aligner": Method("CS-Aligner, the default recipe"),
+    "half": Method("CS-Aligner, half the pairs", pairs=0.5),
+    "half_unpaired": Method("CS-Aligner, half + unpaired rest", pairs=0.5, unpaired=1.0),
+    "tokens": Method("CS-Aligner + tokens", options={"token_weight": 0.1}, changes={"batch_size": 128}, tokens=True),
+    "lora": Method("CS-Aligner, LoRA", "lora", changes={"batch_size": 128}, adapter_options={}, encoder=True),
+}
+
+PAPER_OPTIONS = {
+    "info_nce_weight": 1.0,
+    "cs_weight": 1.0,
+    "bandwidth": 0.5,
+    "diagonal": True,
+    "temperature": 0.07,
+    "two_sided": True,
+    "source_weight": 0.0,
+    "regression_weight": 0.0,
+}
+"""The paper's objective in its plain form: weight 1, one bandwidth, diagonals included (it states no bandwidth)."""
+
+
+def _swept(title: str, option: str, values) -> dict[str, Method]:
+    return {f"{title}={value}": Method(title, options={option: value}) for value in values}
+
+
+SWEEPS: dict[str, dict[str, Method]] = {
+    "lambda": _swept("lambda", "cs_weight", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    "bandwidth": {
+        **{
+            f"{name}={width}": Method(name, options={"bandwidth": width, "diagonal": name == "diagonal"})
+            for name in ("diagonal", "no diagonal")
+            for width in (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
+        },
+        "mixed=0": Method("mixed", options={"bandwidth": [0.35, 0.5, 1.0], "diagonal": False}),
+        "median=0": Method("median", options={"bandwidth": "median", "diagonal": False}),
+    },
+    "temperature": _swept("temperature", "temperature", (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)),
+    "batch": {f"batch={n}": Method("batch", changes={"batch_size": n}) for n in (64, 128, 256, 512, 1024)},
+    "pairs": {f"pairs={part}": Method("pairs", pairs=part) for part in (0.1, 0.25, 0.5, 1.0)},
+    "unpaired": {f"unpaired={part}": Method("unpaired", pairs=0.1, unpaired=part) for part in (0.0, 0.1, 0.3, 1.0)},
+}

@@ -1,0 +1,35 @@
+"""The study script on small random pairs: it fits, measures, keeps its results and goes on from them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def smoke(folder: Path) -> str:
+    command = [sys.executable, "benchmarks/paper_table.py", "--smoke", "--output", str(folder)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_study_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
+    assert "0 of 12 jobs are done" in smoke(tmp_path)
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines()
+    records = {(r["method"], r["seed"]): r for r in map(json.loads, lines)}
+    assert len(records) == 12
+    gap = {m: records[m, 0]["held_out"]["test"]["centroid_gap"] for m in ("real", "raw_text", "ridge")}
+    assert gap["ridge"] < gap["raw_text"] / 2
+    assert gap["real"] < gap["raw_text"] / 2
+    assert records["eclipse", 0]["parameters"] == records["cs_aligner", 0]["parameters"] > 0
+
+    file.write_text("\n".join(lines[:-2]) + "\n")
+    shown = smoke(tmp_path)
+    assert "10 of 12 jobs are done" in shown
+    again = {(r["method"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
+    assert again.keys() == records.keys()
+    for key, record in records.items():
+        found = again[key]["held_out"]["test"]["kernel_distance"]
+        assert abs(found - record["held_out"]["test"]["kernel_distance"]) < 1e-6
+    assert "| **CS-Aligner, the default recipe** |" in shown
