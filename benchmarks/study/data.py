@@ -1,4 +1,4 @@
-"""The data of the study: the shipped pictures embedded by the tiny CLIP, and real CLIP pairs where they are present."""
+"""The data of the study: the shipped pictures embedded by the tiny CLIP, and real CLIP pairs where there are some."""
 
 import io
 import json

@@ -44,7 +44,7 @@ class Job:
 
 
 def table_jobs(data: list[str], methods: list[str], seeds: int, steps: int | None) -> list[Job]:
-    """Every method with every seed; all methods of a seed before the next seed, so that half a run is a whole table."""
+    """Every method with every seed, seed after seed, so that half a run is a whole table."""
     chosen = [
         Job("table", name, method, seed, steps)
         for seed in range(seeds)

@@ -45,10 +45,8 @@ TABLE = {
     "coral": Method("CORAL (closed form)", "coral"),
     "mse": Method("MSE (Projection)", objective="mse"),
     "info_nce": Method("InfoNCE", objective="info_nce"),
-    "eclipse": Method("ECLIPSE, raw rows", objective="eclipse"),
-    "eclipse_standardized": Method(
-        "ECLIPSE, standardized rows", objective="eclipse", options={"rows": "standardized"}
-    ),
+    "eclipse": Method("ECLIPSE", objective="eclipse"),
+    "eclipse_standardized": Method("ECLIPSE, scaled", objective="eclipse", options={"rows": "standardized"}),
     "mmd": Method("InfoNCE + MMD", objective="mmd", options={"info_nce_weight": 1.0, "weight": 2.0}),
     "sinkhorn": Method("InfoNCE + Sinkhorn", objective="sinkhorn", options={"info_nce_weight": 1.0, "weight": 2.0}),
     "kl": Method("InfoNCE + KL", objective="kl", options={"info_nce_weight": 1.0, "weight": 2.0}),
