@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from tiny import make_pairs
 
 from csdiff import CSDiffError
@@ -22,7 +23,7 @@ def inspect(path, check=False):
 @pytest.fixture(scope="module")
 def original_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("info") / "store"
-    text, image = make_pairs(64, 16, 12)
+    text, image = map(torch.from_numpy, make_pairs(64, 16, 12))
     write_store(folder, text_embeds=text, image_embeds=image, captions=[f"no {index}" for index in range(64)])
     return folder
 

@@ -53,7 +53,7 @@ def test_ctrl_c_is_one_line_and_leaves_whole_files(root, decoder, tmp_path):
         while process.poll() is None and not list(out.glob("*.png")):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130, stderr
@@ -86,7 +86,7 @@ sys.exit(run(action, "csdiff test"))
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.terminate()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 143
     assert stderr == "csdiff test: terminated\n"
     assert list(tmp_path.iterdir()) == []
