@@ -1,0 +1,75 @@
+"""The worked examples of CONTRIBUTING.md, followed in a copy: the shared tests pass over the new parts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BLOCK = re.compile(r'^```(\w+) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+NEW = "gated or energy or linedrawing"
+TESTS = (
+    "tests/adapters/test_contract.py",
+    "tests/losses/test_objectives.py",
+    "tests/losses/test_energy.py",
+    "tests/pipelines/test_decoders.py",
+    "tests/pipelines/test_recipes.py",
+)
+
+
+def apply(path: Path, diff: str) -> None:
+    """Replaces the lines of each hunk that are marked ' ' and '-' by those marked ' ' and '+'."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        after = "".join(line[1:] for line in lines if line[0] in " +")
+        text = path.read_text("utf-8")
+        assert text.count(before) == 1, f"CONTRIBUTING.md shows lines that {path.name} has not (once):\n{before}"
+        path.write_text(text.replace(before, after), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout with the examples followed."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("csdiff", "tests", "configs"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "assets").symlink_to(root / "assets")
+    shutil.copy(root / "pyproject.toml", copy)
+    for language, name, text in BLOCK.findall((root / "CONTRIBUTING.md").read_text("utf-8")):
+        path = copy / name
+        if language == "diff":
+            apply(path, text)
+        else:
+            assert not path.exists(), name
+            path.write_text(text, "utf-8")
+    return copy
+
+
+def test_the_code_of_the_examples_is_clean(checkout: Path):
+    files = ["csdiff/adapters", "csdiff/losses", "csdiff/pipelines/decoders.py", "tests/losses/test_energy.py"]
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache", *files],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_shared_tests_pass_over_the_new_parts(checkout: Path):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS, "-k", NEW]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    where = subprocess.run(
+        [sys.executable, "-c", "import csdiff.adapters.gated as new; print(new.__file__)"],
+        cwd=checkout, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert where.stdout.startswith(str(checkout)), "the tests ran on another copy"
