@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "TwoSampleTest",
             "centroid_gap",
             "distribution_gap",
+            "feature_frechet_distance",
             "frechet_distance",
             "frechet_extrapolated",
             "kernel_distance",

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from csdiff.errors import CSDiffError
 
+PICTURE_BASELINES = ("raw_text", "mean_shift", "ridge", "image")
+
 
 @dataclass
 class EvaluateConfig:
@@ -17,6 +19,8 @@ class EvaluateConfig:
     """Held-out pairs: an embedding store, or captions with images in any form that `csdiff embed` reads."""
     train: str | None = None
     """Pairs to fit the baselines to, in the same forms. Default: they are cross-fitted on the held-out pairs."""
+    split: str = "test"
+    """Split of --data and --pictures where they have several."""
     json: str | None = None
     """File for all the numbers and the manifest."""
     report: str | None = None
@@ -39,6 +43,9 @@ class EvaluateConfig:
     """Draw so many of the prompts, evenly spread. Default: all."""
     num_images: int = 1
     """Pictures for each prompt, of seeds seed, seed + 1, ...; two and more tell the diversity among seeds."""
+    picture_baselines: list[str] = field(default_factory=lambda: ["raw_text", "mean_shift", "ridge", "image"])
+    """Draw these beside the adapters: raw_text, mean_shift, ridge, and image (the true image embeddings: the most that
+    the decoder can do); [] for none. They are drawn once and kept."""
     extractors: list[str] = field(default_factory=list)
     """Feature spaces of the distances between pictures: efficientnet-lite0, inception, or the id of an image
     encoder. Default: efficientnet-lite0."""
@@ -74,6 +81,10 @@ class EvaluateConfig:
                 raise CSDiffError(f"{name}: expected at least {least}, found {value}.")
         if len(set(self.compare)) != len(self.compare) or (len(self.compare) == 1 and self.adapter is None):
             raise CSDiffError(f"compare: expected two or more different adapters, found {', '.join(self.compare)}.")
+        if unknown := set(self.picture_baselines) - set(PICTURE_BASELINES):
+            raise CSDiffError(
+                f"picture_baselines: expected some of {', '.join(PICTURE_BASELINES)}, found {', '.join(unknown)}."
+            )
         if not self.bandwidths or min(self.bandwidths) <= 0:
             raise CSDiffError(f"bandwidths: expected widths above 0, found {self.bandwidths}.")
         if self.prompts is not None and self.decoder is None:

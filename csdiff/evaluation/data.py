@@ -67,7 +67,7 @@ class HeldOutPairs:
 
 @contextmanager
 def open_store(
-    path: str, option: str, card: AdapterCard, device: str | None, progress: bool
+    path: str, option: str, card: AdapterCard, device: str | None, progress: bool, split: str
 ) -> Iterator[EmbeddingStore]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
@@ -95,6 +95,7 @@ def open_store(
         embed(
             EmbedConfig(
                 source=path,
+                split=split,
                 output=f"{folder}/store",
                 text_encoder=encoders["text"],
                 image_encoder=encoders["image"],

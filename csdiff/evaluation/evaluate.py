@@ -105,13 +105,13 @@ def versions() -> dict[str, str | None]:
 def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
     first = next(iter(cards.values()))
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(config.data, "data", first, device, config.progress))
+        store = stack.enter_context(open_store(config.data, "data", first, device, config.progress, config.split))
         for card in cards.values():
             check_fits(card, store, config.data, "data")
         pairs = read_pairs(config.data, store, "data", config.max_rows)
         train = None
         if config.train is not None:
-            fitting = stack.enter_context(open_store(config.train, "train", first, device, config.progress))
+            fitting = stack.enter_context(open_store(config.train, "train", first, device, config.progress, "train"))
             check_fits(first, fitting, config.train, "train")
             train = read_pairs(config.train, fitting, "train", 200_000)
         for name, card in cards.items():

@@ -45,12 +45,13 @@ class ClipExtractor(Extractor):
     Args:
         id: "tiny-clip", a folder, or a hub id.
         device: Where it runs.
+        revision: Branch, tag or commit on the hub.
     """
 
-    def __init__(self, id: str, device: str | torch.device | None = None):
+    def __init__(self, id: str, device: str | torch.device | None = None, revision: str | None = None):
         from csdiff.embeddings import load_image_encoder
 
-        self.name, self.encoder = id, load_image_encoder(id, device)
+        self.name, self.encoder = id, load_image_encoder(id, device, revision=revision)
         self.dim = self.encoder.dim
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,145 @@
+"""Drawing a set of pictures for measurement: batched, and kept on disk, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from csdiff.embeddings.atomic import write_json
+from csdiff.embeddings.fingerprint import file_sha256
+from csdiff.pipelines.decoders import DecoderSource
+from csdiff.pipelines.decoding import DrawingOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw.
+
+    Attributes:
+        prompt: Its text.
+        row: Number of the prompt in the list.
+        image: Number of the picture among those of its prompt.
+        key: Names the picture; follows from the prompt, its repetition and the seed.
+    """
+
+    prompt: str
+    row: int
+    image: int
+    key: str
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the decoder's noise: another one for every picture, the same for every adapter."""
+        return int(self.key[:12], 16)
+
+
+def jobs(prompts: list[str], num_images: int, seed: int) -> list[Job]:
+    """The pictures of a prompt list; an equal prompt further down has other noise."""
+    seen: Counter[str] = Counter()
+    result = []
+    for row, prompt in enumerate(prompts):
+        for image in range(num_images):
+            text = f"{prompt}\n{seen[prompt]}\n{seed + image}"
+            result.append(Job(prompt, row, image, hashlib.sha256(text.encode()).hexdigest()[:32]))
+        seen[prompt] += 1
+    return result
+
+
+class PictureFolder:
+    """Pictures of one source of embeddings, drawn with one decoder and one setting.
+
+    The name of the folder is a hash of everything that decides the pictures, so that pictures of another adapter,
+    decoder or setting are never taken for these.
+
+    Args:
+        output: Folder of all such folders.
+        name: Of the adapter or baseline, for people.
+        settings: Everything that decides the pictures but prompt and seed, JSON-able.
+    """
+
+    def __init__(self, output: str | Path, name: str, settings: dict):
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        readable = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[-40:] or "adapter"
+        self.path, self.settings = Path(output) / f"{readable}-{digest}", settings
+
+    def file(self, job: Job) -> Path:
+        """Where a picture is, or will be."""
+        return self.path / f"{job.key}.png"
+
+    def missing(self, wanted: list[Job]) -> list[int]:
+        """Places in the list of those that are not drawn yet."""
+        return [place for place, job in enumerate(wanted) if not self.file(job).is_file()]
+
+    def write(self, job: Job, picture: Image.Image) -> None:
+        """Write a picture, whole or not at all."""
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True)
+            write_json(self.path / "settings.json", self.settings, indent=2)
+        aside = self.path / f".{job.key}.partial"
+        picture.save(aside, format="PNG")
+        aside.replace(self.file(job))
+
+    def read(self, job: Job) -> Image.Image:
+        """A picture that is there."""
+        with Image.open(self.file(job)) as picture:
+            return picture.convert("RGB")
+
+
+def draw_missing(
+    folder: PictureFolder,
+    wanted: list[Job],
+    image_embeds: Tensor,
+    negative: Tensor | None,
+    decoder,
+    options: DrawingOptions,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Draw what a folder lacks.
+
+    Args:
+        folder: Where pictures are kept.
+        wanted: All pictures of the set.
+        image_embeds: `(len(wanted), D)` raw image embeddings.
+        negative: `(1, D)` the decoder's negative, or None.
+        decoder: From `csdiff.pipelines.decoding.load_decoder`.
+        options: What all pictures share.
+        batch_size: Pictures drawn at once.
+        progress: Show a bar on stderr.
+    """
+    places = folder.missing(wanted)
+    with tqdm(
+        total=len(wanted), initial=len(wanted) - len(places), desc=folder.path.name, disable=not progress
+    ) as bar:
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            drawn = decoder.draw(
+                [wanted[place].prompt for place in batch],
+                image_embeds[batch],
+                None if negative is None else negative.expand(len(batch), -1),
+                [torch.Generator("cpu").manual_seed(wanted[place].noise_seed) for place in batch],
+                options,
+            )
+            for place, picture in zip(batch, drawn, strict=True):
+                folder.write(wanted[place], picture)
+            bar.update(len(batch))
+
+
+def decoder_record(decoder: DecoderSource) -> dict:
+    """What a decoder is; of a local folder the hash of all its weights and settings."""
+    record = {"source": decoder.source, "class": decoder.class_name, "ip_adapter": decoder.ip_adapter, "sha256": None}
+    if Path(decoder.source).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(Path(decoder.source).rglob("*")):
+            if file.suffix in (".safetensors", ".json"):
+                digest.update(f"{file.relative_to(decoder.source).as_posix()} {file_sha256(file)}\n".encode())
+        record["sha256"] = digest.hexdigest()
+    return record

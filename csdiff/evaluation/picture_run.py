@@ -1,0 +1,275 @@
+"""Pictures of every adapter and baseline, drawn with one decoder and measured against reference pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from csdiff.embeddings import load_text_encoder
+from csdiff.errors import CSDiffError
+from csdiff.evaluation.config import EvaluateConfig
+from csdiff.evaluation.drawing import PictureFolder, decoder_record, draw_missing, jobs
+from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitted_predictions
+from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extractor
+from csdiff.evaluation.picture_metrics import picture_metrics
+from csdiff.evaluation.references import References, read_prompts
+from csdiff.pipelines.config import GenerateConfig
+from csdiff.pipelines.decoders import check_pairing, resolve_decoder
+from csdiff.pipelines.decoding import DrawingOptions, load_decoder
+from csdiff.pipelines.embedding import PromptEmbedder
+from csdiff.pipelines.generate import sampling
+from csdiff.pipelines.pairing import AdapterCard
+from csdiff.pipelines.pictures import check_output_folder
+
+SHOWN = 16
+"""Prompts on the contact sheet."""
+_CLIP = "clip"
+
+
+class PictureRun:
+    """Draws and measures pictures.
+
+    Options, pairing and sources are checked here; weights are read by :meth:`measure`.
+
+    Args:
+        config: Every option.
+        cards: Adapters by name.
+
+    Attributes:
+        only: There is nothing but pictures to measure.
+        sheet: After :meth:`measure`, pictures by name of their source, `reference` first, prompt by prompt.
+        sheet_prompts: Prompts of the sheet.
+
+    Raises:
+        CSDiffError: bad input.
+    """
+
+    def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard]):
+        from csdiff.training.data import is_store
+
+        self.config, self.cards = config, cards
+        source = config.pictures or config.data
+        if is_store(source):
+            raise CSDiffError(
+                f"--pictures: expected captioned reference pictures, found the embedding store {source}; give the "
+                "pictures it was made from."
+            )
+        if not Path(source).exists() and ("/" in source.strip("/") or Path(source).suffix):
+            raise CSDiffError(f"--pictures {source}: expected captioned pictures, found nothing there.")
+        self.decoder = resolve_decoder(config.decoder)
+        for card in cards.values():
+            check_pairing(card, self.decoder)
+        check_output_folder(config.output)
+        self.steps, self.guidance = sampling(
+            GenerateConfig(steps=config.steps, guidance=config.guidance), self.decoder
+        )
+        self.references = References.open(source, config.split, "pictures" if config.pictures else "data")
+        self.own_prompts = config.prompts is None
+        prompts = self.references.captions if self.own_prompts else read_prompts(config.prompts)
+        count = min(config.num_prompts or len(prompts), len(prompts))
+        self.places = torch.linspace(0, len(prompts) - 1, count).round().long().unique().tolist()
+        self.prompts = [prompts[place] for place in self.places]
+        self.jobs = jobs(self.prompts, config.num_images, config.seed)
+        self.only = config.data is None
+        self.sheet: dict[str, list[Image.Image]] = {}
+        self.shown = torch.linspace(0, len(self.prompts) - 1, min(SHOWN, len(self.prompts))).long().tolist()
+        self.sheet_prompts = [self.prompts[row] for row in self.shown]
+
+    def measure(self, device: str) -> tuple[dict, dict]:
+        """Draw what is missing, and measure.
+
+        Returns:
+            `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest.
+        """
+        names = self.config.extractors or ["efficientnet-lite0"]
+        extractors = {name: load_extractor(name, device) for name in dict.fromkeys(names)}
+        clip = ClipExtractor(self.config.clip, device)
+        texts = self._encode(load_text_encoder(self.config.clip, device), self.prompts)
+        if texts.shape[1] != clip.dim:
+            raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
+        shown = [self.places[row] for row in self.shown] if self.own_prompts else []
+        # The decoder's own image encoder is needed for baselines: usually the same model, read only once.
+        self.references.extract({**extractors, _CLIP: clip}, shown, self.config.batch_size, self.config.progress)
+        folders = self._draw(device)
+        ids = torch.tensor([job.row for job in self.jobs])
+        real = {name: self.references.features[name] for name in extractors}
+        result = {}
+        for name, folder in folders.items():
+            features = self._features(name, folder, {**extractors, _CLIP: clip})
+            drawn_clip = features.pop(_CLIP)
+            result[name] = picture_metrics(
+                features, real, drawn_clip, self.references.features[_CLIP], texts[ids], ids, self.config.seed
+            )
+        if self.own_prompts:
+            self.sheet = {"reference": [self.references.thumbnails[place] for place in shown], **self.sheet}
+        return {"adapters": result, "real": self._real(real, texts)}, self._manifest(extractors, clip, folders)
+
+    def _real(self, features: dict[str, Tensor], texts: Tensor) -> dict:
+        """Half of the reference pictures against the other half; prompts by their own reference pictures."""
+        order = torch.randperm(
+            len(self.references.captions), generator=torch.Generator().manual_seed(self.config.seed)
+        )
+        left, right = order[: len(order) // 2], order[len(order) // 2 :]
+        clip = self.references.features[_CLIP]
+        own = torch.tensor(self.places)
+        ids = torch.arange(len(own))
+        halves = {name: (value[left], value[right]) for name, value in features.items()}
+        result = picture_metrics(
+            {name: a for name, (a, _) in halves.items()},
+            {name: b for name, (_, b) in halves.items()},
+            clip[left],
+            clip[right],
+            clip[left],
+            torch.arange(len(left)),
+            self.config.seed,
+        )
+        for name in ("clip_score", "picture_to_prompt", "diversity"):
+            result[name] = None
+        if self.own_prompts and len(own) > 1:
+            whole = picture_metrics({}, {}, clip[own], clip, texts, ids, self.config.seed)
+            result |= {name: whole[name] for name in ("clip_score", "picture_to_prompt")}
+        return result
+
+    @torch.no_grad()
+    def _draw(self, device: str) -> dict[str, PictureFolder]:
+        config, folders = self.config, {}
+        record = decoder_record(self.decoder)
+        embedders: dict[str, AdapterCard | None] = dict(self.cards)
+        baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
+        if self.cards and self.decoder.embedding_dim != next(iter(self.cards.values())).text_dim:
+            baselines = [name for name in baselines if name in ("ridge", "image")]
+        metadata = next(iter(self.cards.values())).metadata
+        fitted = {
+            "references": self.references.sha256,
+            "prompts": _hash(self.prompts),
+            "seed": config.seed,
+            "encoders": {side: metadata.get(f"{side}_encoder") for side in ("text", "image")},
+        }
+        for name in [*embedders, *baselines]:
+            card = embedders.get(name)
+            made_by = {"adapter": card.sha256()} if card else {"baseline": name, **fitted}
+            settings = {**made_by, "decoder": record, "steps": self.steps, "guidance": self.guidance}
+            folders[name] = PictureFolder(config.output, name, settings)
+        missing = {name: folder for name, folder in folders.items() if folder.missing(self.jobs)}
+        if not missing:
+            return folders
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        embedded: dict[str, Tensor] = {}
+        negative = None
+        for name in (name for name in missing if name in self.cards):
+            embedder = PromptEmbedder(self.cards[name], self.decoder, torch.device(device), dtype)
+            embedded[name] = self._embed(embedder)
+            if negative is None and self.guidance > 1:
+                negative = embedder.negative(None)
+        if any(name in baselines for name in missing):
+            embedded |= self._baselines(device, dtype)
+            if negative is None and self.guidance > 1:
+                card = next(iter(self.cards.values()))
+                negative = PromptEmbedder(card, self.decoder, torch.device(device), dtype).negative(None)
+        decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
+        options = DrawingOptions(self.steps, self.guidance)
+        for name, folder in missing.items():
+            draw_missing(
+                folder, self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress
+            )
+        return folders
+
+    def _embed(self, embedder: PromptEmbedder) -> Tensor:
+        if embedder.samples:
+            generators = [torch.Generator("cpu").manual_seed(job.noise_seed) for job in self.jobs]
+            return embedder.embed([job.prompt for job in self.jobs], generators)
+        return embedder.embed(self.prompts)[[job.row for job in self.jobs]]
+
+    def _baselines(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
+        card = next(iter(self.cards.values()))
+        known = {
+            side: card.metadata.get(f"{side}_encoder") or self.decoder.encoder(side) for side in ("text", "image")
+        }
+        if not all((value or {}).get("id") for value in known.values()):
+            raise CSDiffError(
+                f"picture_baselines: neither the adapter {card.path} nor the decoder {self.decoder.source} names the "
+                "encoders they need; give --picture_baselines []."
+            )
+        limit = (card.metadata.get("tokenizer") or {}).get("max_length")
+        options = {name: known["text"].get(name) for name in ("revision", "pooling")}
+        encoder = load_text_encoder(known["text"]["id"], device, max_length=limit, **options)
+        captions = self._encode(encoder, self.references.captions)
+        if known["image"]["id"] == self.config.clip:
+            image = self.references.features[_CLIP]
+        else:
+            other = References(self.references.source, self.config.split, self.references.captions)
+            extractor = ClipExtractor(known["image"]["id"], device, known["image"].get("revision"))
+            other.extract({_CLIP: extractor}, [], self.config.batch_size, self.config.progress)
+            image = other.features[_CLIP]
+        if self.own_prompts:
+            ids = torch.arange(len(captions))
+            made = {
+                name: value[self.places]
+                for name, value in cross_fitted_predictions(captions, image, ids, seed=self.config.seed).items()
+            }
+            made["image"] = image[self.places]
+        else:
+            made = baseline_predictions(captions, image, self._encode(encoder, self.prompts))
+        rows = [job.row for job in self.jobs]
+        return {name: value[rows].to(device, dtype) for name, value in made.items()}
+
+    @staticmethod
+    def _encode(encoder, texts: list[str]) -> Tensor:
+        parts = [
+            encoder.encode(texts[start : start + 128]).embeds.float().cpu() for start in range(0, len(texts), 128)
+        ]
+        return torch.cat(parts)
+
+    def _features(self, name: str, folder: PictureFolder, extractors: dict[str, Extractor]) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {key: [] for key in extractors}
+        shown: dict[int, Image.Image | None] = dict.fromkeys(self.shown)
+        for start in tqdm(
+            range(0, len(self.jobs), self.config.batch_size),
+            desc=f"features of {name}",
+            disable=not self.config.progress,
+        ):
+            batch = self.jobs[start : start + self.config.batch_size]
+            pictures = [folder.read(job) for job in batch]
+            for job, picture in zip(batch, pictures, strict=True):
+                if job.row in shown and job.image == 0:
+                    shown[job.row] = picture
+            for key, extractor in extractors.items():
+                parts[key].append(extractor(pictures))
+        self.sheet[name] = list(shown.values())
+        return {key: torch.cat(values) for key, values in parts.items()}
+
+    def _manifest(self, extractors: dict[str, Extractor], clip: Extractor, folders: dict[str, PictureFolder]) -> dict:
+        return {
+            "prompts": {
+                "source": self.config.prompts or self.references.source,
+                "count": len(self.prompts),
+                "sha256": _hash(self.prompts),
+            },
+            "references": {
+                "source": self.references.source,
+                "count": len(self.references.captions),
+                "sha256": self.references.sha256,
+            },
+            "seeds": [self.config.seed + image for image in range(self.config.num_images)],
+            "noise": "one torch generator a picture, on the CPU, seeded with the first 12 hexadecimal digits of "
+            "sha256(prompt, number of equal prompts before it, seed)",
+            "decoder": decoder_record(self.decoder),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "batch_size": self.config.batch_size,
+            "extractors": {name: extractor.describe() for name, extractor in extractors.items()},
+            "clip": clip.describe(),
+            "folders": {name: str(folder.path) for name, folder in folders.items()},
+        }
+
+
+def _hash(prompts: list[str]) -> str:
+    """Hash of a list of prompts, in order."""
+    return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()

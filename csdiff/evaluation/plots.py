@@ -1,0 +1,178 @@
+"""Plots of embeddings, as matplotlib figures without global state: to save, to embed, or for a web page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csdiff.errors import CSDiffError
+from csdiff.evaluation.distances import unit
+from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
+
+TEXT, IMAGE, PREDICTED = "#d55e00", "#0072b2", "#009e73"
+"""Colours that stay apart for colour-blind readers (Okabe and Ito)."""
+OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000")
+PROJECTIONS = ("pca", "tsne")
+_LIMIT = 600
+
+
+def plot_projection(
+    text: Tensor | None, image: Tensor, predicted: Tensor, method: str = "pca", seed: int = 0, limit: int = _LIMIT
+):
+    """The modality gap before and after: unit vectors of text and images, and of predictions and images, in a plane.
+
+    Both panels show one projection, fitted to all sets together, so that places can be compared between them.
+
+    Args:
+        text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
+        image: `(N, D)` real image embeddings.
+        predicted: `(N, D)` predictions, row i for the picture of row i.
+        method: "pca" or "tsne".
+        seed: Of the points shown and of t-SNE.
+        limit: Points shown of each set.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        CSDiffError: scikit-learn or matplotlib is not installed, or another method.
+    """
+    if method not in PROJECTIONS:
+        raise CSDiffError(f"plot_projection: expected one of {', '.join(PROJECTIONS)}, found {method!r}.")
+    count = min(len(image), limit)
+    rows = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))[:count]
+    sets = {"images": unit(image[rows].cpu()), "predictions": unit(predicted[rows].cpu())}
+    if text is not None and text.shape[1] == image.shape[1]:
+        sets["text"] = unit(text[rows].cpu())
+    plane = _project(np.concatenate([z.numpy() for z in sets.values()]), method, seed)
+    places = dict(zip(sets, np.split(plane, len(sets)), strict=True))
+    panels = [("text", TEXT, "before: text and images")] if "text" in sets else []
+    panels.append(("predictions", PREDICTED, "after: predictions and images"))
+    figure = _figure(4.2 * len(panels), 4)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, (name, colour, title) in zip(axes, panels, strict=True):
+        pairs = np.stack([places["images"], places[name]], axis=1)[:40]
+        axis.plot(*pairs.transpose(2, 1, 0), color="0.8", linewidth=0.5, zorder=0)
+        axis.scatter(*places["images"].T, s=7, color=IMAGE, label="images", alpha=0.6, linewidths=0)
+        axis.scatter(*places[name].T, s=7, color=colour, label=name, alpha=0.6, linewidths=0)
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.legend(loc="best", frameon=False, markerscale=2)
+    figure.supxlabel(
+        f"{'PCA' if method == 'pca' else 't-SNE'} of unit vectors; lines join 40 of the pairs", fontsize=9
+    )
+    return figure
+
+
+def _project(rows: np.ndarray, method: str, seed: int) -> np.ndarray:
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise CSDiffError("plots need scikit-learn; pip install 'csdiff[eval]'.") from error
+    if method == "pca":
+        return PCA(2, random_state=seed).fit_transform(rows)
+    reduced = PCA(min(50, *rows.shape), random_state=seed).fit_transform(rows)
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(reduced)
+
+
+def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, image_ids: Tensor | None = None):
+    """Histograms of cosine similarity to the true image and to other images, before and after.
+
+    Args:
+        text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
+        image: `(N, D)` real image embeddings.
+        predicted: `(N, D)` predictions.
+        image_ids: `(N,)` picture of each row; by default equal image embeddings are one picture.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    ids = image_identities(image) if image_ids is None else image_ids
+    panels = [("before: text", text, TEXT)] if text is not None and text.shape[1] == image.shape[1] else []
+    panels.append(("after: predictions", predicted, PREDICTED))
+    figure = _figure(4.2 * len(panels), 3.2)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    y = unit(image)
+    # A fixed number of shifts pairs every row with rows of other pictures, without an N x N matrix.
+    shifts = np.unique(np.linspace(1, len(y) - 1, min(len(y) - 1, 64)).astype(int)).tolist()
+    for axis, (title, rows, colour) in zip(axes, panels, strict=True):
+        z = unit(rows)
+        paired = (z * y).sum(1).cpu().numpy()
+        other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts]).cpu().numpy()
+        bins = np.linspace(-0.4, 1, 57)
+        axis.hist(np.clip(other, -0.4, 1), bins, density=True, color="0.75", label="other images")
+        axis.hist(np.clip(paired, -0.4, 1), bins, density=True, color=colour, alpha=0.75, label="true image")
+        axis.set(title=title, xlabel="cosine similarity to", yticks=[])
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("density")
+    return figure
+
+
+def plot_retrieval(
+    predictions: Mapping[str, Tensor], image: Tensor, image_ids: Tensor | None = None, ks: Sequence[int] | None = None
+):
+    """Recall at every k, captions to pictures and pictures to captions.
+
+    Args:
+        predictions: `(N, D)` by name; one line each.
+        image: `(N, D)` real image embeddings.
+        image_ids: `(N,)` picture of each row; by default equal image embeddings are one picture.
+        ks: By default up to 50, or the number of pictures.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    ids = image_identities(image) if image_ids is None else image_ids
+    first = first_rows(ids)
+    pictures, picture_ids = image[first], ids[first]
+    ks = list(ks or range(1, min(50, len(first)) + 1))
+    figure = _figure(8.4, 3.6)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for (name, rows), colour in zip(predictions.items(), _colours(predictions), strict=True):
+        forward = retrieval_ranks(rows, pictures, ids, picture_ids).curve(ks)
+        backward = retrieval_ranks(pictures, rows, picture_ids, ids).curve(ks)
+        for axis, curve in zip(axes, (forward, backward), strict=True):
+            axis.plot(ks, curve, color=colour, label=name, linewidth=1.6)
+    for axis, title in zip(axes, ("text to image", "image to text"), strict=True):
+        axis.set(title=title, xlabel="k", ylim=(0, 1), xscale="log")
+        axis.grid(alpha=0.3)
+        axis.set_xticks([k for k in (1, 5, 10, 50) if k <= ks[-1]])
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_formatter("")
+    axes[0].set_ylabel(f"recall at k, {len(first)} pictures")
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def _colours(names: Mapping) -> list[str]:
+    fixed = {"raw text": TEXT, "mean shift": "0.6", "ridge": "0.3"}
+    rest = iter((PREDICTED, *OTHERS) * (1 + len(names) // 5))
+    return [fixed[name] if name in fixed else next(rest) for name in names]
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CSDiffError("plots need matplotlib; pip install 'csdiff[eval]'.") from error
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_base64(picture) -> str:
+    """A figure or a PIL picture as a base64 PNG."""
+    file = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        # Without the date and version that matplotlib would add, equal figures are equal files.
+        picture.savefig(file, format="png", metadata={"Software": None})
+    else:
+        picture.save(file, format="PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()

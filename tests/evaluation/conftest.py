@@ -1,0 +1,50 @@
+"""Adapters for a store of 64 pairs, one that fits it and one that does not, and a folder of captioned pictures."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from csdiff.adapters import LinearAdapter
+from csdiff.embeddings import EmbeddingStore, load_image_encoder, load_text_encoder
+
+
+@pytest.fixture(scope="session")
+def adapters(plain_store, tmp_path_factory):
+    """Folders of adapters `good` (a mean shift) and `bad` (the same, moved along one direction)."""
+    folder = tmp_path_factory.mktemp("adapters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        good = LinearAdapter.fit(EmbeddingStore.open(plain_store), "mean_shift")
+    good.save_pretrained(folder / "good")
+    good.linear.bias.data[0] += 3
+    good.save_pretrained(folder / "bad")
+    return {name: str(folder / name) for name in ("good", "bad")}
+
+
+@pytest.fixture(scope="session")
+def captioned_pictures(tmp_path_factory):
+    """Twelve pictures of noise about a colour, with two captions each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    rows = []
+    for index in range(12):
+        colour = noise.integers(0, 256, 3)
+        pixels = np.clip(colour + noise.normal(0, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "captions": [f"apple number {index}", f"a red thing {index * 7}"]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_adapter(tiny_clip, tmp_path_factory):
+    """An adapter of the tiny CLIP that leaves embeddings as they are."""
+    adapter = LinearAdapter(embedding_dim=16, method="mean_shift")
+    text, image = load_text_encoder(str(tiny_clip)), load_image_encoder(str(tiny_clip))
+    adapter.metadata = {"text_encoder": text.describe(), "image_encoder": image.describe()}
+    folder = tmp_path_factory.mktemp("adapters") / "identity"
+    adapter.save_pretrained(folder)
+    return folder
