@@ -93,6 +93,13 @@ COMMANDS = {
             "csdiff export runs/mine --format prior --dtype fp16 --output my-prior",
         ),
     ),
+    "app": Command(
+        "csdiff.app.config:AppConfig",
+        "csdiff.app:serve",
+        "a page in the browser: pictures, blends, a look inside adapters and stores",
+        USE,
+        examples=("csdiff app", "csdiff app --adapter runs/mine --port 8000"),
+    ),
     "info": Command(
         "csdiff.info.config:InfoConfig",
         "csdiff.info:inspect_path",

@@ -1,0 +1,146 @@
+"""The models behind the page: loaded once, shared by everyone, changed by no one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csdiff.app.config import AppConfig
+from csdiff.app.ridge import fit_ridge
+from csdiff.app.streaming import Report
+from csdiff.embeddings import load_image_encoder
+from csdiff.errors import CSDiffError
+from csdiff.pipelines.config import GenerateConfig
+from csdiff.pipelines.decoders import DecoderSource, check_pairing, resolve_decoder
+from csdiff.pipelines.decoding import load_decoder
+from csdiff.pipelines.embedding import PromptEmbedder
+from csdiff.pipelines.generate import device_and_dtype
+from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
+from csdiff.resources import assets_dir
+
+logger = logging.getLogger(__name__)
+
+RAW_TEXT = "none"
+SHIPPED = "shipped"
+
+
+class Models:
+    """Adapters with their encoders, decoders and ridge maps, by what they were loaded from.
+
+    Two of each are kept. A pipeline holds the state of the drawing that goes on, so that drawings take turns: whoever
+    uses the models holds `turn`.
+
+    Args:
+        config: device, number format and offloading.
+    """
+
+    def __init__(self, config: AppConfig):
+        self.config = config
+        self.device, self.dtype = device_and_dtype(GenerateConfig(device=config.device, dtype=config.dtype))
+        self._turn = threading.Lock()
+        self._kept: OrderedDict[tuple, Any] = OrderedDict()
+
+    @contextmanager
+    def turn(self, report: Report) -> Iterator[None]:
+        """Waits until the models are free; `report` is called while waiting, and may raise to give up."""
+        while not self._turn.acquire(timeout=0.2):
+            report("Waiting for the models")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def warm_up(self) -> None:
+        """Loads what the page starts with, while its reader still reads."""
+        try:
+            with self.turn(lambda _: None):
+                card, source = self.find(None, None)
+                self.embedder(card, source)
+                self.decoder(source)
+        except Exception:
+            # whoever draws is told the reason
+            logger.debug("The models could not be loaded ahead", exc_info=True)
+
+    def adapter_option(self, chosen: str | None) -> str | None:
+        """What was chosen on the page as an option of `csdiff generate`: the page's own adapter where it is empty."""
+        chosen = (chosen or "").strip() or self.config.adapter
+        return None if chosen == SHIPPED else chosen
+
+    def decoder_option(self, chosen: str | None) -> str:
+        """The same for the decoder."""
+        return (chosen or "").strip() or self.config.decoder
+
+    def find(self, adapter: str | None, decoder: str | None) -> tuple[AdapterCard | None, DecoderSource]:
+        """The adapter's card (None for raw text) and the decoder, checked to fit; reads no weights.
+
+        Raises:
+            CSDiffError: nothing there, or the two do not fit.
+        """
+        source = resolve_decoder(self.decoder_option(decoder))
+        adapter = self.adapter_option(adapter)
+        if adapter == RAW_TEXT:
+            return None, source
+        card = read_adapter_card(adapter or assets_dir() / "adapter")
+        check_pairing(card, source)
+        return card, source
+
+    def embedder(self, card: AdapterCard | None, source: DecoderSource) -> PromptEmbedder:
+        """Text encoder and adapter."""
+        key = ("embedder", _state(card), source.source)
+        return self._keep(key, lambda: PromptEmbedder(card, source, self.device, self.dtype))
+
+    def decoder(self, source: DecoderSource):
+        """The decoder of `csdiff.pipelines.decoding`."""
+        return self._keep(
+            ("decoder", source.source, str(source.ip_adapter)),
+            lambda: load_decoder(source, self.device, self.dtype, self.config.offload, progress=False),
+        )
+
+    def ridge(self, card: AdapterCard | None, source: DecoderSource):
+        """The ridge map between the encoders of an adapter.
+
+        Raises:
+            CSDiffError: there are no pairs to fit it to.
+        """
+        return self._keep(("ridge", _state(card), source.source), lambda: fit_ridge(card, source).to(self.device))
+
+    @torch.no_grad()
+    def image_embeds(self, embedder: PromptEmbedder, picture) -> Tensor:
+        """A picture as a raw image embedding `(1, D)`.
+
+        Raises:
+            CSDiffError: neither decoder nor adapter names the image encoder.
+        """
+        known = embedder.image_encoder or {}
+        if not known.get("id"):
+            raise CSDiffError("Neither the decoder nor the adapter names an image encoder, which pictures need.")
+        encoder = self._keep(
+            ("image encoder", known["id"], known.get("revision")),
+            lambda: load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision")),
+        )
+        return encoder.encode([picture]).embeds.to(self.dtype)
+
+    def _keep(self, key: tuple, load: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            alike = [other for other in self._kept if other[0] == key[0]]
+            if len(alike) >= 2:
+                del self._kept[alike[0]]
+            self._kept[key] = load()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def _state(card: AdapterCard | None) -> tuple | None:
+    """An adapter as it is now: one that is trained again in the same folder is another one."""
+    if card is None:
+        return None
+    files = sorted(file for file in Path(card.path).iterdir() if file.suffix in (".json", ".safetensors"))
+    return (str(card.path), *((file.name, file.stat().st_mtime_ns) for file in files))

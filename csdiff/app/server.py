@@ -1,0 +1,210 @@
+"""Serving the page: on this machine alone unless asked, and never with anything from elsewhere."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from csdiff.app.config import AppConfig
+from csdiff.errors import CSDiffError
+
+PASSWORD = "CSDIFF_APP_PASSWORD"
+# Read by gradio and huggingface_hub when they are imported.
+QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_MCP_SERVER": "False"}
+# Whatever a model card or a library asks for, the browser fetches from here alone.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+SECONDS_AFTER_WRONG_PASSWORD = 1.0
+
+
+class LocalOnly:
+    """ASGI middleware that forbids browsers to fetch anything from elsewhere."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def with_policy(message):
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", []))
+                headers.append((b"content-security-policy", CONTENT_SECURITY_POLICY.encode()))
+                headers.append((b"referrer-policy", b"same-origin"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+
+
+@dataclass
+class Server:
+    """A page that is being served.
+
+    Attributes:
+        url: Where.
+    """
+
+    url: str
+    _page: object
+    _inspector: object
+    _folder: Path
+
+    def close(self) -> None:
+        """Stops serving and removes the uploads and pictures."""
+        self._page.close(verbose=False)
+        self._inspector.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def serve(config: AppConfig) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        CSDiffError: gradio is not installed, an option is wrong, the port is taken, or an address that others reach
+            has no password.
+    """
+    server = start(config)
+    try:
+        print(f"csdiff app: {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        if config.open_browser:
+            import webbrowser
+
+            webbrowser.open(server.url)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\ncsdiff app: ended", file=sys.stderr)
+    finally:
+        server.close()
+
+
+def start(config: AppConfig) -> Server:
+    """Serves the page in the background; raises as :func:`serve`."""
+    password = config.password if config.password is not None else os.environ.get(PASSWORD)
+    check_options(config, password)
+    port = free_port(config.host, config.port)
+    folder = Path(tempfile.mkdtemp(prefix="csdiff-app-"))
+    os.environ.update(QUIET)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        page, inspector, theme, css = _build(config)
+        page.queue(max_size=config.max_waiting, api_open=False)
+        _, url, _ = page.launch(
+            server_name=config.host,
+            server_port=port,
+            auth=(lambda _, given: right_password(given, password)) if password else None,
+            auth_message="Any name, and the password of this page." if password else None,
+            max_file_size=config.max_upload_mb * 10**6,
+            app_kwargs={"middleware": [_middleware()], "docs_url": None, "redoc_url": None},
+            theme=theme,
+            css=css,
+            footer_links=[],
+            run_history=False,
+            share=False,
+            inline=False,
+            inbrowser=False,
+            quiet=True,
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            prevent_thread_lock=True,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Server(url, page, inspector, folder)
+
+
+def _build(config: AppConfig):
+    try:
+        import gradio  # noqa: F401
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise CSDiffError(f'The page needs {error.name}; pip install "csdiff[app]".') from error
+    from csdiff.app.inspection import Inspector
+    from csdiff.app.models import Models
+    from csdiff.app.page import build_page
+    from csdiff.app.theme import CSS, theme
+
+    models = Models(config)
+    # a bad --adapter or --decoder is said at once, not at the first press of a button
+    models.find(None, None)
+    inspector = Inspector(str(models.device))
+    threading.Thread(target=models.warm_up, daemon=True).start()
+    return build_page(models, inspector), inspector, theme(), CSS
+
+
+def _middleware():
+    from starlette.middleware import Middleware
+
+    return Middleware(LocalOnly)
+
+
+def check_options(config: AppConfig, password: str | None) -> None:
+    """Refuses numbers out of range, and an address that others reach without a password.
+
+    Raises:
+        CSDiffError: naming the option.
+    """
+    if not 0 <= config.port <= 65535:
+        raise CSDiffError(f"port: expected a number from 0 to 65535, found {config.port}.")
+    for name in ("max_images", "max_upload_mb", "max_waiting"):
+        if getattr(config, name) < 1:
+            raise CSDiffError(f"{name}: expected a whole number of 1 or more, found {getattr(config, name)}.")
+    if password is not None and not password:
+        raise CSDiffError("password: expected a password, found an empty one.")
+    if not is_loopback(config.host) and not password:
+        raise CSDiffError(
+            f"host: {config.host} can be reached by others, which needs a password; give --password or set the "
+            f"environment variable {PASSWORD}, or leave --host out."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def right_password(given: str, password: str) -> bool:
+    """Compares in constant time; a wrong one costs a second."""
+    if hmac.compare_digest(given.encode(), password.encode()):
+        return True
+    time.sleep(SECONDS_AFTER_WRONG_PASSWORD)
+    return False
+
+
+def free_port(host: str, port: int) -> int:
+    """The port itself, or a free one for 0.
+
+    Raises:
+        CSDiffError: it is taken, or this machine does not have the address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # as servers do: a port that was closed a moment ago is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise CSDiffError(
+                f"Cannot serve on {host}, port {port} ({getattr(error, 'strerror', None) or error}); give another "
+                "--port (0 takes a free one) or --host."
+            ) from error
+        return probe.getsockname()[1]

@@ -1,0 +1,81 @@
+"""How the page looks: system fonts, one accent, nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import html
+
+import gradio as gr
+
+from csdiff.app.drawing import Progress
+
+FONTS = ("system-ui", "sans-serif")
+MONOSPACE = ("ui-monospace", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """A quiet theme."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        secondary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=FONTS,
+        font_mono=MONOSPACE,
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        body_background_fill="*neutral_50",
+        block_background_fill="white",
+        block_border_width="1px",
+        block_label_background_fill="transparent",
+        block_label_border_width="0px",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+    )
+
+
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container .examples, .gradio-container .gallery { background: none; }
+#models-status:empty { display: none; }
+#head h1 { font-size: 1.5rem; margin: 0.2rem 0 0; letter-spacing: -0.01em; }
+#head p { margin: 0.1rem 0 0; color: var(--body-text-color-subdued); }
+.status { min-height: 2.6rem; }
+.status p { margin: 0 0 0.35rem; font-size: 0.9rem; color: var(--body-text-color-subdued); }
+.status .bar { height: 4px; border-radius: 2px; background: var(--neutral-200); overflow: hidden; }
+.status .bar div { height: 100%; background: var(--primary-600); transition: width 0.2s; }
+.status .bar.waiting div { width: 30%; animation: wait 1.4s ease-in-out infinite alternate; }
+.status p.error { color: #b42318; font-weight: 600; }
+.status p.note { color: #8a5a00; }
+@keyframes wait { from { margin-left: 0; } to { margin-left: 70%; } }
+.strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
+.metrics { overflow-x: auto; }
+.metrics table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
+.metrics th, .metrics td { padding: 0.25rem 0.7rem; text-align: right;
+  border-bottom: 1px solid var(--border-color-primary);
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+.metrics th:first-child, .metrics td:nth-child(2) { text-align: left; font-weight: 400; }
+.metrics td:nth-child(2) { color: var(--body-text-color-subdued); }
+.metrics thead th { font-weight: 600 !important; }
+.metrics td:nth-child(3) { font-weight: 600; }
+"""
+
+
+def status(progress: Progress | None = None, error: str = "", notes: tuple[str, ...] = (), done: str = "") -> str:
+    """The line under the button as HTML: progress with a bar, an error in a sentence, or what was done."""
+    parts = []
+    if error:
+        parts.append(f"<p class='error' role='alert'>{html.escape(error)}</p>")
+    elif progress is not None:
+        parts.append(f"<p>{html.escape(progress.text)}</p>")
+        if progress.total:
+            share = min(100, round(100 * progress.done / progress.total))
+            parts.append(f"<div class='bar'><div style='width:{share}%'></div></div>")
+        else:
+            parts.append("<div class='bar waiting'><div></div></div>")
+    elif done:
+        parts.append(f"<p>{html.escape(done)}</p>")
+    parts += [f"<p class='note'>{html.escape(note)}</p>" for note in notes]
+    return f"<div class='status' aria-live='polite'>{''.join(parts)}</div>"
