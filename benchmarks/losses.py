@@ -2,6 +2,7 @@
 
     python benchmarks/losses.py            # the table, about 20 minutes on two idle cores
     python benchmarks/losses.py --quick    # a minute
+    python benchmarks/losses.py --small    # only N up to 1024, without memory
     python benchmarks/losses.py --full     # also N = 32,768 and 65,536; hours on a processor
 
 Prints markdown. Every time stands as a ratio to the bare matrix products of the same shapes: every contestant runs
@@ -272,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
     parser.add_argument("--full", action="store_true", help="also the sizes that take hours on a processor")
+    parser.add_argument("--small", action="store_true", help="only N up to 1024")
     parser.add_argument("--headline", action="store_true", help="only N = 8192, D = 1280")
     parser.add_argument("--keops", action="store_true", help="also KeOps, which compiles for each D")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -299,13 +301,17 @@ def main() -> None:
     if args.headline:
         divergence_table(args, headline)
         return memory_table(args, [(8192, 1280)])
-    small = [(n, dim, f32, False) for n in (256, 1024) for dim in (512, 768, 1280)]
+    small = [(n, dim, f32, False) for n in (64, 256, 1024) for dim in (512, 768, 1280)]
+    pairs = [(64, 512), (256, 512), (1024, 512)]
+    if args.small:
+        divergence_table(args, small)
+        return info_nce_table(args, pairs)
     middle = [(4096, dim, f32, both) for dim in (512, 768, 1280) for both in (False, True)]
     large = [(8192, 1280, f32, True), (8192, 1280, bf16, False), (16384, 768, f32, False)]
     if args.full:
         large += [(32768, 768, f32, False), (65536, 768, f32, False), (65536, 768, bf16, False)]
     divergence_table(args, small + middle + headline + large)
-    info_nce_table(args, [(256, 512), (1024, 512), (4096, 768), (8192, 1280)])
+    info_nce_table(args, [*pairs, (4096, 768), (8192, 1280)])
     token_table(args, 32)
     return memory_table(args, [(4096, 1280), (8192, 1280), (16384, 768)] + ([(65536, 768)] if args.full else []))
 

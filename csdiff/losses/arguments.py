@@ -1,6 +1,8 @@
 """Checks of what callers pass in, at the public edge; each failure is one sentence that names the argument."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -42,19 +44,27 @@ def check_same_width(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) 
 
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float, or raise ValueError unless it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number > 0; found {value!r}")
     return float(value)
 
 
 def check_weight(name: str, value: float) -> float:
     """Return `value` as a float, or raise ValueError unless it is a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number >= 0; found {value!r}")
     return float(value)
 
 
 def check_block_size(block_size: int | None) -> None:
     """Raise ValueError unless `block_size` is None or a positive integer."""
-    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+    whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
+    if block_size is not None and not (whole and block_size >= 1):
         raise ValueError(f"block_size must be None or an integer >= 1; found {block_size!r}")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which autocast is off; entering one costs time, so none is entered where it is off already."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)

@@ -14,7 +14,7 @@ MEDIAN_ROWS = 2048
 
 
 def check_bandwidth(bandwidth: Bandwidth) -> None:
-    """Raise ValueError unless `bandwidth` is a positive float, a 0-d tensor, a sequence of them, or a rule's name."""
+    """Raise ValueError unless `bandwidth` is a positive number, a 0-d tensor, a sequence of them, or a rule's name."""
     if not isinstance(bandwidth, str):
         as_widths(bandwidth)
     elif bandwidth not in RULES:
@@ -31,6 +31,9 @@ def as_widths(bandwidth: float | Tensor | Sequence[float]) -> tuple[float, ...]:
             )
         if bandwidth.dim() > 1:
             raise ValueError(f"bandwidth must be a 0-d or 1-d tensor; found shape {tuple(bandwidth.shape)}")
+        bandwidth = bandwidth.detach()
+    if hasattr(bandwidth, "tolist"):
+        # Tensors, and the numbers and arrays of numpy.
         bandwidth = bandwidth.tolist()
     widths = bandwidth if isinstance(bandwidth, Sequence) else (bandwidth,)
     if not widths:

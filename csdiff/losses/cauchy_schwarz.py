@@ -1,10 +1,14 @@
 """The Cauchy-Schwarz divergence between two sets of points, and the terms it is made of."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from .arguments import check_matrix, check_same_width, without_autocast
 from .bandwidth import Bandwidth
 from .kernel_terms import KernelOptions, log_mean_kernels
+from .small_sets import small_divergence
 
 
 def cauchy_schwarz_divergence(
@@ -61,7 +65,7 @@ def cauchy_schwarz_divergence(
     Raises:
         ValueError: `N = 0` or `M = 0`, D that differ, rows that are not finite, `bandwidth <= 0`, an unknown rule, a
             bandwidth that requires a gradient, `diagonal=False` with a single row, `block_size < 1`, `within_y` with a
-            y that requires a gradient.
+            y that requires a gradient or a value that is no logarithm of a mean kernel.
 
     Source:
         Yin et al., "CS-Aligner", arXiv 2502.17028; Jenssen, Principe, Erdogmus, Eltoft, "The Cauchy-Schwarz divergence
@@ -69,8 +73,16 @@ def cauchy_schwarz_divergence(
     """
     if within_y is not None and isinstance(y, Tensor) and y.requires_grad:
         raise ValueError("within_y is a constant, but y requires a gradient; pass y.detach() or leave within_y out")
+    constant = None if within_y is None else _check_constant(within_y)
     options = KernelOptions(bandwidth, diagonal, normalize, block_size, group)
-    log_xx, log_yy, log_xy = log_mean_kernels(x, y, options, yy=True if within_y is None else float(within_y))
+    check_matrix("x", x)
+    check_matrix("y", y)
+    check_same_width(x, y)
+    with without_autocast(x.device):
+        found = small_divergence(x, y, options, constant)
+    if found is not None:
+        return found
+    log_xx, log_yy, log_xy = log_mean_kernels(x, y, options, yy=True if constant is None else constant)
     divergence = log_xx + log_yy - 2 * log_xy
     if diagonal:
         # Rounding may leave a value just below zero where the true one is zero; the gradient is left alone.
@@ -117,6 +129,16 @@ def log_mean_kernel(
     options = KernelOptions(bandwidth, diagonal, normalize, block_size, group)
     log_xx, _, log_xy = log_mean_kernels(x, y, options, xx=y is None, yy=False)
     return (log_xx if y is None else log_xy).to(_result_dtype(x, y))
+
+
+def _check_constant(within_y: Tensor | float) -> float:
+    if isinstance(within_y, Tensor) and within_y.numel() != 1:
+        raise ValueError(f"within_y must be log V(y, y), one number; found shape {tuple(within_y.shape)}")
+    value = float(within_y)
+    # Rounding may leave that of a very wide kernel just above zero.
+    if not (math.isfinite(value) and value <= 1e-6):
+        raise ValueError(f"within_y must be log V(y, y), a finite number <= 0; found {value}")
+    return value
 
 
 def _result_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:

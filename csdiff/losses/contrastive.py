@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_block_size, check_matrix, check_positive, check_same_width
-from .dense import unit_rows
+from .arguments import check_block_size, check_matrix, check_positive, check_same_width, without_autocast
+from .dense import differentiable_info_nce
 from .process_group import gather_numbers, gather_rows
 from .row_set import BLOCK, RowSet, wide_dtype
+from .small_sets import PLAIN_REACH, small_info_nce
 
 # Logits above this lose the fifth digit of their softmax in float32.
 FLOAT32_REACH = 200.0
-# Logits up to this can be exponentiated as they are.
-PLAIN_REACH = 60.0
 # Up to this many pairs the logits are kept between the two passes.
 KEPT_PAIRS = 2**24
 
@@ -86,52 +85,69 @@ def info_nce(
             raise ValueError(f"temperature must have one element; found shape {tuple(temperature.shape)}")
         check_positive("temperature", temperature.item())
     else:
-        temperature = torch.tensor(check_positive("temperature", temperature), dtype=torch.float64)
+        temperature = check_positive("temperature", temperature)
     options = _Options(two_sided, normalize, block_size, group)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        value = _InfoNCE.apply(x, y, temperature, options, torch.is_grad_enabled())
-    return value.to(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32))
+    with without_autocast(x.device):
+        if group is None and block_size is None:
+            found = small_info_nce(x, y, temperature, two_sided, normalize)
+            if found is not None:
+                return found
+        return _InfoNCE.apply(x, y, temperature, options, torch.is_grad_enabled())
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, temperature, options, with_gradient):
-        x_grad, y_grad, t_grad = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
-        left = RowSet("x", x, normalize=options.normalize, group=options.group)
-        right = RowSet("y", y, normalize=options.normalize, group=options.group)
-        if left.share != right.share:
-            raise ValueError(f"x and y must be pairs on every process; found {left.share} and {right.share}")
-        problem = _Problem(left, right, 1 / float(temperature), options, with_spread=t_grad)
-        row_lse, col_lse = problem.log_sums()
-        count, total = left.share.total, problem.positive
-        # log(1 + exp(others - own)): exact however small.
-        parts = F.softplus(left.local(row_lse - total), threshold=1e9)
-        if options.two_sided:
-            parts = (parts + F.softplus(left.local(col_lse - total), threshold=1e9)) / 2
-        value = gather_numbers(parts.sum(), options.group).sum(dim=0) / count
-
-        grad_x, grad_y, spread = problem.gradients(row_lse, col_lse, x_grad, y_grad, t_grad)
-        grad_t = -gather_numbers(spread, options.group).sum(dim=0) / float(temperature) if t_grad else None
-        world = left.share.world
-        if x_grad:
-            _finish(left, problem.x, grad_x, world)
-        if y_grad:
-            _finish(right, problem.y, grad_y, world)
-        ctx.options = options
-        ctx.save_for_backward(x, y, temperature, grad_x, grad_y, grad_t)
-        return value
+        wants = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        scale = 1 / float(temperature)
+        value, *gradients = _evaluate(x, y, scale, options, wants)
+        if wants[2]:
+            slope = (gradients[2] * -scale).to(temperature.device, temperature.dtype)
+            gradients[2] = slope.reshape(temperature.shape)
+        ctx.options, ctx.temperature = options, temperature
+        ctx.save_for_backward(x, y, *gradients)
+        return value.to(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32))
 
     @staticmethod
     def backward(ctx, grad):
-        x, y, temperature, *gradients = ctx.saved_tensors
+        x, y, by_x, by_y, slope = ctx.saved_tensors
+        options = ctx.options
         if torch.is_grad_enabled():
-            return *_differentiable_backward(ctx, x, y, temperature, grad), None, None
-        found = [None if g is None else (g * grad.to(g.dtype)) for g in gradients]
-        grad_x, grad_y, grad_t = (
-            None if g is None else g.to(like.dtype) for g, like in zip(found, (x, y, temperature), strict=True)
+            if options.group is not None:
+                raise RuntimeError(
+                    "a second derivative with group= is not available; take it in one process, with group=None"
+                )
+            found = differentiable_info_nce(ctx, x, y, ctx.temperature, grad, options.normalize, options.two_sided)
+            return *found, None, None
+        return (
+            None if by_x is None else (by_x * grad).to(x.dtype),
+            None if by_y is None else (by_y * grad).to(y.dtype),
+            None if slope is None else slope * grad.to(slope.device, slope.dtype),
+            None,
+            None,
         )
-        grad_t = None if grad_t is None else grad_t.to(temperature.device).reshape(temperature.shape)
-        return grad_x, grad_y, grad_t, None, None
+
+
+def _evaluate(x: Tensor, y: Tensor, scale: float, options: _Options, wants: list[bool]) -> tuple[Tensor | None, ...]:
+    """Value of InfoNCE and gradients by the local x and y and the logarithm of `scale`, in two passes over blocks."""
+    left = RowSet("x", x, normalize=options.normalize, group=options.group)
+    right = RowSet("y", y, normalize=options.normalize, group=options.group)
+    if left.share != right.share:
+        raise ValueError(f"x and y must be pairs on every process; found {left.share} and {right.share}")
+    problem = _Problem(left, right, scale, options, with_spread=wants[2])
+    row_lse, col_lse = problem.log_sums()
+    total = problem.positive
+    # log(1 + exp(others - own)): exact however small.
+    parts = F.softplus(left.local(row_lse - total), threshold=1e9)
+    if options.two_sided:
+        parts = (parts + F.softplus(left.local(col_lse - total), threshold=1e9)) / 2
+    value = gather_numbers(parts.sum(), options.group).sum(dim=0) / left.share.total
+
+    grad_x, grad_y, spread = problem.gradients(row_lse, col_lse, *wants)
+    for rows, unit, grad in ((left, problem.x, grad_x), (right, problem.y, grad_y)):
+        if grad is not None:
+            _finish(rows, unit, grad, left.share.world)
+    return value, grad_x, grad_y, gather_numbers(spread, options.group).sum(dim=0) if wants[2] else None
 
 
 def _finish(rows: RowSet, unit: Tensor, grad: Tensor, world: int) -> None:
@@ -141,25 +157,6 @@ def _finish(rows: RowSet, unit: Tensor, grad: Tensor, world: int) -> None:
     for start in range(0, len(grad), BLOCK):
         part = slice(start, start + BLOCK)
         rows.lead_back(grad[part].mul_(world), rows.local(unit)[part], part)
-
-
-def _differentiable_backward(ctx, x, y, temperature, grad) -> tuple[Tensor | None, ...]:
-    """The gradient as a function that can be differentiated again (`create_graph=True`), by the dense formula."""
-    options = ctx.options
-    if options.group is not None:
-        raise RuntimeError("a second derivative with group= is not available; take it in one process, with group=None")
-    with torch.enable_grad():
-        a, b = x.double(), y.double()
-        if options.normalize:
-            a, b = unit_rows(a), unit_rows(b)
-        logits = a @ b.T / temperature.to(a.device, a.dtype).reshape(())
-        target = torch.arange(len(a), device=a.device)
-        value = F.cross_entropy(logits, target)
-        if options.two_sided:
-            value = (value + F.cross_entropy(logits.T, target)) / 2
-        inputs = [t for t, needed in zip((x, y, temperature), ctx.needs_input_grad, strict=False) if needed]
-        found = list(torch.autograd.grad(value * grad, inputs, create_graph=True))
-    return tuple(found.pop(0) if needed else None for needed in ctx.needs_input_grad[:3])
 
 
 class _Problem:

@@ -1,9 +1,7 @@
 """The CS-Aligner objective: InfoNCE on the pairs plus the Cauchy-Schwarz divergence of the two distributions."""
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import check_block_size, check_positive, check_weight
 from .bandwidth import Bandwidth, check_bandwidth
@@ -11,9 +9,8 @@ from .cauchy_schwarz import cauchy_schwarz_divergence
 from .contrastive import info_nce
 from .objective import Objective, ObjectiveOutput, check_pairs, pool, weigh
 from .regression import check_rows_option, regression_error
+from .temperature import floored_temperature, log_temperature_parameter
 from .tokens import token_cauchy_schwarz_divergence
-
-LEAST_TEMPERATURE = 0.01
 
 
 class CSAlignerLoss(Objective):
@@ -38,8 +35,8 @@ class CSAlignerLoss(Objective):
             "silverman" (taken anew from each batch).
         diagonal: whether its within-set means include the pairs `i = j`.
         temperature: of InfoNCE.
-        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01; add the objective's
-            parameters to the optimizer.
+        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01, CLIP's bound; add the
+            objective's parameters to the optimizer.
         two_sided: False leaves the direction "text picks its image" alone.
         token_bandwidth: of the token term; None takes that of the Cauchy-Schwarz term.
         token_diagonal: of the token term, likewise.
@@ -51,8 +48,8 @@ class CSAlignerLoss(Objective):
         group: see `Objective`.
 
     Raises:
-        ValueError: a weight < 0 or none > 0, bad options, shapes that do not fit, one of `text_tokens` and
-            `image_tokens` without the other.
+        ValueError: a weight < 0 or none > 0, bad options, a learnable temperature below 0.01, shapes that do not fit,
+            one of `text_tokens` and `image_tokens` without the other.
 
     Source:
         Yin et al., "CS-Aligner", arXiv 2502.17028. The paper does not state weights, bandwidth or temperature.
@@ -100,8 +97,8 @@ class CSAlignerLoss(Objective):
         self.token_diagonal = diagonal if token_diagonal is None else token_diagonal
         self.two_sided, self.block_size = two_sided, block_size
         self.regression_rows = check_rows_option("regression_rows", regression_rows)
-        log_temperature = torch.tensor(math.log(check_positive("temperature", temperature)), dtype=torch.float32)
-        self.log_temperature = nn.Parameter(log_temperature) if learnable_temperature else None
+        check_positive("temperature", temperature)
+        self.log_temperature = log_temperature_parameter(temperature) if learnable_temperature else None
         self._temperature = float(temperature)
         self.uses_unpaired = self.cs_weight > 0
         self.uses_tokens = self.token_weight > 0
@@ -112,7 +109,7 @@ class CSAlignerLoss(Objective):
         """The temperature in use: a number, or a tensor with gradient when it is learnable."""
         if self.log_temperature is None:
             return self._temperature
-        return self.log_temperature.exp().clamp_min(LEAST_TEMPERATURE)
+        return floored_temperature(self.log_temperature)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""The mean kernel written plainly: all pairs at once, in float64, differentiable as often as one likes.
+"""The losses written plainly: all pairs at once, in float64, differentiable as often as one likes.
 
 The yardstick of the tests, and the road of a second derivative; memory grows with the product of the set sizes.
 """
@@ -6,6 +6,7 @@ The yardstick of the tests, and the road of a second derivative; memory grows wi
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,3 +30,25 @@ def unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 or better; a zero row stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def differentiable_info_nce(
+    ctx, x: Tensor, y: Tensor, temperature: Tensor | float, grad: Tensor, normalize: bool, two_sided: bool
+) -> tuple[Tensor | None, ...]:
+    """`grad` times the gradients of InfoNCE by x, y and the temperature, those that `ctx` asks for, differentiable."""
+    with torch.enable_grad():
+        a, b = x.double(), y.double()
+        if normalize:
+            a, b = unit_rows(a), unit_rows(b)
+        if isinstance(temperature, Tensor):
+            scale = 1 / temperature.to(a.device, a.dtype).reshape(())
+        else:
+            scale = 1 / temperature
+        logits = a @ b.T * scale
+        target = torch.arange(len(a), device=a.device)
+        value = F.cross_entropy(logits, target)
+        if two_sided:
+            value = (value + F.cross_entropy(logits.T, target)) / 2
+        inputs = [t for t, needed in zip((x, y, temperature), ctx.needs_input_grad, strict=False) if needed]
+        found = list(torch.autograd.grad(value * grad, inputs, create_graph=True))
+    return tuple(found.pop(0) if needed else None for needed in ctx.needs_input_grad[:3])

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import check_positive, without_autocast
+
 
 def gaussian_cauchy_schwarz(
     mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, *, bandwidth: float | None = None
@@ -28,7 +30,8 @@ def gaussian_cauchy_schwarz(
         A scalar, differentiable in all four tensors; float32 or better.
 
     Raises:
-        ValueError: shapes that do not fit together, a covariance that is not positive definite, `bandwidth <= 0`.
+        ValueError: shapes that do not fit together, entries that are not finite, a covariance that is not positive
+            definite, `bandwidth <= 0`.
 
     Source:
         Kampa, Hasanbelliu, Principe, "Closed-form Cauchy-Schwarz PDF divergence for mixture of Gaussians", 2011.
@@ -39,9 +42,13 @@ def gaussian_cauchy_schwarz(
             "expected mean_x (d,), cov_x (d, d), mean_y (d,), cov_y (d, d) with one d; found "
             f"{tuple(mean_x.shape)}, {tuple(cov_x.shape)}, {tuple(mean_y.shape)}, {tuple(cov_y.shape)}"
         )
-    if bandwidth is not None and not (bandwidth > 0 and math.isfinite(bandwidth)):
-        raise ValueError(f"bandwidth must be a positive number or None; found {bandwidth}")
-    with torch.autocast(device_type=mean_x.device.type, enabled=False):
+    if bandwidth is not None:
+        check_positive("bandwidth", bandwidth)
+    for name, given in (("mean_x", mean_x), ("cov_x", cov_x), ("mean_y", mean_y), ("cov_y", cov_y)):
+        bad = given[~given.isfinite()]
+        if len(bad):
+            raise ValueError(f"{name} must be finite; found {float(bad[0])} in {len(bad)} of {given.numel()} entries")
+    with without_autocast(mean_x.device):
         dtype = torch.promote_types(torch.promote_types(mean_x.dtype, mean_y.dtype), torch.float32)
         mean_x, cov_x, mean_y, cov_y = (t.to(dtype) for t in (mean_x, cov_x, mean_y, cov_y))
         if bandwidth is not None:

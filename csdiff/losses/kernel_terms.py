@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import check_block_size, check_finite, check_matrix, check_same_width
+from .arguments import check_block_size, check_matrix, check_same_width, without_autocast
 from .bandwidth import Bandwidth, check_bandwidth, resolve_bandwidth
 from .dense import dense_log_mean_kernel, unit_rows
 from .kernel_sums import KernelTiles, PairSums, Points, kernel_sums
@@ -21,6 +21,8 @@ SMALL_EXPONENT = 0.3
 # A divergence below this is the difference of nearly equal logarithms; where there are few pairs to average the
 # rounding of float32 out, it is taken again in float64.
 NEARLY_EQUAL, FEW_PAIRS = 3e-4, 2**21
+# Unit rows within this squared radius lose digits of their distances if they are rounded before they are centred.
+NEARLY_PARALLEL = 1e-2
 # Above this `s R^2` the rounding of bfloat16 factors would change the kernel by more than that of the inputs.
 BFLOAT16_REACH = 8.0
 
@@ -57,7 +59,7 @@ def log_mean_kernels(
     if y is not None:
         check_matrix("y", y)
         check_same_width(x, y)
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x.device):
         return _LogMeanKernels.apply(x, y, options, (xx, yy, xy and y is not None), torch.is_grad_enabled())
 
 
@@ -128,7 +130,7 @@ class _LogMeanKernels(torch.autograd.Function):
     def backward(ctx, *grads):
         x, y, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_backward(ctx, x, y, grads), None, None, None
+            return *differentiable_backward(ctx, x, y, grads), None, None, None
         g_xx, g_yy, g_xy = grads
         grad_x = _weighted_sum(x, (gradients[0], g_xx), (gradients[2], g_xy))
         grad_y = _weighted_sum(y, (gradients[1], g_yy), (gradients[3], g_xy))
@@ -144,7 +146,7 @@ def _weighted_sum(like: Tensor | None, *parts: tuple[Tensor | None, Tensor]) -> 
     return total if total is None else total.to(like.dtype)
 
 
-def _differentiable_backward(ctx, x: Tensor, y: Tensor | None, grads) -> tuple[Tensor | None, Tensor | None]:
+def differentiable_backward(ctx, x: Tensor, y: Tensor | None, grads) -> tuple[Tensor | None, Tensor | None]:
     """The gradient as a function that can be differentiated again (`create_graph=True`), by the dense formula."""
     options = ctx.options
     if options.group is not None:
@@ -178,16 +180,10 @@ def _place(
     for one in sets:
         given = torch.promote_types(given, one.dtype)
     half = not exact and all(one.dtype == torch.bfloat16 for one in sets) and bfloat16_is_faster(device)
-    rows = [one.rows(given) for one in sets]
-    if isinstance(options.bandwidth, str):
-        for one in sets:
-            check_finite(one.name, one.raw)
-    widths = resolve_bandwidth(options.bandwidth, *rows)
-    scale = 1 / (2 * widths[0] ** 2)
-    compute = given
-    if exact:
-        compute, rows = wide_dtype(device), [one.rows(wide_dtype(device)) for one in sets]
-    while True:
+    wide = wide_dtype(device)
+
+    def place(dtype: torch.dtype) -> tuple[Tensor, float]:
+        rows = [one.rows(dtype) for one in sets]
         centre = sum(r.mean(dim=0) for r in rows) / len(rows)
         for r, one in zip(rows, sets, strict=True):
             one.place(r, centre)
@@ -195,25 +191,39 @@ def _place(
         if not all(math.isfinite(float(one.points.square.sum())) for one in sets):
             for one in sets:
                 one.check()
-        reach = scale * max(float(one.points.square.max()) for one in sets)
-        if reach <= FLOAT32_REACH or compute == wide_dtype(device):
-            break
-        compute = wide_dtype(device)
-        rows = [one.rows(compute) for one in sets]
+        return centre, max(float(one.points.square.max()) for one in sets)
+
+    compute = wide if exact else given
+    centre, largest = place(compute)
+    if options.normalize and compute != wide and largest < NEARLY_PARALLEL:
+        centre, largest = place(wide)
+        centre = centre.to(compute)
+        for one in sets:
+            one.points = Points(one.points.rows.to(compute), one.points.square)
+    widths = resolve_bandwidth(options.bandwidth, *(one.points.rows for one in sets))
+    scale = 1 / (2 * widths[0] ** 2)
+    if scale * largest > FLOAT32_REACH and compute != wide:
+        compute = wide
+        centre, largest = place(compute)
+    reach = scale * largest
     products = Products(device, bfloat16=half and reach <= BFLOAT16_REACH)
     for one in sets:
         factor = products.factor(one.points.rows)
         square = squared_norms(factor) if products.bfloat16 else one.points.square
         one.points = Points(factor, square.to(compute))
     radius = math.sqrt(reach / scale)
-    # Rounding of the exponents in float64, against the digits the inputs can show.
-    lost = 4 * reach * torch.finfo(torch.float64).eps
-    direct = compute == torch.float64 and lost > (1e-11 if given == torch.float64 else 1e-6)
+    direct = direct_differences(reach, compute, given)
     return (
         KernelTiles(widths, products, compute, radius, small=4 * reach < SMALL_EXPONENT, direct=direct),
         centre,
         widths,
     )
+
+
+def direct_differences(reach: float, compute: torch.dtype, given: torch.dtype) -> bool:
+    """Whether expanded squares would cost exponents in float64 more digits than the inputs can show."""
+    lost = 4 * reach * torch.finfo(torch.float64).eps
+    return compute == torch.float64 and lost > (1e-11 if given == torch.float64 else 1e-6)
 
 
 def _block_size(left: _PointSet, right: _PointSet) -> int:
@@ -231,13 +241,13 @@ def _within(one: _PointSet, tiles, centre, block, grad: bool, options: KernelOpt
     )
     count = one.share.total
     # A point's pair with itself has kernel 1 and no gradient: it is added here, exactly.
-    value, log_sum = _log_mean(
+    value, whole = _log_mean(
         sums, count * (count if options.diagonal else count - 1), options, count if own == 0 else 0
     )
     if not grad:
         return value, None
     # Each row appears on both sides of a pair: twice the derivative by one side.
-    scale = 4 * tiles.base * one.share.world * math.exp(sums.shift - log_sum)
+    scale = 4 * tiles.base * one.share.world * _share_of(sums, whole)
     return value, one.gradient(sums.row_weight, sums.row_mix, scale, centre)
 
 
@@ -249,30 +259,36 @@ def _between(
     sums = kernel_sums(
         left.local_points(), right.points, tiles, block=block, row_gradient=x_grad, col_gradient=y_grad and alone
     )
-    value, log_sum = _log_mean(sums, left.share.total * right.share.total, options)
+    value, whole = _log_mean(sums, left.share.total * right.share.total, options)
     scale = 2 * tiles.base * left.share.world
     gradients = [None, None]
     if x_grad:
-        factor = scale * math.exp(sums.shift - log_sum)
+        factor = scale * _share_of(sums, whole)
         gradients[0] = left.gradient(sums.row_weight, sums.row_mix, factor, centre)
     if y_grad and alone:
-        factor = scale * math.exp(sums.shift - log_sum)
+        factor = scale * _share_of(sums, whole)
         gradients[1] = right.gradient(sums.col_weight, sums.col_mix, factor, centre)
     elif y_grad:
         # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
         sums = kernel_sums(right.local_points(), left.points, tiles, block=block, row_gradient=True)
-        factor = scale * math.exp(sums.shift - log_sum)
+        factor = scale * _share_of(sums, whole)
         gradients[1] = right.gradient(sums.row_weight, sums.row_mix, factor, centre)
     return value, gradients
 
 
-def _log_mean(sums: PairSums, count: int, options: KernelOptions, ones: int = 0) -> tuple[Tensor, float]:
-    """Log of the mean over the pairs of all processes and `ones` pairs of kernel 1; and the log of their sum."""
+def _log_mean(sums: PairSums, count: int, options: KernelOptions, ones: int = 0) -> tuple[Tensor, tuple[float, float]]:
+    """Log of the mean over the pairs of all processes and `ones` pairs of kernel 1; and their sum and its shift."""
+    shares = gather_numbers(torch.stack([sums.total, sums.total.new_tensor(sums.shift)]), options.group)
     if sums.small:
-        value = torch.log1p(gather_numbers(sums.total, options.group).sum(dim=0) / count)
-    else:
-        logs = [gather_numbers(sums.log_sum(), options.group)]
-        if ones:
-            logs.append(logs[0].new_tensor([math.log(ones)]))
-        value = torch.cat(logs).logsumexp(dim=0) - math.log(count)
-    return value, float(value) + math.log(count)
+        total = shares[:, 0].sum()
+        return torch.log1p(total / count), (float(total) + count, 0.0)
+    parts = [(total, shift) for total, shift in [*shares.tolist(), (float(ones), 0.0)] if total > 0]
+    shift = max(shift for _, shift in parts)
+    total = sum(part * math.exp(its_shift - shift) for part, its_shift in parts)
+    return sums.total.new_tensor(shift + math.log(total / count)), (total, shift)
+
+
+def _share_of(sums: PairSums, whole: tuple[float, float]) -> float:
+    """What divides sums by the whole: not by its logarithm, whose digits are spent on a large shift."""
+    total, shift = whole
+    return math.exp(sums.shift - shift) / total

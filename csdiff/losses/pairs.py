@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import check_positive, check_weight
 from .cauchy_schwarz import log_mean_kernel
@@ -11,6 +11,7 @@ from .contrastive import info_nce
 from .dense import unit_rows
 from .objective import Objective, ObjectiveOutput, check_ignored, check_pairs, weigh
 from .process_group import global_sum
+from .temperature import floored_temperature, log_temperature_parameter
 
 
 class InfoNCELoss(Objective):
@@ -18,7 +19,7 @@ class InfoNCELoss(Objective):
 
     Args:
         temperature: of the softmax.
-        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01.
+        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01, CLIP's bound.
         two_sided: False leaves the direction "text picks its image" alone.
     """
 
@@ -32,14 +33,14 @@ class InfoNCELoss(Objective):
         group: torch.distributed.ProcessGroup | None = None,
     ):
         super().__init__(group=group)
-        log_temperature = torch.tensor(math.log(check_positive("temperature", temperature)), dtype=torch.float32)
-        self.log_temperature = nn.Parameter(log_temperature) if learnable_temperature else None
+        check_positive("temperature", temperature)
+        self.log_temperature = log_temperature_parameter(temperature) if learnable_temperature else None
         self._temperature, self.two_sided, self.block_size = float(temperature), two_sided, block_size
 
     @property
     def temperature(self) -> float | Tensor:
         """The temperature in use: a number, or a tensor with gradient when it is learnable."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp().clamp_min(0.01)
+        return self._temperature if self.log_temperature is None else floored_temperature(self.log_temperature)
 
     def forward(self, prediction: Tensor, image: Tensor, **ignored: Tensor | None) -> ObjectiveOutput:
         check_ignored(ignored)

@@ -48,11 +48,12 @@ class RowSet:
         rows = torch.empty(self.raw.shape, dtype=dtype, device=self.raw.device)
         for start in range(0, len(rows), BLOCK):
             part = slice(start, start + BLOCK)
-            # Scaled in the wide dtype where the row's length is out of the range of a narrow one.
+            # Scaled in the wide dtype where that is wanted, or the row's length is out of the range of a narrow one.
             inverse = self.inverse_norm[part, None]
             narrow = torch.promote_types(self.dtype, torch.float32)
             in_range = bool(((inverse > 1e-30) & (inverse < 1e30)).all())
-            torch.mul(self.raw[part], inverse.to(narrow) if in_range else inverse, out=rows[part])
+            fits = in_range and dtype == narrow
+            torch.mul(self.raw[part], inverse.to(narrow) if fits else inverse, out=rows[part])
         return rows
 
     def check(self) -> None:

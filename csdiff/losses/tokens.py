@@ -5,15 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import NonFiniteRows, check_block_size, check_same_width
+from .arguments import NonFiniteRows, check_block_size, check_same_width, without_autocast
 from .bandwidth import Bandwidth, as_widths, resolve_bandwidth
+from .kernel_sums import NEAR
+from .kernel_terms import FLOAT32_REACH, NEARLY_EQUAL, NEARLY_PARALLEL, SMALL_EXPONENT, direct_differences
 from .process_group import gather_numbers, gather_rows, raise_together
 from .row_set import wide_dtype
 
-# As for whole sets: reach of float32, and the divergence below which it is taken again in float64.
-FLOAT32_REACH, SMALL_EXPONENT, NEARLY_EQUAL = 20.0, 0.3, 3e-4
-# Tokens nearer than this, as a fraction of the squared radius, also ask for float64.
-NEAR = 1e-3
 # Kernel values evaluated at once when no block size is given.
 KERNELS_AT_ONCE = 2**18
 
@@ -73,7 +71,7 @@ def token_cauchy_schwarz_divergence(
     except ValueError as found:
         error = found
     raise_together(error, group, x_tokens.device if isinstance(x_tokens, Tensor) else torch.device("cpu"))
-    with torch.autocast(device_type=x_tokens.device.type, enabled=False):
+    with without_autocast(x_tokens.device):
         if isinstance(bandwidth, str):
             sets = ((x_tokens, x_mask), (y_tokens, y_mask))
             pooled = [_unit(t.detach()[m], normalize) for t, m in sets]
@@ -203,11 +201,12 @@ class _Chunk:
         wide = wide_dtype(sides[0][0].device)
         given = _wider(*(tokens.dtype for tokens, _, _ in sides))
         self._evaluate(sides, given)
-        doubtful = self.near or float(self.divergence.min()) < NEARLY_EQUAL
-        if given != wide and (self.reach > FLOAT32_REACH or (doubtful and not self.small)):
-            self._evaluate(sides, wide)
+        # Near tokens ask for float64 here, too.
+        doubtful = not self.small and (self.near or float(self.divergence.min()) < NEARLY_EQUAL)
+        if given != wide and (doubtful or self.reach > FLOAT32_REACH or self.nearly_parallel):
+            self._evaluate(sides, wide, given)
 
-    def _evaluate(self, sides, dtype: torch.dtype) -> None:
+    def _evaluate(self, sides, dtype: torch.dtype, given: torch.dtype | None = None) -> None:
         masks = [None if bool(mask.all()) else mask for _, mask, _ in sides]
         tokens = [_cleared(t.to(dtype), mask) for (t, _, _), mask in zip(sides, masks, strict=True)]
         units = [_unit(t, self.normalize) for t in tokens]
@@ -220,7 +219,10 @@ class _Chunk:
         scales = [1 / (2 * width**2) for width in self.widths]
         self.base = min(scales)
         self.ratios = [scale / self.base for scale in scales]
-        self.reach = max(scales) * max(float(s.max()) for s in squares)
+        farthest = torch.maximum(*(square.amax(dim=1) for square in squares))
+        self.nearly_parallel = self.normalize and float(farthest.min()) < NEARLY_PARALLEL
+        self.reach = max(scales) * float(farthest.max())
+        self.direct = direct_differences(self.reach, dtype, given or dtype)
         self.small, self.near = 4 * self.reach < SMALL_EXPONENT, False
 
         grads = [torch.zeros_like(p) if needed else None for p, (_, _, needed) in zip(points, sides, strict=True)]
@@ -250,8 +252,13 @@ class _Chunk:
 
     def _term(self, points, squares, masks, i: int, j: int, with_weight: bool) -> tuple[Tensor, Tensor | None]:
         """`log V` of sides i and j `(b,)` and the kernels over their sum `(b, n_i, n_j)`, for the gradient."""
-        exponent = torch.baddbmm(squares[j][:, None, :], points[i], points[j].mT, beta=-self.base, alpha=2 * self.base)
-        exponent.sub_(self.base * squares[i][:, :, None]).clamp_(max=0)
+        if self.direct:
+            exponent = torch.cdist(points[i], points[j], compute_mode="donot_use_mm_for_euclid_dist")
+            exponent = exponent.square_().mul_(-self.base)
+        else:
+            factors = {"beta": -self.base, "alpha": 2 * self.base}
+            exponent = torch.baddbmm(squares[j][:, None, :], points[i], points[j].mT, **factors)
+            exponent.sub_(self.base * squares[i][:, :, None]).clamp_(max=0)
         sizes = []
         for side, view in ((i, (slice(None), slice(None), None)), (j, (slice(None), None, slice(None)))):
             if masks[side] is not None:
@@ -283,12 +290,14 @@ class _Chunk:
                 weight = term if len(self.ratios) == 1 else weight + term * ratio
         value = value / len(self.ratios)
         if self.small:
-            log_mean = torch.log1p(value / count)
+            log_mean, total = torch.log1p(value / count), value + count
         else:
             log_mean = torch.logaddexp(value.log() + shift, ones.log()) - count.log()
+            # Not from the logarithm, whose digits are spent on a large shift.
+            total = value + torch.where(ones > 0, ones * torch.exp(-shift.to(ones.dtype)), 0)
         if not with_weight:
             return log_mean, None
-        scale = torch.exp(shift - log_mean - count.log()) / len(self.ratios)
+        scale = 1 / (total * len(self.ratios))
         return log_mean, weight.mul_(scale.to(weight.dtype)[:, None, None])
 
     def _lead_back(self, grad: Tensor, unit: Tensor, tokens: Tensor) -> Tensor:

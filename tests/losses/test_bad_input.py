@@ -1,10 +1,12 @@
 """Every refusal is a ValueError that names the argument and what was found."""
 
+import numpy as np
 import pytest
 import torch
 
 from csdiff.losses import (
     NonFiniteRows,
+    build_objective,
     cauchy_schwarz_divergence,
     gaussian_cauchy_schwarz,
     info_nce,
@@ -153,5 +155,37 @@ def test_gaussians():
         gaussian_cauchy_schwarz(mean, cov, torch.zeros(3), cov)
     with pytest.raises(ValueError, match="cov_y must be positive definite"):
         gaussian_cauchy_schwarz(mean, cov, mean, -cov)
-    with pytest.raises(ValueError, match="bandwidth must be a positive number"):
+    with pytest.raises(ValueError, match="bandwidth must be a finite number > 0"):
         gaussian_cauchy_schwarz(mean, cov, mean, cov, bandwidth=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mean_x", "cov_x", "mean_y", "cov_y"])
+def test_gaussians_that_are_not_finite(name, value):
+    given = {"mean_x": torch.zeros(2), "cov_x": torch.eye(2), "mean_y": torch.zeros(2), "cov_y": torch.eye(2)}
+    given[name][(0,) * given[name].dim()] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite; found {value} in 1 of"):
+        gaussian_cauchy_schwarz(**given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), torch.tensor(float("nan")), 0.5])
+def test_constants_that_are_no_logarithm_of_a_mean_kernel(value):
+    with pytest.raises(ValueError, match=r"within_y must be log V\(y, y\), a finite number <= 0; found"):
+        cauchy_schwarz_divergence(X, Y, bandwidth=0.5, within_y=value)
+    with pytest.raises(ValueError, match=r"within_y must be log V\(y, y\), one number; found shape \(2,\)"):
+        cauchy_schwarz_divergence(X, Y, bandwidth=0.5, within_y=torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array])
+def test_numbers_of_numpy_are_numbers(kind):
+    for loss in SET_LOSSES.values():
+        assert loss(X, Y, bandwidth=kind(0.5)) == loss(X, Y, bandwidth=0.5)
+    assert loss(X, Y, bandwidth=np.array([0.5, 1.0])) == loss(X, Y, bandwidth=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"bandwidth must be a finite number > 0; found -0\.5"):
+        loss(X, Y, bandwidth=kind(-0.5))
+
+
+def test_other_numbers_of_numpy():
+    assert info_nce(X, X, temperature=np.float32(0.5)) == info_nce(X, X, temperature=0.5)
+    assert build_objective("cs_aligner", cs_weight=np.float32(0.5), bandwidth=np.float32(0.5)).cs_weight == 0.5
+    assert cauchy_schwarz_divergence(X, Y, bandwidth=0.5, block_size=np.int64(3)) > 0

@@ -189,3 +189,30 @@ def test_rows_whose_squares_leave_the_range_of_float32(scale):
     expected = reference.divergence(x, y, bandwidth=0.5, normalize=True)
     found = cauchy_schwarz_divergence(x.float() * scale, y.float() * scale, bandwidth=0.5, normalize=True)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-4, 1e-3, 0.1, "median"])
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_nearly_parallel_rows_keep_their_digits_when_they_are_normalized(offset, bandwidth):
+    x, y = ((rows + offset).float().double() for rows in two_sets())
+    width = bandwidth
+    if bandwidth == "median":
+        units = torch.nn.functional.normalize(torch.cat([x, y]), dim=1)
+        width = float(torch.pdist(units).median())
+    expected = value_and_gradients(reference.divergence, x, y, bandwidth=width, normalize=True)
+    found = value_and_gradients(
+        cauchy_schwarz_divergence, x, y, dtype=torch.float32, bandwidth=bandwidth, normalize=True
+    )
+    assert_agree(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_nearest_pairs_far_apart_share_the_gradient(dtype):
+    # exp(-5e8) underflows, and the weights of the four nearest pairs are 1/4: taken from a logarithm of that size (as
+    # autograd through log-sum-exp does) they have seven digits. All numbers here are powers of two.
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [0.0, 4.0]], dtype=dtype)
+    y = x + torch.tensor([4096.0, 0.0], dtype=dtype)
+    _, (by_x, by_y) = value_and_gradients(cauchy_schwarz_divergence, x, y, dtype=dtype, bandwidth=0.125)
+    pull = torch.tensor([[2 * 4096 / 0.125**2 / 4, 0.0]], dtype=dtype).expand(4, 2)
+    torch.testing.assert_close(by_x, -pull, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=1e-8)
+    torch.testing.assert_close(by_y, pull, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=1e-8)

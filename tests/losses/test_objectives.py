@@ -224,6 +224,25 @@ def test_learnable_temperature_is_a_parameter_that_stays_above_its_floor(name):
     assert not list(build_objective(name).parameters())
 
 
+@pytest.mark.parametrize("name", ["cs_aligner", "info_nce"])
+def test_a_learnable_temperature_below_its_floor(name):
+    with pytest.raises(ValueError, match=r"temperature must be at least 0.01 with learnable_temperature=True.*0.005"):
+        build_objective(name, temperature=0.005, learnable_temperature=True)
+    assert build_objective(name, temperature=0.005).temperature == 0.005
+    objective = build_objective(name, temperature=0.01, learnable_temperature=True)
+    # Wrong partners ask for a higher temperature: a parameter that fell below the floor must find its way back.
+    inputs = batch()
+    inputs["prediction"] = inputs["image"].roll(1, dims=0)
+    with torch.no_grad():
+        objective.log_temperature.fill_(-20.0)
+    call(objective, inputs).loss.backward()
+    assert objective.log_temperature.grad < 0
+    # Right ones ask for a lower one, which there is not.
+    objective.log_temperature.grad = None
+    call(objective, {**inputs, "prediction": inputs["image"]}).loss.backward()
+    assert objective.log_temperature.grad == 0
+
+
 def test_mse_and_eclipse_by_hand():
     inputs = batch()
     prediction, image, text = inputs["prediction"], inputs["image"], inputs["source_text"]

@@ -91,3 +91,32 @@ def test_second_derivative(diagonal):
         ),
         (x.requires_grad_(), y.requires_grad_()),
     )
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_far_from_the_origin_with_a_tiny_bandwidth(offset):
+    x, y, x_mask, y_mask = problem()
+    x, y = x + offset, y + offset
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        # Values that the dtype holds, so that the formula sees the same problem.
+        a, b = x.to(dtype).double(), y.to(dtype).double()
+        expected = value_and_gradients(lambda p, q: by_loop(p, q, x_mask, y_mask, bandwidth=1e-3), a, b)
+        found = value_and_gradients(
+            lambda p, q: token_cauchy_schwarz_divergence(p, q, x_mask, y_mask, bandwidth=1e-3), a, b, dtype=dtype
+        )
+        assert_agree(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-3, 0.1])
+def test_nearly_parallel_tokens_keep_their_digits_when_they_are_normalized(bandwidth):
+    x, y, x_mask, y_mask = problem()
+    # One pair alone, beside others that are spread.
+    x[2], y[2] = x[2] + 1000, y[2] + 1000
+    x, y = x.float().double(), y.float().double()
+    options = {"bandwidth": bandwidth, "normalize": True}
+    expected = value_and_gradients(lambda a, b: by_loop(a, b, x_mask, y_mask, **options), x, y)
+    found = value_and_gradients(
+        lambda a, b: token_cauchy_schwarz_divergence(a, b, x_mask, y_mask, **options), x, y, dtype=torch.float32
+    )
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert (one[2].double() - other[2]).norm() <= 1e-5 * other[2].norm()
