@@ -73,6 +73,7 @@ def draw_curves(folder: Path) -> Path | None:
     figure.subplots_adjust(0.06, 0.45 / height, 0.985, 1 - 0.65 / height, 0.2, 0.42)
     axes = [figure.add_subplot(rows, _COLUMNS, place + 1) for place in range(len(panels))]
     legend: dict[str, object] = {}
+    end = max(*train, *validation, 1)
     for axis, (kind, key, title) in zip(axes, panels, strict=True):
         if kind == "train":
             _line(axis, {step: values.get(key) for step, values in train.items()}, "train", thin=len(train) > 60)
@@ -80,6 +81,8 @@ def draw_curves(folder: Path) -> Path | None:
             legend |= _validation(axis, key, measured)
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
+        axis.set_xlim(0, end * 1.02)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 4))
         axis.locator_params(nbins=5)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -95,7 +98,7 @@ def draw_curves(folder: Path) -> Path | None:
 def _line(axis, points: dict[int, float | None], name: str, thin: bool = False):
     known = {step: value for step, value in points.items() if value is not None}
     # Averaged weights run on top of the last ones, and are often close.
-    width = {"online": 3.0, "average": 1.2, "train": 0.8 if thin else 1.4}[name]
+    width = {"online": 2.4, "average": 1.2, "train": 0.8 if thin else 1.4}[name]
     style = {"linewidth": width} if thin else {"linewidth": width, "marker": ".", "markersize": 3 + width}
     return axis.plot(list(known), list(known.values()), color=_COLOURS[name], **style)[0]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from csdiff.errors import CSDiffError
 from csdiff.training.assembly import (
@@ -121,6 +122,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
                 f"accelerate is configured for {engine}, which splits weights over devices; adapters are trained as "
                 "replicas: launch with --multi_gpu (see docs/scaling.md)."
             )
+    _check_trackers(config.logging.trackers)
     try:
         return Accelerator(
             # Without this, Accelerate runs every launched process on its own where there is no accelerator.
@@ -132,6 +134,20 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
         )
     except ValueError as error:
         raise CSDiffError(f"--logging.trackers {config.logging.trackers}: {error}") from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse trackers that do not exist, and those without their package, which Accelerate leaves out in silence."""
+    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in {*LOGGER_TYPE_TO_CLASS, "all"}:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}; [] for none but metrics.jsonl.")
+        if name not in {*ready, "all"}:
+            raise CSDiffError(
+                f"--logging.trackers {name}: its package is not installed here: install it (pip install {name}), or "
+                f"use one of those that are ({', '.join(sorted(ready)) or 'none'})."
+            )
 
 
 def _plain(flat: dict) -> dict:

@@ -10,29 +10,11 @@ import socket
 from pathlib import Path
 
 import torch
+from training_runs import config
 
+__all__ = ["config", "everything", "finish", "group", "start", "train", "train_and_die"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["csdiff.training.train", "tensorboard", "torch.utils.tensorboard", __name__])
-
-
-def config(store, output, **changes):
-    """A run of a dozen steps with dropout, on a store of 64 pairs; dotted names as on the command line."""
-    from csdiff.training.config import TrainConfig
-
-    made = TrainConfig(output_dir=str(output), max_steps=12, batch_size=24, learning_rate=3e-3)
-    made.data.train = str(store)
-    made.adapter_options = {"width": 16, "num_layers": 1, "dropout": 0.2}
-    made.checkpoint.every, made.validation.every, made.logging.every = 4, 5, 1
-    made.logging.progress = made.logging.curves = False
-    made.logging.trackers = []
-    for name, value in changes.items():
-        *sections, option = name.split(".")
-        target = made
-        for section in sections:
-            target = getattr(target, section)
-        assert hasattr(target, option), name
-        setattr(target, option, value)
-    return made
 
 
 def start(target, *arguments, environment=None, said=None):

@@ -1,6 +1,7 @@
 """What cannot be trained is refused in one sentence, before anything is written."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def refused(made, *words):
         ({"objective": "diffusion"}, ["--adapter mlp", "--objective diffusion"]),
         ({"batch_size": 1000}, ["--batch_size 1000", "58 pairs"]),
         ({"validation.metric": "text_to_image.r@3"}, ["--validation.metric", "text_to_image.r@1"]),
-        ({"logging.trackers": ["tensorbord"]}, ["--logging.trackers", "tensorbord"]),
+        ({"logging.trackers": ["tensorbord"]}, ["--logging.trackers", "tensorbord", "tensorboard"]),
+        ({"export": "best", "data.validation_fraction": 0.0}, ["--export best", "held out", "--data.validation"]),
         ({"adapter": "transformer"}, ["text_encoder"]),
         ({"adapter": "transformer", "data.text": "cached"}, ["token states", "none"]),
         ({"adapter": "lora", "data.text_encoder": "CLIP", "data.text": "cached"}, ["lora", "cached text"]),
@@ -60,6 +62,13 @@ def test_refused_before_anything_is_written(plain_store, tiny_clip, tmp_path, ch
     if changes.get("adapter", "mlp") != "mlp":
         changes.setdefault("adapter_options", {})
     refused(training_runs.config(plain_store, tmp_path / "out", **changes), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_whose_package_is_missing(plain_store, tmp_path):
+    absent = [name for name in ("aim", "clearml", "comet_ml", "dvclive", "swanlab") if find_spec(name) is None]
+    made = training_runs.config(plain_store, tmp_path / "out", **{"logging.trackers": absent[:1]})
+    refused(made, f"--logging.trackers {absent[0]}", "not installed", "tensorboard")
     assert not (tmp_path / "out").exists()
 
 
