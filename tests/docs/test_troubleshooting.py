@@ -26,23 +26,29 @@ def entries(root: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def pattern(phrase: str) -> re.Pattern:
-    return re.compile(".*".join(re.escape(part) for part in phrase.split("…")))
+def says(text: str, phrase: str) -> bool:
+    """Whether the parts of a phrase between its `…` stand in the text in this order."""
+    place = 0
+    for part in phrase.split("…"):
+        place = text.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
 
 
 def test_every_message_has_an_entry(root: Path, entries: dict):
-    patterns = [pattern(phrase) for phrase in entries]
     missing = [
         f"{where}: {text}"
         for where, text in raised_messages(root / "csdiff")
-        if not any(known.search(text) for known in patterns)
+        if not any(says(text, phrase) for phrase in entries)
     ]
     assert not missing, f"add a row to a table of {PAGE} for:\n" + "\n".join(missing)
 
 
 def test_every_entry_is_of_a_message(root: Path, entries: dict):
     texts = all_texts(root / "csdiff")
-    stale = [phrase for phrase in entries if not any(pattern(phrase).search(text) for text in texts)]
+    stale = [phrase for phrase in entries if not any(says(text, phrase) for text in texts)]
     assert not stale, f"{PAGE} explains what no longer is in the source: correct or delete " + "; ".join(stale)
 
 
@@ -50,5 +56,5 @@ def test_every_entry_says_something(entries: dict):
     assert entries
     for phrase, (cause, cure) in entries.items():
         assert letters(phrase) >= LETTERS, f"{phrase!r} is too short to be found in a message"
-        assert letters(cause) >= 10, phrase
-        assert letters(cure) >= 10, phrase
+        assert letters(cause) >= 5, phrase
+        assert letters(cure) >= 5, phrase
