@@ -60,7 +60,9 @@ def plot_projection(
         axis.plot(*pairs.transpose(2, 1, 0), color="0.8", linewidth=0.5, zorder=0)
         axis.scatter(*places["images"].T, s=7, color=IMAGE, label="images", alpha=0.6, linewidths=0)
         axis.scatter(*places[name].T, s=7, color=colour, label=name, alpha=0.6, linewidths=0)
-        axis.set(title=title, xticks=[], yticks=[])
+        gap = (sets["images"].mean(0) - sets[name].mean(0)).norm()
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"{title}, centroid gap {gap:.2f}", fontsize=10)
         axis.legend(loc="best", frameon=False, markerscale=2)
     figure.supxlabel(
         f"{'PCA' if method == 'pca' else 't-SNE'} of unit vectors; lines join 40 of the pairs", fontsize=9
@@ -101,13 +103,14 @@ def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, ima
     y = unit(image)
     # A fixed number of shifts pairs every row with rows of other pictures, without an N x N matrix.
     shifts = np.unique(np.linspace(1, len(y) - 1, min(len(y) - 1, 64)).astype(int)).tolist()
+    # Between unit vectors nothing lies outside -1 to 1; rounding may go a little beyond.
+    bins = np.linspace(-1, 1, 81)
     for axis, (title, rows, colour) in zip(axes, panels, strict=True):
         z = unit(rows)
-        paired = (z * y).sum(1).cpu().numpy()
-        other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts]).cpu().numpy()
-        bins = np.linspace(-0.4, 1, 57)
-        axis.hist(np.clip(other, -0.4, 1), bins, density=True, color="0.75", label="other images")
-        axis.hist(np.clip(paired, -0.4, 1), bins, density=True, color=colour, alpha=0.75, label="true image")
+        paired = (z * y).sum(1).clamp(-1, 1).cpu().numpy()
+        other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts]).clamp(-1, 1).cpu().numpy()
+        axis.hist(other, bins, density=True, color="0.75", label="other images")
+        axis.hist(paired, bins, density=True, color=colour, alpha=0.75, label="true image")
         axis.set(title=title, xlabel="cosine similarity to", yticks=[])
         axis.legend(frameon=False)
     axes[0].set_ylabel("density")
