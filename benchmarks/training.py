@@ -132,14 +132,27 @@ def stock_way(rounds: int, folder: Path, full: bool) -> None:
         from tiny import make_tiny_clip
 
         clip_folder = make_tiny_clip(folder / "clip")
-    rows = [tower_rates("shipped tiny CLIP", tiny_towers(clip_folder), 64, rounds)]
+    lengths = caption_lengths(clip_folder)
+    rows = [tower_rates("shipped tiny CLIP", tiny_towers(clip_folder), 64, rounds, lengths)]
     if full:
-        rows.append(tower_rates("ViT-L/14, random weights", large_towers(), 4, 2))
+        rows.append(tower_rates("ViT-L/14, random weights", large_towers(), 4, 2, lengths))
     print("\n### Cached embeddings against both towers at every step (diffusion prior, as the stock recipe)\n")
     print("| encoders, adapter | adapter weights | towers + diffusion, samples/s | cached, samples/s | ratio |")
     print("|---|---|---|---|---|")
     for row in rows:
         print(row)
+
+
+def caption_lengths(clip_folder: Path) -> list[int]:
+    """Tokens of 1,024 of the shipped captions."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    from csdiff.resources import assets_dir
+
+    captions = pq.read_table(assets_dir() / "data/train.parquet", columns=["captions"]).column(0)[:1024].to_pylist()
+    tokens = AutoTokenizer.from_pretrained(clip_folder)([several[0] for several in captions])["input_ids"]
+    return [len(row) for row in tokens]
 
 
 def tiny_towers(folder: Path):
@@ -158,8 +171,8 @@ def large_towers():
     return CLIPModel(config).eval().requires_grad_(False)
 
 
-def tower_rates(name: str, clip, batch: int, rounds: int) -> str:
-    """One row: samples a second of both ways with adapters of one size."""
+def tower_rates(name: str, clip, batch: int, rounds: int, lengths: list[int]) -> str:
+    """One row: samples a second of both ways with adapters of one size, on captions of so many tokens."""
     dim, states = clip.config.projection_dim, clip.config.text_config.hidden_size
     length, side = clip.config.text_config.max_position_embeddings, clip.config.vision_config.image_size
     size = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32, "num_embeddings": length}
@@ -171,11 +184,14 @@ def tower_rates(name: str, clip, batch: int, rounds: int) -> str:
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (prior, adapter)]
     ids = torch.randint(0, clip.config.text_config.vocab_size - 1, (batch, length))
     ids[:, -1] = clip.config.text_config.eos_token_id
+    # Captions have their usual lengths. Both ways pad to the tokenizer's limit; the adapter cuts what is padding in
+    # every row of its batch, the towers and the prior of the recipe compute on it.
+    used = torch.as_tensor(lengths).clamp(max=length)
     pixels = torch.randn(batch, 3, side, side)
     cached_batch = 256
     text, image = torch.randn(cached_batch, dim), torch.randn(cached_batch, dim)
     cached = torch.randn(cached_batch, length, states)
-    mask = torch.ones(cached_batch, length, dtype=torch.bool)
+    mask = torch.arange(length) < used[torch.arange(cached_batch) % len(used), None]
 
     def stock():
         with torch.no_grad():
@@ -314,6 +330,8 @@ def group_step(batch: int, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches, no real-size towers")
+    parts = ("overhead", "stock", "cache", "processes")
+    parser.add_argument("--part", choices=parts, action="append", help="only this table; may be given again")
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.call:
@@ -325,11 +343,16 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(f"{machine}, {time.strftime('%Y-%m-%d')}; load average at the start {os.getloadavg()[0]:.1f}.")
+    chosen = options.part or parts
     with tempfile.TemporaryDirectory() as folder:
-        overhead(rounds, Path(folder))
-        stock_way(rounds, Path(folder), full=not options.quick)
-    gradient_cache(1 if options.quick else 3, [512, 1024] if options.quick else [512, 1024, 2048, 4096])
-    two_processes(rounds)
+        if "overhead" in chosen:
+            overhead(rounds, Path(folder))
+        if "stock" in chosen:
+            stock_way(rounds, Path(folder), full=not options.quick)
+    if "cache" in chosen:
+        gradient_cache(1 if options.quick else 3, [512, 1024] if options.quick else [512, 1024, 2048, 4096])
+    if "processes" in chosen:
+        two_processes(rounds)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from csdiff.losses.registry import OBJECTIVES, build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.denoising import DIFFUSION, DenoisingObjective
 from csdiff.training.feeding import TextSide
+from csdiff.training.recipe import objective_options
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask, Embedder
 
@@ -110,10 +111,10 @@ def can_start(adapter: Adapter) -> bool:
     return type(adapter).init_from is not Adapter.init_from
 
 
-def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator) -> AlignmentTask:
+def build_task(config: TrainConfig, embedder: Embedder, sources: Sources, accelerator: Accelerator) -> AlignmentTask:
     """The task on the device, for the processes there are."""
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
-    objective = _objective(config, group)
+    objective = _objective(config, sources, group)
     embedder.to(accelerator.device)
     objective.to(accelerator.device).train()
     task = AlignmentTask(embedder, objective, config.ema.decay, autocast_of(config, accelerator.device), group)
@@ -124,7 +125,7 @@ def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator
     return task
 
 
-def _objective(config: TrainConfig, group: dist.ProcessGroup | None) -> nn.Module:
+def _objective(config: TrainConfig, sources: Sources, group: dist.ProcessGroup | None) -> nn.Module:
     if config.objective == DIFFUSION:
         if config.objective_options:
             raise CSDiffError(
@@ -132,7 +133,7 @@ def _objective(config: TrainConfig, group: dist.ProcessGroup | None) -> nn.Modul
             )
         return DenoisingObjective(group)
     try:
-        return build_objective(config.objective, **config.objective_options, group=group)
+        return build_objective(config.objective, **objective_options(config, sources.store), group=group)
     except (ValueError, TypeError) as error:
         raise CSDiffError(f"--objective_options: {error}") from error
 

@@ -112,7 +112,7 @@ class LoggingConfig:
     every: int = 10
     """Steps between log lines."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Accelerate trackers by name: tensorboard, wandb, trackio, mlflow, ..."""
+    """Accelerate trackers by name: tensorboard, wandb, trackio, mlflow, ...; none for `metrics.jsonl` alone."""
     curves: bool = True
     """Draw `curves.png` of what is in `metrics.jsonl`, and `samples.png` of the pictures where a decoder is given."""
     project: str = "csdiff"

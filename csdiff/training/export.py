@@ -10,6 +10,7 @@ from torch import Tensor
 from csdiff.adapters.base import Adapter
 from csdiff.training.config import TrainConfig
 from csdiff.training.inputs import Inputs
+from csdiff.training.recipe import objective_options
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask
 
@@ -114,7 +115,7 @@ class Exporter:
                 "norm_std": self.statistics.norm_std,
             },
             "normalized": self.sources.store.normalized,
-            "objective": {"name": config.objective, "options": config.objective_options},
+            "objective": {"name": config.objective, "options": objective_options(config, self.sources.store)},
             "data": {
                 "train": config.data.train,
                 "rows": len(self.sources.train),

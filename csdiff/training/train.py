@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
     text = open_text_side(config, sources, accelerator.device)
     embedder = build_embedder(config, sources, text)
     inputs = build_inputs(config, sources, text, embedder, accelerator.device)
-    task = build_task(config, embedder, accelerator)
+    task = build_task(config, embedder, sources, accelerator)
     optimizer = make_optimizer(task, config)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
     loop = Loop(config, task, optimizer, scaler, accelerator.process_index)
@@ -122,13 +122,14 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
                 f"accelerate is configured for {engine}, which splits weights over devices; adapters are trained as "
                 "replicas: launch with --multi_gpu (see docs/scaling.md)."
             )
-    _check_trackers(config.logging.trackers)
+    trackers = [name for name in config.logging.trackers if name != "none"]
+    _check_trackers(trackers)
     try:
         return Accelerator(
             # Without this, Accelerate runs every launched process on its own where there is no accelerator.
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",
-            log_with=config.logging.trackers or None,
+            log_with=trackers or None,
             project_dir=folder.path / "logs",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
@@ -142,7 +143,7 @@ def _check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in {*LOGGER_TYPE_TO_CLASS, "all"}:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}; [] for none but metrics.jsonl.")
+            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}, or none.")
         if name not in {*ready, "all"}:
             raise CSDiffError(
                 f"--logging.trackers {name}: its package is not installed here: install it (pip install {name}), or "

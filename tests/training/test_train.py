@@ -339,9 +339,11 @@ def test_pictures_of_prompts_at_validation(pooled_store, tiny_decoder, tmp_path)
 
 def test_curves_that_cannot_be_drawn_stop_nothing(plain_store, tmp_path, capsys):
     (tmp_path / "curves.png").mkdir()
-    train(training_runs.config(plain_store, tmp_path, max_steps=2, **{"logging.curves": True}))
+    changes = {"logging.curves": True, "logging.trackers": ["none"]}
+    train(training_runs.config(plain_store, tmp_path, max_steps=2, **changes))
     assert "curves.png could not be drawn" in capsys.readouterr().out
     assert (tmp_path / "config.json").is_file()
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, monkeypatch):
