@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from csdiff.losses import build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.denoising import DIFFUSION, DenoisingObjective
 from csdiff.training.loop import Loop, make_optimizer
+from csdiff.training.recipe import objective_options
 from csdiff.training.task import AlignmentTask, Embedder
 
 from .data import ROOT, Rows
@@ -79,7 +81,7 @@ def fit(method: Method, rows: Rows, config: TrainConfig, seed: int) -> Fitted:
     config = _run_config(method, config, seed, len(paired.ids.unique()))
     torch.manual_seed(seed)
     adapter = _adapter(config, paired)
-    objective = DenoisingObjective() if config.objective == DIFFUSION else _objective(config)
+    objective = DenoisingObjective() if config.objective == DIFFUSION else _objective(config, paired)
     task = AlignmentTask(Embedder(adapter.train()), objective.train(), config.ema.decay)
     if method.tokens:
         task.embedder.project_text_with(text_encoder().project)
@@ -133,8 +135,12 @@ def _adapter(config: TrainConfig, rows: Rows) -> Adapter:
     return adapter
 
 
-def _objective(config: TrainConfig):
-    return build_objective(config.objective, **config.objective_options)
+def _objective(config: TrainConfig, rows: Rows):
+    norms = rows.image.norm(dim=1)
+    store = SimpleNamespace(
+        text_dim=rows.text.shape[1], image_dim=rows.image.shape[1], normalized=bool((norms - 1).abs().max() < 1e-3)
+    )
+    return build_objective(config.objective, **objective_options(config, store))
 
 
 def _parts(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
