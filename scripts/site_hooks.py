@@ -70,8 +70,15 @@ def on_page_content(content: str, page, config, files: Files) -> str:
     """Turns the formulas that the arithmatex extension has marked into MathML."""
     inline = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
     display = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
-    content = inline.sub(lambda match: convert(html.unescape(match[1])), content)
-    return display.sub(lambda match: convert(html.unescape(match[1]), display="block"), content)
+    content = inline.sub(lambda match: mathml(match[1], "inline"), content)
+    return display.sub(lambda match: mathml(match[1], "block"), content)
+
+
+def mathml(formula: str, display: str) -> str:
+    """MathML of a LaTeX formula as it stands in HTML."""
+    found = convert(html.unescape(formula), display=display)
+    # LaTeX sets a thin space after the name of a function; the converter does not.
+    return re.sub(r"(<mi>(?:log|exp|cos|sin)</mi>)(?!<mo)", r'\1<mspace width="0.17em"/>', found)
 
 
 def linked_file(folder: Path, link: str) -> Path | None:
