@@ -39,7 +39,7 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
             negative = gr.Textbox(
                 label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
             )
-            fields = sampling_fields(models)
+            fields = sampling_fields(models, "blend-")
         with gr.Column(scale=3, min_width=320):
             gallery = gr.Gallery(
                 label="Pictures",

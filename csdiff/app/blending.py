@@ -59,5 +59,5 @@ def blend(
             nearer = first if weight <= 0.5 else second.strip() if isinstance(second, str) else ""
             image = session.draw(nearer, torch.lerp(start, end, weight), negative, generator)
             record = {"first": first, "second": second if isinstance(second, str) else "a picture", "share": weight}
-            path = write_png(image, f"{first}-{round(100 * weight)}", config.seed, record)
+            path = write_png(models.folder, image, f"{first}-{round(100 * weight)}", config.seed, record)
             report(Drawn(path, f"{round(100 * (1 - weight))}% first, {round(100 * weight)}% second"))

@@ -42,7 +42,7 @@ def create_tab(models: Models, choice: ModelChoice) -> Fields:
             negative = gr.Textbox(
                 label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
             )
-            count = gr.Slider(1, models.config.max_images, value=1, step=1, label="Pictures")
+            count = gr.Slider(1, models.config.max_images, value=1, step=1, label="Pictures", elem_id="count")
             fields = sampling_fields(models)
         with gr.Column(scale=3, min_width=320):
             gallery = gr.Gallery(

@@ -133,7 +133,7 @@ def create(models: Models, settings: Settings, compare: bool, report: Report) ->
             image = session.draw(prompts[0], embeds, session.negative(), generator)
             command = redraw_command(config, prompts, [(prompts[0], seed)])
             record = {"prompt": prompts[0], "seed": seed, "command": command}
-            path = write_png(image, prompts[0], seed, record)
+            path = write_png(models.folder, image, prompts[0], seed, record)
             report(Drawn(path, f"seed {seed}"))
             if compare and seed == config.seed:
                 report(Drawn(path, adapter_name(card), "adapter"))
@@ -187,7 +187,7 @@ class Session:
             generator = torch.Generator("cpu").manual_seed(self.config.seed)
             image = self.draw(prompt, embeds, negative, generator)
             record = {"prompt": prompt, "seed": self.config.seed, "map": place}
-            path = write_png(image, prompt, self.config.seed, record, f"-{place}")
+            path = write_png(self.models.folder, image, prompt, self.config.seed, record, f"-{place}")
             self.report(Drawn(path, place, place))
 
     def _text(self, prompt: str) -> Tensor:

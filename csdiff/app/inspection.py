@@ -26,7 +26,6 @@ from csdiff.resources import assets_dir
 
 MOST_ROWS = 4000
 ADAPTERS = ("adapter", "run", "checkpoint")
-HELD_OUT = "combination.parquet"
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,13 @@ class Inspector:
 
     Args:
         device: Where adapters run.
+        held_out: Captioned pictures that adapters for the shipped encoders are measured on; by default the shipped
+            ones.
     """
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str = "cpu", held_out: Path | None = None):
         self.device = device
+        self.held_out = held_out or assets_dir() / "data" / "combination.parquet"
         self._resources = ExitStack()
         self._held_out: dict[str, HeldOutPairs] = {}
         self._turn = threading.Lock()
@@ -153,8 +155,8 @@ class Inspector:
         key = str(card.metadata.get("text_encoder"))
         if key not in self._held_out:
             report(Progress("Embedding the shipped held-out pictures, once"))
-            source = str(assets_dir() / "data" / HELD_OUT)
-            opened = self._resources.enter_context(open_store(source, "data", card, None, progress=False))
+            opened = open_store(str(self.held_out), "data", card, None, progress=False, split="train")
+            opened = self._resources.enter_context(opened)
             self._held_out[key] = read_pairs("the shipped held-out pictures", opened, "data", MOST_ROWS)
         pairs = self._held_out[key]
         check_fits(card, pairs.store, pairs.source, "store")

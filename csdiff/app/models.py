@@ -40,10 +40,11 @@ class Models:
 
     Args:
         config: device, number format and offloading.
+        folder: where pictures are written that are drawn with these models.
     """
 
-    def __init__(self, config: AppConfig):
-        self.config = config
+    def __init__(self, config: AppConfig, folder: Path):
+        self.config, self.folder = config, folder
         self.device, self.dtype = device_and_dtype(GenerateConfig(device=config.device, dtype=config.dtype))
         self._turn = threading.Lock()
         self._kept: OrderedDict[tuple, Any] = OrderedDict()

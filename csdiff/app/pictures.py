@@ -46,9 +46,9 @@ def read_upload(path: str | os.PathLike | None) -> Image.Image:
     return picture
 
 
-def write_png(image: Image.Image, prompt: str, seed: int, record: dict, suffix: str = "") -> str:
+def write_png(folder: Path, image: Image.Image, prompt: str, seed: int, record: dict, suffix: str = "") -> str:
     """Writes a picture with `record` in its PNG text, under a name that says what it is; returns the path."""
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    folder = Path(tempfile.mkdtemp(dir=folder))
     text = PngImagePlugin.PngInfo()
     text.add_itxt("csdiff", json.dumps(record, ensure_ascii=False))
     path = folder / f"{picture_name(prompt, seed)}{suffix}.png"

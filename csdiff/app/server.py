@@ -59,12 +59,13 @@ class Server:
     _page: object
     _inspector: object
     _folder: Path
+    _environment: dict[str, str | None]
 
     def close(self) -> None:
         """Stops serving and removes the uploads and pictures."""
         self._page.close(verbose=False)
         self._inspector.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        _restore(self._folder, self._environment)
 
 
 def serve(config: AppConfig) -> None:
@@ -94,10 +95,11 @@ def start(config: AppConfig) -> Server:
     check_options(config, password)
     port = free_port(config.host, config.port)
     folder = Path(tempfile.mkdtemp(prefix="csdiff-app-"))
-    os.environ.update(QUIET)
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    environment = {**QUIET, "GRADIO_TEMP_DIR": str(folder)}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
-        page, inspector, theme, css = _build(config)
+        page, inspector, theme, css = _build(config, folder)
         page.queue(max_size=config.max_waiting, api_open=False)
         _, url, _ = page.launch(
             server_name=config.host,
@@ -121,12 +123,21 @@ def start(config: AppConfig) -> Server:
             prevent_thread_lock=True,
         )
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _restore(folder, before)
         raise
-    return Server(url, page, inspector, folder)
+    return Server(url, page, inspector, folder, before)
 
 
-def _build(config: AppConfig):
+def _restore(folder: Path, environment: dict[str, str | None]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _build(config: AppConfig, folder: Path):
     try:
         import gradio  # noqa: F401
         import matplotlib  # noqa: F401
@@ -138,7 +149,7 @@ def _build(config: AppConfig):
     from csdiff.app.page import build_page
     from csdiff.app.theme import CSS, theme
 
-    models = Models(config)
+    models = Models(config, folder)
     # a bad --adapter or --decoder is said at once, not at the first press of a button
     models.find(None, None)
     inspector = Inspector(str(models.device))

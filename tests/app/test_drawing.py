@@ -1,0 +1,140 @@
+"""What one press of the button does: the pictures of `csdiff generate`, alone or beside others, until stopped."""
+
+import json
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from csdiff.app.blending import blend
+from csdiff.app.drawing import Drawn, Note, Progress, Settings, Started, create
+from csdiff.app.streaming import Stopped, stream
+from csdiff.errors import CSDiffError
+from csdiff.pipelines import GenerateConfig, generate
+
+
+def pictures(messages, place="pictures") -> list[bytes]:
+    return [Image.open(m.path).tobytes() for m in messages if isinstance(m, Drawn) and m.place == place]
+
+
+def run(models, settings, compare=False) -> list:
+    messages: list = []
+    create(models, settings, compare, messages.append)
+    return messages
+
+
+def test_same_pictures_as_the_command_line(models, tmp_path):
+    settings = Settings("a red apple", negative="blue", seed=5, count=2, steps=2, guidance=2.0)
+    messages = run(models, settings, compare=True)
+    config = GenerateConfig(
+        prompt=["a red apple"], negative_prompt="blue", seed=5, num_images=2, steps=2, guidance=2.0, grid=False
+    )
+    for adapter, place in ((None, "pictures"), ("none", "raw")):
+        config.adapter, config.output = adapter, str(tmp_path / place)
+        config.device, config.progress = "cpu", False
+        expected = [Image.open(path).tobytes() for path in generate(config)]
+        assert pictures(messages, place) == (expected if place == "pictures" else expected[:1])
+    raw, ridge, adapter = (pictures(messages, place)[0] for place in ("raw", "ridge", "adapter"))
+    assert adapter == pictures(messages)[0]
+    assert len({raw, ridge, adapter}) == 3
+    drawn = next(m for m in messages if isinstance(m, Drawn))
+    assert "--seed 5" in json.loads(Image.open(drawn.path).text["csdiff"])["command"]
+    shares = [m.done / m.total for m in messages if isinstance(m, Progress) and m.total]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_two_at_once_do_not_mix(models):
+    wanted = [Settings("a red apple", seed=1, steps=3), Settings("a yellow duck", seed=2, steps=4, guidance=1.0)]
+    alone = [pictures(run(models, settings)) for settings in wanted]
+    together: list = [None, None]
+
+    def work(index):
+        together[index] = pictures(run(models, wanted[index]))
+
+    threads = [threading.Thread(target=work, args=[index]) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_stopping_ends_the_drawing_and_frees_the_models(models):
+    reached = []
+
+    def work(report):
+        try:
+            create(models, Settings("a red apple", steps=50), False, report)
+        except Stopped:
+            reached.append("stopped")
+            raise
+
+    messages = stream(work)
+    for message in messages:
+        if isinstance(message, Progress) and message.done == 2:
+            break
+    messages.close()
+    assert reached == ["stopped"]
+    assert len(pictures(run(models, Settings("a red apple", steps=1)))) == 1
+
+
+def test_errors_of_the_work_reach_the_page():
+    def work(report):
+        report(1)
+        raise CSDiffError("no")
+
+    messages = stream(work)
+    assert next(messages) == 1
+    with pytest.raises(CSDiffError, match="no"):
+        next(messages)
+
+
+def test_long_prompts_are_told_of(models):
+    notes = [m.text for m in run(models, Settings("red " * 100, steps=1)) if isinstance(m, Note)]
+    assert len(notes) == 1
+    assert "reads the first 32" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (Settings(" "), "empty"),
+        (Settings("a", count=99), "1 to 8 pictures"),
+        (Settings("a", steps=100_000), "at most 200 steps"),
+        (Settings("a" * 3000), "at most 2000 characters"),
+        (Settings("a", seed=-1), "seed"),
+        (Settings("a", adapter="/nowhere/at/all"), "/nowhere/at/all"),
+        (Settings("a", decoder="nothing"), "expected a preset"),
+    ],
+)
+def test_bad_settings_are_one_sentence_before_anything_is_drawn(models, settings, said):
+    messages: list = []
+    with pytest.raises(CSDiffError, match=said):
+        create(models, settings, False, messages.append)
+    assert not any(isinstance(m, (Drawn, Started)) for m in messages)
+
+
+def test_blend_ends_are_the_prompts(models):
+    first, second = Settings("a red apple", seed=3, steps=2), Settings("a yellow duck", seed=3, steps=2)
+    messages: list = []
+    blend(models, first, "a yellow duck", (0.0, 0.5, 1.0), messages.append)
+    start, middle, end = pictures(messages)
+    assert [start] == pictures(run(models, first))
+    assert [end] == pictures(run(models, second))
+    assert middle not in (start, end)
+
+
+def test_blend_with_a_picture_moves_towards_it(models, root):
+    picture = Image.new("RGB", (64, 64), "blue")
+    messages: list = []
+    blend(models, Settings("a red apple", steps=2), picture, (0.0, 1.0), messages.append)
+    start, end = (torch.frombuffer(bytearray(p), dtype=torch.uint8).view(-1, 3).float() for p in pictures(messages))
+    assert (start - end).abs().mean() > 1
+
+
+@pytest.mark.parametrize(("first", "second"), [("", "a duck"), ("a duck", " ")])
+def test_blend_needs_both(models, first, second):
+    with pytest.raises(CSDiffError, match="is empty"):
+        blend(models, Settings(first), second, (0.5,), print)
