@@ -175,7 +175,8 @@ def encoder_of_module(module, tower: str) -> dict | None:
     if not origin:
         return None
     folder = Path(origin)
-    if encoder_family(origin) or not any(folder.glob("*.safetensors")):
+    # what the hub's cache holds is known by its name
+    if HUB_CACHE.search(origin) or not any(folder.glob("*.safetensors")):
         return {"id": origin}
     from csdiff.embeddings.fingerprint import weights_sha256
 
