@@ -57,6 +57,8 @@ class EvaluateConfig:
     """Denoising steps of the decoder. Default: what the decoder is made for."""
     guidance: float | None = None
     """Classifier-free guidance scale of the decoder. Default: what the decoder is made for."""
+    size: int | None = None
+    """Height and width of the drawn pictures in pixels. Default: what the decoder is made for."""
     batch_size: int = 16
     """Pictures drawn at once."""
     device: str | None = None
@@ -81,6 +83,8 @@ class EvaluateConfig:
                 raise CSDiffError(f"{name}: expected at least {least}, found {value}.")
         if len(set(self.compare)) != len(self.compare) or (len(self.compare) == 1 and self.adapter is None):
             raise CSDiffError(f"compare: expected two or more different adapters, found {', '.join(self.compare)}.")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise CSDiffError(f"size: expected a multiple of 8 pixels, found {self.size}.")
         if unknown := set(self.picture_baselines) - set(PICTURE_BASELINES):
             raise CSDiffError(
                 f"picture_baselines: expected some of {', '.join(PICTURE_BASELINES)}, found {', '.join(unknown)}."

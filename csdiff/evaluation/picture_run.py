@@ -154,7 +154,13 @@ class PictureRun:
         for name in [*embedders, *baselines]:
             card = embedders.get(name)
             made_by = {"adapter": card.sha256()} if card else {"baseline": name, **fitted}
-            settings = {**made_by, "decoder": record, "steps": self.steps, "guidance": self.guidance}
+            settings = {
+                **made_by,
+                "decoder": record,
+                "steps": self.steps,
+                "guidance": self.guidance,
+                "size": config.size,
+            }
             folders[name] = PictureFolder(config.output, name, settings)
         missing = {name: folder for name, folder in folders.items() if folder.missing(self.jobs)}
         if not missing:
@@ -173,7 +179,7 @@ class PictureRun:
                 card = next(iter(self.cards.values()))
                 negative = PromptEmbedder(card, self.decoder, torch.device(device), dtype).negative(None)
         decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
-        options = DrawingOptions(self.steps, self.guidance)
+        options = DrawingOptions(self.steps, self.guidance, None, config.size, config.size)
         for name, folder in missing.items():
             draw_missing(
                 folder, self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress
@@ -263,6 +269,7 @@ class PictureRun:
             "decoder": decoder_record(self.decoder),
             "steps": self.steps,
             "guidance": self.guidance,
+            "size": self.config.size,
             "batch_size": self.config.batch_size,
             "extractors": {name: extractor.describe() for name, extractor in extractors.items()},
             "clip": clip.describe(),

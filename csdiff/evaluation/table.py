@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 ROWS = (
     ("text to image R@1", "text_to_image.r@1", "up"),
@@ -78,15 +78,14 @@ def number(value: object) -> str:
 
 
 def as_text(result: Mapping) -> str:
-    """Every table, as wide as the terminal."""
+    """Every table, as wide as its numbers are: cut numbers would be wrong ones."""
     from rich.console import Console
 
     out = io.StringIO()
-    width = max(shutil.get_terminal_size((120, 20)).columns, 60)
-    console = Console(file=out, width=width, force_terminal=False, color_system=None)
+    console = Console(file=out, width=1000, force_terminal=False, color_system=None)
     for table in tables(result):
         console.print(table)
-    return out.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 def tables(result: Mapping) -> list:
@@ -147,7 +146,9 @@ def _pictures(pictures: Mapping):
 def picture_rows(shown: Mapping[str, Mapping]) -> list[tuple[str, str, list[str]]]:
     """As `rows`, of the metrics of pictures."""
     first = next(iter(shown.values()))
-    keys = [(f"{label}, {name}", ("spaces", name, key)) for name in first["spaces"] for label, key in SPACE_ROWS]
+    keys = [
+        (f"{label}, {Path(name).name}", ("spaces", name, key)) for name in first["spaces"] for label, key in SPACE_ROWS
+    ]
     keys += [(label, tuple(key.split("."))) for label, key in PICTURE_ROWS]
     table = []
     for label, path in keys:
