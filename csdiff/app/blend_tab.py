@@ -43,6 +43,7 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
         with gr.Column(scale=3, min_width=320):
             gallery = gr.Gallery(
                 label="Pictures",
+                show_label=False,
                 elem_id="blended",
                 columns=3,
                 fit_columns=False,

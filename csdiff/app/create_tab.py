@@ -47,6 +47,7 @@ def create_tab(models: Models, choice: ModelChoice) -> Fields:
         with gr.Column(scale=3, min_width=320):
             gallery = gr.Gallery(
                 label="Pictures",
+                show_label=False,
                 elem_id="pictures",
                 columns=2,
                 fit_columns=False,

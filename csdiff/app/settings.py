@@ -62,7 +62,7 @@ def model_choice(models: Models) -> ModelChoice:
             info="A preset, a folder saved by diffusers, or a hub repository",
             allow_custom_value=True,
         )
-    return ModelChoice(adapter, decoder, gr.HTML("", elem_id="models-status", padding=False))
+    return ModelChoice(adapter, decoder, gr.HTML("", elem_id="models-status", visible=False))
 
 
 def sampling_fields(models: Models, name: str = "") -> Fields:
@@ -93,9 +93,12 @@ def follow_decoder(models: Models, choice: ModelChoice, fields: list[Fields]) ->
             models.find(adapter, decoder)
             numbers = defaults(models, decoder)
         except (CSDiffError, OSError) as error:
-            return [status(error=str(error)), *([gr.skip()] * len(targets))]
+            return [gr.HTML(status(error=str(error)), visible=True), *([gr.skip()] * len(targets))]
         steps, guidance = numbers
-        return ["", *[gr.Slider(value=value) for _ in fields for value in (min(steps, MOST_STEPS), guidance)]]
+        return [
+            gr.HTML("", visible=False),
+            *[gr.Slider(value=value) for _ in fields for value in (min(steps, MOST_STEPS), guidance)],
+        ]
 
     for changed in (choice.adapter, choice.decoder):
         changed.change(

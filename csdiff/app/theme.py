@@ -39,7 +39,6 @@ def theme() -> gr.themes.Base:
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .gradio-container .examples, .gradio-container .gallery { background: none; }
-#models-status:empty { display: none; }
 #head h1 { font-size: 1.5rem; margin: 0.2rem 0 0; letter-spacing: -0.01em; }
 #head p { margin: 0.1rem 0 0; color: var(--body-text-color-subdued); }
 .status { min-height: 2.6rem; }
