@@ -60,4 +60,4 @@ def blend(
             image = session.draw(nearer, torch.lerp(start, end, weight), negative, generator)
             record = {"first": first, "second": second if isinstance(second, str) else "a picture", "share": weight}
             path = write_png(models.folder, image, f"{first}-{round(100 * weight)}", config.seed, record)
-            report(Drawn(path, f"{round(100 * (1 - weight))}% first, {round(100 * weight)}% second"))
+            report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))

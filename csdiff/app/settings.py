@@ -72,7 +72,7 @@ def sampling_fields(models: Models, name: str = "") -> Fields:
         seed = gr.Number(
             0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, elem_id=f"{name}seed"
         )
-        random = gr.Checkbox(False, label="New seed each time", min_width=160)
+        random = gr.Checkbox(False, label="New each time", min_width=160)
     with gr.Row():
         steps = gr.Slider(1, max(60, steps), value=steps, step=1, label="Steps", min_width=150, elem_id=f"{name}steps")
         guidance = gr.Slider(1, max(15, guidance), value=guidance, step=0.5, label="Guidance", min_width=150)
