@@ -14,7 +14,12 @@ def automatic_weight(bandwidths: tuple[float, ...] = BANDWIDTHS, temperature: fl
 
     On unit vectors InfoNCE pushes apart with `1 / t` times a softmax average and the divergence with `1 / s^2` times a
     kernel average: at this weight the two are equally strong.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a finite number > 0; found {temperature}")
     return sorted(bandwidths)[len(bandwidths) // 2] ** 2 / temperature
 
 

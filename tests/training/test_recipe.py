@@ -16,6 +16,8 @@ def test_the_weight_follows_bandwidth_and_temperature():
     options = objective_options(TrainConfig(objective_options={"temperature": 0.1, "bandwidth": [1.0, 0.2, 0.3]}), RAW)
     assert options["cs_weight"] == pytest.approx(0.9)
     assert objective_options(TrainConfig(objective_options={"cs_weight": 7.0}), RAW)["cs_weight"] == 7.0
+    with pytest.raises(ValueError, match="temperature must be a finite number > 0; found 0"):
+        objective_options(TrainConfig(objective_options={"temperature": 0}), RAW)
 
 
 def test_options_fit_the_data_and_the_objective():
@@ -24,5 +26,7 @@ def test_options_fit_the_data_and_the_objective():
     other = SimpleNamespace(text_dim=6, image_dim=8, normalized=True)
     assert objective_options(TrainConfig(), RAW)["source_weight"] > 0
     assert objective_options(TrainConfig(), other)["source_weight"] == 0
+    unit = SimpleNamespace(text_dim=8, image_dim=8, normalized=True)
+    assert objective_options(TrainConfig(), unit)["cs_weight"] < objective_options(TrainConfig(), RAW)["cs_weight"]
     assert objective_options(TrainConfig(objective="eclipse"), RAW) == {}
     assert objective_options(TrainConfig(image_adapter="mlp"), RAW) == {}
