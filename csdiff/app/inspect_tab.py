@@ -43,10 +43,11 @@ def inspect_tab(inspector: Inspector) -> None:
         plots = {}
         with gr.Row():
             for name in ("projection", "similarities"):
-                plots[name] = gr.Plot(label=PLOTS[name], format="png", min_width=320, elem_id=f"plot-{name}")
-        with gr.Row():
-            plots["retrieval"] = gr.Plot(label=PLOTS["retrieval"], format="png", min_width=320)
-            table = gr.HTML(label="Metrics", elem_id="metrics", min_height=1)
+                plots[name] = gr.Plot(
+                    label=PLOTS[name], show_label=False, format="png", min_width=320, elem_id=f"plot-{name}"
+                )
+        plots["retrieval"] = gr.Plot(label=PLOTS["retrieval"], show_label=False, format="png", min_width=320)
+        table = gr.HTML(label="Metrics", elem_id="metrics", padding=False)
         with gr.Accordion("Model card", open=False):
             card = gr.Markdown()
         with gr.Accordion("What is in the folder", open=False):

@@ -52,7 +52,7 @@ CSS = """
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .metrics { overflow-x: auto; }
 .metrics table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
-.metrics th, .metrics td { padding: 0.25rem 0.7rem; text-align: right;
+.metrics th, .metrics td { padding: 0.25rem 0.7rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary);
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .metrics th:first-child, .metrics td:nth-child(2) { text-align: left; font-weight: 400; }
