@@ -181,7 +181,8 @@ def blocks(records: list[dict]) -> dict[str, str]:
         result["paired"] = paired(records)
     for part in SWEEPS:
         if any(r["part"] == part for r in records):
-            result[f"sweep-{part}"] = sweep_table(records, part)
+            image = f"![R@1 and kernel distance over {part}](figures/results_{part}.png)"
+            result[f"sweep-{part}"] = f"{image}\n\n{sweep_table(records, part)}"
     return result
 
 
