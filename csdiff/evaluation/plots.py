@@ -111,7 +111,7 @@ def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, ima
         other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts]).clamp(-1, 1).cpu().numpy()
         axis.hist(other, bins, density=True, color="0.75", label="other images")
         axis.hist(paired, bins, density=True, color=colour, alpha=0.75, label="true image")
-        axis.set(title=title, xlabel="cosine similarity to", yticks=[])
+        axis.set(title=title, xlabel="cosine similarity to", yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
         axis.legend(frameon=False)
     axes[0].set_ylabel("density")
     return figure
