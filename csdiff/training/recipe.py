@@ -24,25 +24,22 @@ def automatic_weight(bandwidths: tuple[float, ...] = BANDWIDTHS, temperature: fl
 
 
 def objective_options(config: TrainConfig, store: Any) -> dict[str, Any]:
-    """Options of the run's objective: those given, and for `cs_aligner` the study's for the rest.
+    """Options of the run's objective: those given, and for `cs_aligner` on unit-norm rows the study's for the rest.
 
     - InfoNCE in one direction, a caption picks its picture, at a low temperature: that is the retrieval wanted.
-    - Bandwidths from shapes to means, without diagonals; the weight by :func:`automatic_weight`.
+    - Bandwidths from shapes to means, without diagonals; a quarter of :func:`automatic_weight`, since rows without
+      norms are of no use to decoders and retrieval counts more.
     - A contrast against the un-adapted captions, which keeps few pairs from being learned by heart; where text and
       image embeddings have one width.
-    - A squared error, which brings predictions nearer to their pictures.
 
-    Unit-norm rows are of no use to decoders, so retrieval counts more there: four times less divergence, more contrast
-    against the captions, no squared error.
-
-    With an image-side adapter retrieval is wanted both ways: the objective's own defaults hold then.
+    On raw rows, and with an image-side adapter, where retrieval is wanted both ways, the objective's defaults hold.
 
     Args:
         config: The run.
         store: With `text_dim`, `image_dim` and `normalized`, of the training pairs.
     """
     given = config.objective_options
-    if config.objective != CS_ALIGNER or config.image_adapter is not None:
+    if config.objective != CS_ALIGNER or config.image_adapter is not None or not store.normalized:
         return dict(given)
     temperature, bandwidth = given.get("temperature", TEMPERATURE), given.get("bandwidth", list(BANDWIDTHS))
     widths = BANDWIDTHS
@@ -53,9 +50,8 @@ def objective_options(config: TrainConfig, store: Any) -> dict[str, Any]:
         "two_sided": False,
         "bandwidth": bandwidth,
         "diagonal": False,
-        "cs_weight": automatic_weight(widths, temperature) * (0.25 if store.normalized else 1.0),
+        "cs_weight": automatic_weight(widths, temperature) / 4,
         "token_diagonal": True,
-        "source_weight": (2.0 if store.normalized else 1.0) if store.text_dim == store.image_dim else 0.0,
-        "regression_weight": 0.0 if store.normalized else 2.0,
+        "source_weight": 2.0 if store.text_dim == store.image_dim else 0.0,
         **given,
     }
