@@ -88,8 +88,9 @@ def paired(records: list[dict]) -> str:
         "| default recipe minus | split | R@1 text to image | kernel distance | centroid gap | seeds |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    done = {(r["data"], r["method"], r["seed"]): r for r in records if r["part"] == "table"}
-    for data in dict.fromkeys(r["data"] for r in records if r["part"] == "table"):
+    records = [r for r in records if r["part"] == "table"]
+    done = {(r["data"], r["method"], r["seed"]): r for r in records}
+    for data in dict.fromkeys(r["data"] for r in records):
         seeds = sorted(seed for d, m, seed in done if (d, m) == (data, DEFAULT))
         for opponent in OPPONENTS:
             common = [seed for seed in seeds if (data, opponent, seed) in done]
