@@ -20,7 +20,7 @@ from csdiff.embeddings import load_image_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 STEPS = 25
 
 

@@ -7,6 +7,8 @@ from csdiff.training.config import TrainConfig
 CS_ALIGNER = "cs_aligner"
 TEMPERATURE = 0.03
 BANDWIDTHS = (0.35, 0.5, 1.0)
+# Pairs a dimension from which raw rows take the plain objective.
+MANY = 4
 
 
 def automatic_weight(bandwidths: tuple[float, ...] = BANDWIDTHS, temperature: float = TEMPERATURE) -> float:
@@ -24,22 +26,25 @@ def automatic_weight(bandwidths: tuple[float, ...] = BANDWIDTHS, temperature: fl
 
 
 def objective_options(config: TrainConfig, store: Any) -> dict[str, Any]:
-    """Options of the run's objective: those given, and for `cs_aligner` on unit-norm rows the study's for the rest.
+    """Options of the run's objective: those given, and for `cs_aligner` the study's for the rest.
 
     - InfoNCE in one direction, a caption picks its picture, at a low temperature: that is the retrieval wanted.
-    - Bandwidths from shapes to means, without diagonals; a quarter of :func:`automatic_weight`, since rows without
-      norms are of no use to decoders and retrieval counts more.
+    - Bandwidths from shapes to means, without diagonals; a quarter of :func:`automatic_weight` on unit-norm rows,
+      which are of no use to decoders, so that retrieval counts more, and three quarters on raw rows.
     - A contrast against the un-adapted captions, which keeps few pairs from being learned by heart; where text and
       image embeddings have one width.
 
-    On raw rows, and with an image-side adapter, where retrieval is wanted both ways, the objective's defaults hold.
+    On raw rows with :data:`MANY` pairs a dimension or more, and with an image-side adapter, where retrieval is wanted
+    both ways, the objective's own defaults hold.
 
     Args:
         config: The run.
-        store: With `text_dim`, `image_dim` and `normalized`, of the training pairs.
+        store: The training pairs, with their number, `text_dim`, `image_dim` and `normalized`.
     """
     given = config.objective_options
-    if config.objective != CS_ALIGNER or config.image_adapter is not None or not store.normalized:
+    if config.objective != CS_ALIGNER or config.image_adapter is not None:
+        return dict(given)
+    if not store.normalized and len(store) >= MANY * store.image_dim:
         return dict(given)
     temperature, bandwidth = given.get("temperature", TEMPERATURE), given.get("bandwidth", list(BANDWIDTHS))
     widths = BANDWIDTHS
@@ -50,7 +55,7 @@ def objective_options(config: TrainConfig, store: Any) -> dict[str, Any]:
         "two_sided": False,
         "bandwidth": bandwidth,
         "diagonal": False,
-        "cs_weight": automatic_weight(widths, temperature) / 4,
+        "cs_weight": automatic_weight(widths, temperature) * (0.25 if store.normalized else 0.75),
         "token_diagonal": True,
         "source_weight": 2.0 if store.text_dim == store.image_dim else 0.0,
         **given,

@@ -89,12 +89,9 @@ def test_killed_in_the_middle_the_store_is_the_same(
 
 
 def test_two_processes_write_the_bytes_of_one(store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path):
-    process = start(dataset, tiny_clip, tmp_path / "s", root, processes=2, progress=True)
+    process = start(dataset, tiny_clip, tmp_path / "s", root, processes=2)
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
-    # Each has half of the shards: the first one's bar counts 4 + 4 of the 13 items.
-    assert "process 1 of 2" in errors
-    assert "8/8" in errors
     assert content(tmp_path / "s") == content(store)
 
 

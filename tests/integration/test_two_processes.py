@@ -23,7 +23,7 @@ def gradients_of_a_batch(store, output, micro):
     text = open_text_side(made, sources, accelerator.device)
     embedder = build_embedder(made, sources, text)
     inputs = build_inputs(made, sources, text, embedder, accelerator.device)
-    task = build_task(made, embedder, accelerator)
+    task = build_task(made, embedder, sources, accelerator)
     rank, size = accelerator.process_index, accelerator.num_processes
     batch = {"pairs": next(inputs.batches("pairs", sources.train, 25, 0, rank, size, 0))}
     output_of = task.backward(inputs.prepare(batch), micro)

@@ -1,6 +1,6 @@
 """The options that a run gives its objective."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 
@@ -8,7 +8,19 @@ from csdiff.losses import build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.recipe import automatic_weight, objective_options
 
-UNIT = SimpleNamespace(text_dim=8, image_dim=8, normalized=True)
+
+@dataclass
+class Pairs:
+    text_dim: int = 8
+    image_dim: int = 8
+    normalized: bool = True
+    count: int = 30
+
+    def __len__(self) -> int:
+        return self.count
+
+
+UNIT = Pairs()
 
 
 def test_the_weight_follows_bandwidth_and_temperature():
@@ -25,10 +37,12 @@ def test_the_weight_follows_bandwidth_and_temperature():
 def test_options_fit_the_data_and_the_objective():
     build_objective("cs_aligner", **objective_options(TrainConfig(), UNIT))
     build_objective("cs_aligner", **objective_options(TrainConfig(objective_options={"bandwidth": "median"}), UNIT))
-    other = SimpleNamespace(text_dim=6, image_dim=8, normalized=True)
-    raw = SimpleNamespace(text_dim=8, image_dim=8, normalized=False)
+    other = Pairs(text_dim=6)
+    raw = Pairs(normalized=False)
     assert objective_options(TrainConfig(), UNIT)["source_weight"] > 0
     assert objective_options(TrainConfig(), other)["source_weight"] == 0
-    assert objective_options(TrainConfig(), raw) == {}
+    for_raw = objective_options(TrainConfig(), raw)
+    assert for_raw["cs_weight"] == pytest.approx(3 * objective_options(TrainConfig(), UNIT)["cs_weight"])
+    assert objective_options(TrainConfig(), Pairs(normalized=False, count=32)) == {}
     assert objective_options(TrainConfig(objective="eclipse"), UNIT) == {}
     assert objective_options(TrainConfig(image_adapter="mlp"), UNIT) == {}
