@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
@@ -135,12 +134,20 @@ def _adapter(config: TrainConfig, rows: Rows) -> Adapter:
     return adapter
 
 
+class _Facts:
+    """What a store says of its pairs."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.count = len(rows.text)
+        self.text_dim, self.image_dim = rows.text.shape[1], rows.image.shape[1]
+        self.normalized = bool((rows.image.norm(dim=1) - 1).abs().max() < 1e-3)
+
+    def __len__(self) -> int:
+        return self.count
+
+
 def _objective(config: TrainConfig, rows: Rows):
-    norms = rows.image.norm(dim=1)
-    store = SimpleNamespace(
-        text_dim=rows.text.shape[1], image_dim=rows.image.shape[1], normalized=bool((norms - 1).abs().max() < 1e-3)
-    )
-    return build_objective(config.objective, **objective_options(config, store))
+    return build_objective(config.objective, **objective_options(config, _Facts(rows)))
 
 
 def _parts(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
