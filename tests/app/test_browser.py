@@ -105,15 +105,21 @@ def test_two_people_each_get_the_pictures_they_asked_for(new_page, tmp_path):
         assert len(set(strip.values())) == 3
 
 
-@pytest.mark.skip(reason="does not always come to an end; the cause is not found yet")
 def test_stop_and_an_empty_prompt(new_page):
     page = new_page()
+    # As much as the page offers: the drawing must still go on when Stop is pressed.
+    page.fill("#count input[type=number]", "8")
     draw(page, "a red apple", 0, 60)
     wait_for(page, "#create-status", "step")
     page.click("#stop")
     wait_for(page, "#create-status", "Stopped")
-    draw(page, "   ", 0, 1)
-    assert "is empty" in wait_for(page, "#create-status", "rompt")
+    # The page drops presses until it has heard that the stopped drawing ended, some time after it says so.
+    for _ in range(100):
+        draw(page, "   ", 0, 1)
+        page.wait_for_timeout(500)
+        if "is empty" in page.inner_text("#create-status"):
+            break
+    assert "is empty" in page.inner_text("#create-status")
 
 
 def test_bad_upload_is_a_sentence_and_a_store_can_be_looked_at(new_page, tmp_path, plain_store):
