@@ -56,14 +56,15 @@ class Inspector:
         device: Where adapters run.
         held_out: Captioned pictures that adapters for the shipped encoders are measured on; by default the shipped
             ones.
+        lock: Held while models are loaded and used, which is not safe in two threads at once.
     """
 
-    def __init__(self, device: str = "cpu", held_out: Path | None = None):
+    def __init__(self, device: str = "cpu", held_out: Path | None = None, lock: threading.Lock | None = None):
         self.device = device
         self.held_out = held_out or assets_dir() / "data" / "combination.parquet"
         self._resources = ExitStack()
         self._held_out: dict[str, HeldOutPairs] = {}
-        self._turn = threading.Lock()
+        self._turn = lock or threading.Lock()
 
     def close(self) -> None:
         """Removes the files of embedded pictures."""
@@ -95,7 +96,7 @@ class Inspector:
             kind = facts["kind"]
             text = as_text(facts).replace(str(folder), "uploaded files" if uploaded else str(folder))
             while not self._turn.acquire(timeout=0.2):
-                report(Progress("Someone else is looking; you are next"))
+                report(Progress("Waiting for the models"))
             try:
                 if kind in ADAPTERS and not facts["problems"]:
                     return self._adapter(folder, kind, text, store.strip(), report)

@@ -46,18 +46,19 @@ class Models:
     def __init__(self, config: AppConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device, self.dtype = device_and_dtype(GenerateConfig(device=config.device, dtype=config.dtype))
-        self._turn = threading.Lock()
+        # Shared with whatever else loads models: loading is not safe in two threads at once.
+        self.lock = threading.Lock()
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
 
     @contextmanager
     def turn(self, report: Report) -> Iterator[None]:
         """Waits until the models are free; `report` is called while waiting, and may raise to give up."""
-        while not self._turn.acquire(timeout=0.2):
+        while not self.lock.acquire(timeout=0.2):
             report("Waiting for the models")
         try:
             yield
         finally:
-            self._turn.release()
+            self.lock.release()
 
     def warm_up(self) -> None:
         """Loads what the page starts with, while its reader still reads."""

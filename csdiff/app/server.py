@@ -152,7 +152,7 @@ def _build(config: AppConfig, folder: Path):
     models = Models(config, folder)
     # a bad --adapter or --decoder is said at once, not at the first press of a button
     models.find(None, None)
-    inspector = Inspector(str(models.device))
+    inspector = Inspector(str(models.device), lock=models.lock)
     threading.Thread(target=models.warm_up, daemon=True).start()
     return build_page(models, inspector), inspector, theme(), CSS
 

@@ -1,6 +1,7 @@
 """Look inside: adapters and stores give facts, a table and three plots; what is missing is said."""
 
 import shutil
+import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -86,3 +87,15 @@ def test_cards_bring_no_pictures_and_no_html():
 
 def test_names_in_tables_are_text():
     assert "<script>" not in metrics_table({"<script>": {"centroid_gap": 0.5}})
+
+
+def test_waits_for_whoever_uses_the_models():
+    lock = threading.Lock()
+    inspector = Inspector(lock=lock)
+
+    def give_up(message):
+        if "Waiting for the models" in str(message):
+            raise InterruptedError
+
+    with lock, pytest.raises(InterruptedError):
+        inspector.look("", None, "", give_up)
