@@ -134,20 +134,15 @@ def _adapter(config: TrainConfig, rows: Rows) -> Adapter:
     return adapter
 
 
-class _Facts:
-    """What a store says of its pairs."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.count = len(rows.text)
-        self.text_dim, self.image_dim = rows.text.shape[1], rows.image.shape[1]
-        self.normalized = bool((rows.image.norm(dim=1) - 1).abs().max() < 1e-3)
-
-    def __len__(self) -> int:
-        return self.count
-
-
 def _objective(config: TrainConfig, rows: Rows):
-    return build_objective(config.objective, **objective_options(config, _Facts(rows)))
+    options = objective_options(
+        config,
+        pictures=len(rows.ids.unique()),
+        text_dim=rows.text.shape[1],
+        image_dim=rows.image.shape[1],
+        normalized=bool((rows.image.norm(dim=1) - 1).abs().max() < 1e-3),
+    )
+    return build_objective(config.objective, **options)
 
 
 def _parts(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:

@@ -15,7 +15,7 @@ from csdiff.losses.registry import OBJECTIVES, build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.denoising import DIFFUSION, DenoisingObjective
 from csdiff.training.feeding import TextSide
-from csdiff.training.recipe import objective_options
+from csdiff.training.recipe import run_options
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask, Embedder
 
@@ -133,7 +133,7 @@ def _objective(config: TrainConfig, sources: Sources, group: dist.ProcessGroup |
             )
         return DenoisingObjective(group)
     try:
-        return build_objective(config.objective, **objective_options(config, sources.store), group=group)
+        return build_objective(config.objective, **run_options(config, sources), group=group)
     except (ValueError, TypeError) as error:
         raise CSDiffError(f"--objective_options: {error}") from error
 

@@ -148,7 +148,7 @@ class TrainConfig:
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Options of the adapter, as its class takes them."""
     objective_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the objective, as its class takes them."""
+    """Options of the objective, as its class takes them. Those of cs_aligner that are left open follow the data."""
     init_from: str | None = None
     """Adapter folder to begin at, of the same kind and shape."""
     image_adapter: str | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from csdiff.adapters.base import Adapter
 from csdiff.training.config import TrainConfig
 from csdiff.training.inputs import Inputs
-from csdiff.training.recipe import objective_options
+from csdiff.training.recipe import run_options
 from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask
 
@@ -115,7 +115,7 @@ class Exporter:
                 "norm_std": self.statistics.norm_std,
             },
             "normalized": self.sources.store.normalized,
-            "objective": {"name": config.objective, "options": objective_options(config, self.sources.store)},
+            "objective": {"name": config.objective, "options": run_options(config, self.sources)},
             "data": {
                 "train": config.data.train,
                 "rows": len(self.sources.train),

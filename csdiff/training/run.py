@@ -12,6 +12,7 @@ from csdiff.training.curves import CURVES_NAME, draw_curves
 from csdiff.training.export import ONLINE, Exporter
 from csdiff.training.interrupts import Interrupt, Stopped
 from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
+from csdiff.training.recipe import run_options
 from csdiff.training.run_folder import RunFolder, flatten
 from csdiff.training.samples import Samples, draw_sheet
 from csdiff.training.state import load_state, save_state, state_bytes
@@ -108,6 +109,8 @@ class Run:
             f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; "
             f"output in {self.folder.path}."
         )
+        if chosen := {k: v for k, v in run_options(config, self.sources).items() if k not in config.objective_options}:
+            say("Options of the objective for these data: " + ", ".join(f"{k} {v}" for k, v in chosen.items()) + ".")
         if start is not None:
             say(f"Continuing from {start} at step {self.loop.progress.step}.")
 

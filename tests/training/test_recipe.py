@@ -1,48 +1,60 @@
 """The options that a run gives its objective."""
 
-from dataclasses import dataclass
+import json
 
 import pytest
+import training_runs
+from tiny import make_plain_store
 
 from csdiff.losses import build_objective
+from csdiff.training import train
 from csdiff.training.config import TrainConfig
-from csdiff.training.recipe import automatic_weight, objective_options
+from csdiff.training.recipe import RAW_SHARE, UNIT_NORM_SHARE, automatic_weight, objective_options
 
 
-@dataclass
-class Pairs:
-    text_dim: int = 8
-    image_dim: int = 8
-    normalized: bool = True
-    count: int = 30
-
-    def __len__(self) -> int:
-        return self.count
-
-
-UNIT = Pairs()
+def options(given=None, *, pictures=31, text_dim=8, image_dim=8, normalized=True, **changes):
+    config = TrainConfig(objective_options=given or {}, **changes)
+    facts = {"pictures": pictures, "text_dim": text_dim, "image_dim": image_dim, "normalized": normalized}
+    return objective_options(config, **facts)
 
 
 def test_the_weight_follows_bandwidth_and_temperature():
     assert automatic_weight((0.5,), 0.25) == pytest.approx(1.0)
-    options = objective_options(
-        TrainConfig(objective_options={"temperature": 0.1, "bandwidth": [1.0, 0.2, 0.3]}), UNIT
-    )
-    assert options["cs_weight"] == pytest.approx(0.9 / 4)
-    assert objective_options(TrainConfig(objective_options={"cs_weight": 7.0}), UNIT)["cs_weight"] == 7.0
-    with pytest.raises(ValueError, match="temperature must be a finite number > 0; found 0"):
-        objective_options(TrainConfig(objective_options={"temperature": 0}), UNIT)
+    found = options({"temperature": 0.1, "bandwidth": [1.0, 0.2, 0.3]})
+    assert found["cs_weight"] == pytest.approx(0.9 * UNIT_NORM_SHARE)
+    assert options({"cs_weight": 7.0})["cs_weight"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"temperature": 0}, "temperature"), ({"bandwidth": []}, "bandwidth"), ({"bandwidth": -1.0}, "bandwidth")],
+)
+def test_bad_options_name_the_option(given, said):
+    with pytest.raises(ValueError, match=said):
+        options(given)
 
 
 def test_options_fit_the_data_and_the_objective():
-    build_objective("cs_aligner", **objective_options(TrainConfig(), UNIT))
-    build_objective("cs_aligner", **objective_options(TrainConfig(objective_options={"bandwidth": "median"}), UNIT))
-    other = Pairs(text_dim=6)
-    raw = Pairs(normalized=False)
-    assert objective_options(TrainConfig(), UNIT)["source_weight"] > 0
-    assert objective_options(TrainConfig(), other)["source_weight"] == 0
-    for_raw = objective_options(TrainConfig(), raw)
-    assert for_raw["cs_weight"] == pytest.approx(3 * objective_options(TrainConfig(), UNIT)["cs_weight"])
-    assert objective_options(TrainConfig(), Pairs(normalized=False, count=32)) == {}
-    assert objective_options(TrainConfig(objective="eclipse"), UNIT) == {}
-    assert objective_options(TrainConfig(image_adapter="mlp"), UNIT) == {}
+    build_objective("cs_aligner", **options())
+    build_objective("cs_aligner", **options({"bandwidth": "median"}))
+    assert options()["source_weight"] > 0
+    assert options(text_dim=6)["source_weight"] == 0
+    assert options(normalized=False)["cs_weight"] / RAW_SHARE == pytest.approx(
+        options()["cs_weight"] / UNIT_NORM_SHARE
+    )
+    assert options(normalized=False, pictures=32) == {}
+    assert options(objective="eclipse") == {}
+    assert options(image_adapter="mlp") == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
+@pytest.mark.parametrize(("rows", "plain"), [(72, False), (88, True)])
+def test_a_run_counts_what_it_trains_on(tmp_path, rows, plain):
+    """Sixteen dimensions: 64 pictures are many. An eighth is held out, and does not count."""
+    store = make_plain_store(tmp_path / "store", n=rows, text_dim=16, image_dim=16)
+    config = training_runs.config(store, tmp_path / "run", max_steps=1, **{"data.validation_fraction": 0.125})
+    train(config)
+    written = json.loads((tmp_path / "run/csdiff.json").read_text())
+    assert written["data"]["rows"] == rows * 7 // 8
+    used = written["objective"]["options"]
+    assert used == ({} if plain else options(pictures=rows * 7 // 8, text_dim=16, image_dim=16, normalized=False))
