@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-CLOSED_FORMS = ("mean_shift", "ridge", "procrustes", "coral")
-
 
 @dataclass(frozen=True)
 class Method:

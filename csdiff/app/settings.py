@@ -17,6 +17,7 @@ from csdiff.pipelines.decoders import PRESETS, resolve_decoder
 from csdiff.pipelines.generate import sampling
 
 LARGEST_SEED = 2**31 - 1
+MOST_GUIDANCE = 30.0
 
 
 @dataclass
@@ -74,14 +75,15 @@ def sampling_fields(models: Models, name: str = "") -> Fields:
         )
         random = gr.Checkbox(False, label="New each time", min_width=160)
     with gr.Row():
-        steps = gr.Slider(1, max(60, steps), value=steps, step=1, label="Steps", min_width=150, elem_id=f"{name}steps")
-        guidance = gr.Slider(1, max(15, guidance), value=guidance, step=0.5, label="Guidance", min_width=150)
+        steps = gr.Slider(1, MOST_STEPS, value=steps, step=1, label="Steps", min_width=150, elem_id=f"{name}steps")
+        guidance = gr.Slider(1, MOST_GUIDANCE, value=guidance, step=0.5, label="Guidance", min_width=150)
     return Fields(seed, random, steps, guidance)
 
 
 def defaults(models: Models, decoder: str | None) -> tuple[int, float]:
-    """Steps and guidance that a decoder is made for."""
-    return sampling(GenerateConfig(), resolve_decoder(models.decoder_option(decoder)))
+    """Steps and guidance that a decoder is made for, as far as the sliders go."""
+    steps, guidance = sampling(GenerateConfig(), resolve_decoder(models.decoder_option(decoder)))
+    return min(max(steps, 1), MOST_STEPS), min(max(guidance, 1.0), MOST_GUIDANCE)
 
 
 def follow_decoder(models: Models, choice: ModelChoice, fields: list[Fields]) -> None:
@@ -97,7 +99,7 @@ def follow_decoder(models: Models, choice: ModelChoice, fields: list[Fields]) ->
         steps, guidance = numbers
         return [
             gr.HTML("", visible=False),
-            *[gr.Slider(value=value) for _ in fields for value in (min(steps, MOST_STEPS), guidance)],
+            *[gr.Slider(value=value) for _ in fields for value in (steps, guidance)],
         ]
 
     for changed in (choice.adapter, choice.decoder):

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
+
+from csdiff.plain import plain
 
 
 def as_json(result: object) -> str:
     """A result as one JSON document."""
     return json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def plain(value: object) -> object:
-    """Dataclasses, paths, arrays and tensors as what JSON has; null stands for numbers that are not finite."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    # numpy scalars and arrays, torch tensors
-    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def lines(result: list[Path]) -> str:

@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "norm_ratios",
         ],
         "evaluate": ["evaluate"],
-        "extractors": ["Extractor", "extract", "load_extractor"],
+        "extractors": ["Extractor", "load_extractor"],
         "held_out": ["held_out_metrics", "linear_separability", "real_metrics"],
         "retrieval": ["Ranks", "image_identities", "retrieval", "retrieval_ranks"],
     },

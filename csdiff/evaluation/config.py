@@ -85,6 +85,9 @@ class EvaluateConfig:
             raise CSDiffError(f"compare: expected two or more different adapters, found {', '.join(self.compare)}.")
         if self.size is not None and (self.size < 8 or self.size % 8):
             raise CSDiffError(f"size: expected a multiple of 8 pixels, found {self.size}.")
+        # As the command line hands on the empty list.
+        if self.picture_baselines == ["[]"]:
+            self.picture_baselines = []
         if unknown := set(self.picture_baselines) - set(PICTURE_BASELINES):
             raise CSDiffError(
                 f"picture_baselines: expected some of {', '.join(PICTURE_BASELINES)}, found {', '.join(unknown)}."

@@ -19,7 +19,7 @@ from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.held_out import require_pictures
 from csdiff.evaluation.retrieval import first_rows, image_identities
-from csdiff.pipelines.pairing import AdapterCard
+from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
 
 
 @dataclass
@@ -65,6 +65,27 @@ class HeldOutPairs:
         }
 
 
+def check_source(path: str, option: str, card: AdapterCard) -> None:
+    """Refuses what :func:`open_store` cannot open; embeds nothing.
+
+    Raises:
+        CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
+    """
+    from csdiff.training.data import is_store
+
+    if is_store(path):
+        return
+    if not Path(path).exists():
+        raise CSDiffError(
+            f"--{option} {path}: expected an embedding store, or captions with images, found nothing there."
+        )
+    if not all((card.metadata.get(f"{side}_encoder") or {}).get("id") for side in ("text", "image")):
+        raise CSDiffError(
+            f"--{option} {path} is no embedding store, and {card.path} does not say which encoders to embed it with; "
+            "make a store with `csdiff embed`."
+        )
+
+
 @contextmanager
 def open_store(
     path: str, option: str, card: AdapterCard, device: str | None, progress: bool, split: str
@@ -76,30 +97,25 @@ def open_store(
     """
     from csdiff.training.data import is_store
 
+    check_source(path, option, card)
     if is_store(path):
         yield EmbeddingStore.open(path)
         return
-    if not Path(path).exists():
-        raise CSDiffError(
-            f"--{option} {path}: expected an embedding store, or captions with images, found nothing there."
-        )
     from csdiff.embeddings.extraction import embed
 
-    encoders = {side: (card.metadata.get(f"{side}_encoder") or {}).get("id") for side in ("text", "image")}
-    if not all(encoders.values()):
-        raise CSDiffError(
-            f"--{option} {path} is no embedding store, and {card.path} does not say which encoders to embed it with; "
-            "make a store with `csdiff embed`."
-        )
+    text, image = (card.metadata[f"{side}_encoder"] for side in ("text", "image"))
+    options = text_encoder_options(text, card)
     with tempfile.TemporaryDirectory(prefix="csdiff-evaluate-") as folder:
         embed(
             EmbedConfig(
                 source=path,
                 split=split,
                 output=f"{folder}/store",
-                text_encoder=encoders["text"],
-                image_encoder=encoders["image"],
-                max_length=(card.metadata.get("tokenizer") or {}).get("max_length"),
+                text_encoder=text["id"],
+                text_revision=options.pop("revision"),
+                image_encoder=image["id"],
+                image_revision=image.get("revision"),
+                **options,
                 dtype="float32",
                 device=device,
                 progress=progress,

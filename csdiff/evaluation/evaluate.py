@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,21 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from csdiff.cli.results import plain
 from csdiff.embeddings.atomic import write_json
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.comparison import compare
-from csdiff.evaluation.config import EvaluateConfig
-from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, read_pairs, trained_on
+from csdiff.evaluation.config import PICTURE_BASELINES, EvaluateConfig
+from csdiff.evaluation.data import HeldOutPairs, check_fits, check_source, open_store, read_pairs, trained_on
 from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitted_predictions
-from csdiff.evaluation.held_out import held_out_metrics, real_metrics
-from csdiff.evaluation.predictions import predict
+from csdiff.evaluation.held_out import held_out_metrics, real_metrics, require_classifier
+from csdiff.evaluation.predictions import check_encoder_is_known, predict
+from csdiff.evaluation.table import BASELINES
 from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
+from csdiff.plain import plain
 from csdiff.resources import assets_dir
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("csdiff", "torch", "transformers", "diffusers", "torchmetrics", "scikit-learn", "numpy", "pillow")
+RESERVED = {*PICTURE_BASELINES, *BASELINES, *BASELINES.values(), "reference"}
+"""Names of columns that no adapter may take."""
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -51,6 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict:
 
         drawing = PictureRun(config, cards)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if drawing is not None:
+        drawing.prepare(device)
     result: dict = {}
     manifest = {
         "adapters": {name: describe_adapter(card) for name, card in cards.items()},
@@ -77,18 +83,28 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def read_cards(config: EvaluateConfig) -> dict[str, AdapterCard]:
-    """The adapters by a short name each: the last part of their path, or all of it where those are alike."""
+    """The adapters by a short name each; see :func:`short_names`."""
     paths = list(dict.fromkeys([*([config.adapter] if config.adapter else []), *config.compare]))
     paths = paths or [str(assets_dir() / "adapter")]
-    cards = {path: read_adapter_card(path) for path in paths}
-    names = {path: Path(path).name or path for path in paths}
-    alike = len(set(names.values())) < len(names)
-    return {path if alike else names[path]: card for path, card in cards.items()}
+    names = short_names(paths)
+    return {names[path]: read_adapter_card(path) for path in paths}
+
+
+def short_names(paths: list[str]) -> dict[str, str]:
+    """The last part of each path, or as many parts as tell it from the others and from the baselines."""
+    parts = {path: (Path(path).resolve() if ".." in path else Path(path).absolute()).parts[1:] for path in paths}
+    names = {path: parts[path][-1] if parts[path] else path for path in paths}
+    for depth in range(2, 2 + max(map(len, parts.values()))):
+        taken = Counter(names.values())
+        alike = [path for path in paths if names[path] in RESERVED or taken[names[path]] > 1]
+        names |= {path: "/".join(parts[path][-depth:]) for path in alike}
+    # Two ways to write the path of one folder.
+    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
 
 
 def describe_adapter(card: AdapterCard) -> dict:
     """What the manifest says of an adapter."""
-    return {"path": str(card.path), "class": card.kind, "sha256": card.sha256()}
+    return {"path": str(card.path), "class": card.kind, "sha256": card.sha256}
 
 
 def versions() -> dict[str, str | None]:
@@ -104,10 +120,15 @@ def versions() -> dict[str, str | None]:
 
 def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
     first = next(iter(cards.values()))
+    require_classifier()
+    for path, option in ((config.data, "data"), (config.train, "train")):
+        if path is not None:
+            check_source(path, option, first)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(config.data, "data", first, device, config.progress, config.split))
         for card in cards.values():
             check_fits(card, store, config.data, "data")
+            check_encoder_is_known(card, store)
         pairs = read_pairs(config.data, store, "data", config.max_rows)
         train = None
         if config.train is not None:

@@ -201,9 +201,3 @@ def load_extractor(name: str, device: str | torch.device | None = None) -> Extra
     if name.split(":")[0] == Inception.name:
         return Inception(name.partition(":")[2] or None, device)
     return ClipExtractor(name, device)
-
-
-def extract(extractor: Extractor, pictures: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-    """Features `(N, D)` of N pictures, `batch_size` at a time."""
-    parts = [extractor(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, extractor.dim)

@@ -31,13 +31,12 @@ def linear_separability(x: Tensor, y: Tensor, limit: int = 2000) -> float:
     Raises:
         CSDiffError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import balanced_accuracy_score
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise CSDiffError("linear separability needs scikit-learn; pip install 'csdiff[eval]'.") from error
+    require_classifier()
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = (unit(z)[:limit].cpu().numpy() for z in (x, y))
     accuracies = []
     for fitted in (0, 1):
@@ -122,6 +121,14 @@ def real_metrics(
         "frechet_halves": result["frechet_distance"],
         "frechet_extrapolated": frechet_extrapolated(left, right, seed=seed),
     }
+
+
+def require_classifier() -> None:
+    """Raises a CSDiffError where scikit-learn, which tells separability, is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise CSDiffError("linear separability needs scikit-learn; pip install 'csdiff[eval]'.") from error
 
 
 def require_pictures(count: int) -> None:

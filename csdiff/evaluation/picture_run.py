@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csdiff.embeddings import load_text_encoder
+from csdiff.embeddings.encoders import encoder_files
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.drawing import PictureFolder, decoder_record, draw_missing, jobs
@@ -22,9 +24,9 @@ from csdiff.evaluation.references import References, read_prompts
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import DrawingOptions, load_decoder
-from csdiff.pipelines.embedding import PromptEmbedder
+from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder
 from csdiff.pipelines.generate import sampling
-from csdiff.pipelines.pairing import AdapterCard
+from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
 from csdiff.pipelines.pictures import check_output_folder
 
 SHOWN = 16
@@ -35,7 +37,8 @@ _CLIP = "clip"
 class PictureRun:
     """Draws and measures pictures.
 
-    Options, pairing and sources are checked here; weights are read by :meth:`measure`.
+    Options, pairing and sources are checked here, networks that measure are loaded by :meth:`prepare`, and those that
+    draw by :meth:`measure`.
 
     Args:
         config: Every option.
@@ -63,8 +66,10 @@ class PictureRun:
         if not Path(source).exists() and ("/" in source.strip("/") or Path(source).suffix):
             raise CSDiffError(f"--pictures {source}: expected captioned pictures, found nothing there.")
         self.decoder = resolve_decoder(config.decoder)
+        self.first = next(iter(cards.values()))
         for card in cards.values():
             check_pairing(card, self.decoder)
+            known_text_encoder(card, self.decoder)
         check_output_folder(config.output)
         self.steps, self.guidance = sampling(
             GenerateConfig(steps=config.steps, guidance=config.guidance), self.decoder
@@ -77,22 +82,40 @@ class PictureRun:
         self.prompts = [prompts[place] for place in self.places]
         self.jobs = jobs(self.prompts, config.num_images, config.seed)
         self.only = config.data is None
+        self.baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
+        if self.decoder.embedding_dim != self.first.text_dim:
+            self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
+        self.extractors: dict[str, Extractor] = {}
         self.sheet: dict[str, list[Image.Image]] = {}
         self.shown = torch.linspace(0, len(self.prompts) - 1, min(SHOWN, len(self.prompts))).long().tolist()
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
+    def prepare(self, device: str) -> None:
+        """Load what measures pictures, and see that the encoders are there: nothing is drawn in vain.
+
+        Raises:
+            CSDiffError: a package, an extractor or an encoder is missing.
+        """
+        if self.baselines:
+            for side, known in self._encoders().items():
+                encoder_files(known["id"], side, known.get("revision"))
+        for card in self.cards.values():
+            known = known_text_encoder(card, self.decoder)
+            encoder_files(known["id"], "text", known.get("revision"))
+        names = self.config.extractors or ["efficientnet-lite0"]
+        self.extractors = {name: load_extractor(name, device) for name in dict.fromkeys(names)}
+        self.clip = ClipExtractor(self.config.clip, device)
+        self.texts = self._encode(load_text_encoder(self.config.clip, device), self.prompts)
+        if self.texts.shape[1] != self.clip.dim:
+            raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
+
     def measure(self, device: str) -> tuple[dict, dict]:
-        """Draw what is missing, and measure.
+        """Draw what is missing, and measure; after :meth:`prepare`.
 
         Returns:
             `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest.
         """
-        names = self.config.extractors or ["efficientnet-lite0"]
-        extractors = {name: load_extractor(name, device) for name in dict.fromkeys(names)}
-        clip = ClipExtractor(self.config.clip, device)
-        texts = self._encode(load_text_encoder(self.config.clip, device), self.prompts)
-        if texts.shape[1] != clip.dim:
-            raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
+        extractors, clip, texts = self.extractors, self.clip, self.texts
         shown = [self.places[row] for row in self.shown] if self.own_prompts else []
         # The decoder's own image encoder is needed for baselines: usually the same model, read only once.
         self.references.extract({**extractors, _CLIP: clip}, shown, self.config.batch_size, self.config.progress)
@@ -139,45 +162,42 @@ class PictureRun:
     @torch.no_grad()
     def _draw(self, device: str) -> dict[str, PictureFolder]:
         config, folders = self.config, {}
-        record = decoder_record(self.decoder)
-        embedders: dict[str, AdapterCard | None] = dict(self.cards)
-        baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
-        if self.cards and self.decoder.embedding_dim != next(iter(self.cards.values())).text_dim:
-            baselines = [name for name in baselines if name in ("ridge", "image")]
-        metadata = next(iter(self.cards.values())).metadata
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
         fitted = {
+            "cross_fitted": self.own_prompts,
             "references": self.references.sha256,
             "prompts": _hash(self.prompts),
             "seed": config.seed,
-            "encoders": {side: metadata.get(f"{side}_encoder") for side in ("text", "image")},
+            "encoders": {side: self.first.metadata.get(f"{side}_encoder") for side in ("text", "image")},
         }
-        for name in [*embedders, *baselines]:
-            card = embedders.get(name)
-            made_by = {"adapter": card.sha256()} if card else {"baseline": name, **fitted}
+        for name in [*self.cards, *self.baselines]:
+            card = self.cards.get(name)
+            made_by = {"adapter": card.sha256} if card else {"baseline": name, **fitted}
             settings = {
                 **made_by,
-                "decoder": record,
+                "decoder": self.decoder_record,
                 "steps": self.steps,
                 "guidance": self.guidance,
+                "negative": self._negative_encoder(),
                 "size": config.size,
+                "dtype": str(dtype).removeprefix("torch."),
             }
             folders[name] = PictureFolder(config.output, name, settings)
         missing = {name: folder for name, folder in folders.items() if folder.missing(self.jobs)}
         if not missing:
             return folders
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
         embedded: dict[str, Tensor] = {}
         negative = None
-        for name in (name for name in missing if name in self.cards):
-            embedder = PromptEmbedder(self.cards[name], self.decoder, torch.device(device), dtype)
-            embedded[name] = self._embed(embedder)
-            if negative is None and self.guidance > 1:
-                negative = embedder.negative(None)
-        if any(name in baselines for name in missing):
+        for name, card in self.cards.items():
+            # One negative for all, whichever pictures are missing.
+            guides = card is self.first and self.guidance > 1
+            if name in missing or guides:
+                embedder = PromptEmbedder(card, self.decoder, torch.device(device), dtype)
+                negative = embedder.negative(None) if guides else negative
+            if name in missing:
+                embedded[name] = self._embed(embedder)
+        if any(name in self.baselines for name in missing):
             embedded |= self._baselines(device, dtype)
-            if negative is None and self.guidance > 1:
-                card = next(iter(self.cards.values()))
-                negative = PromptEmbedder(card, self.decoder, torch.device(device), dtype).negative(None)
         decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
         options = DrawingOptions(self.steps, self.guidance, None, config.size, config.size)
         for name, folder in missing.items():
@@ -185,6 +205,31 @@ class PictureRun:
                 folder, self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress
             )
         return folders
+
+    @cached_property
+    def decoder_record(self) -> dict:
+        """What the decoder is; its files are read once."""
+        return decoder_record(self.decoder)
+
+    def _negative_encoder(self) -> dict | None:
+        """The image encoder behind the default negative, where there is one."""
+        if self.guidance <= 1 or self.decoder.hand_over != "kandinsky":
+            return None
+        known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
+        return {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
+
+    def _encoders(self) -> dict[str, dict]:
+        """The encoders of the baselines, by side."""
+        known = {
+            side: self.first.metadata.get(f"{side}_encoder") or self.decoder.encoder(side)
+            for side in ("text", "image")
+        }
+        if not all((value or {}).get("id") for value in known.values()):
+            raise CSDiffError(
+                f"picture_baselines: neither the adapter {self.first.path} nor the decoder {self.decoder.source} "
+                "names the encoders they need; give --picture_baselines []."
+            )
+        return known
 
     def _embed(self, embedder: PromptEmbedder) -> Tensor:
         if embedder.samples:
@@ -194,18 +239,9 @@ class PictureRun:
 
     def _baselines(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
-        card = next(iter(self.cards.values()))
-        known = {
-            side: card.metadata.get(f"{side}_encoder") or self.decoder.encoder(side) for side in ("text", "image")
-        }
-        if not all((value or {}).get("id") for value in known.values()):
-            raise CSDiffError(
-                f"picture_baselines: neither the adapter {card.path} nor the decoder {self.decoder.source} names the "
-                "encoders they need; give --picture_baselines []."
-            )
-        limit = (card.metadata.get("tokenizer") or {}).get("max_length")
-        options = {name: known["text"].get(name) for name in ("revision", "pooling")}
-        encoder = load_text_encoder(known["text"]["id"], device, max_length=limit, **options)
+        known = self._encoders()
+        options = text_encoder_options(known["text"], self.first)
+        encoder = load_text_encoder(known["text"]["id"], device, **options)
         captions = self._encode(encoder, self.references.captions)
         if known["image"]["id"] == self.config.clip:
             image = self.references.features[_CLIP]
@@ -266,7 +302,7 @@ class PictureRun:
             "seeds": [self.config.seed + image for image in range(self.config.num_images)],
             "noise": "one torch generator a picture, on the CPU, seeded with the first 12 hexadecimal digits of "
             "sha256(prompt, number of equal prompts before it, seed)",
-            "decoder": decoder_record(self.decoder),
+            "decoder": self.decoder_record,
             "steps": self.steps,
             "guidance": self.guidance,
             "size": self.config.size,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csdiff.embeddings.encoders import encoder_files
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.data import HeldOutPairs
-from csdiff.pipelines.pairing import AdapterCard
+from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def predict(
     elif states and "text_states" not in pairs.store.keys:
         from csdiff.embeddings import load_text_encoder
 
-        limit = (card.metadata.get("tokenizer") or {}).get("max_length")
-        encoder = load_text_encoder(_known(encoder_id, card), device, max_length=limit)
+        options = text_encoder_options(card.metadata.get("text_encoder") or {}, card)
+        encoder = load_text_encoder(_known(encoder_id, card), device, **options)
         batch_size = min(batch_size, 64)
     samples = not adapter.one_shot or bool(adapter.config.get("noise_token", False))
     options = {"generator": torch.Generator().manual_seed(seed)} if samples else {}
@@ -63,6 +65,24 @@ def predict(
             "again."
         )
     return prediction
+
+
+def check_encoder_is_known(card: AdapterCard, store: EmbeddingStore) -> None:
+    """Refuses an adapter whose captions :func:`predict` could not encode; reads no weights of encoders.
+
+    Raises:
+        CSDiffError: the adapter does not name its text encoder, or that is not there.
+    """
+    from csdiff.adapters import AutoAdapter
+
+    known = card.metadata.get("text_encoder") or {}
+    if card.kind == "LoRAAdapter":
+        encoder_id = known.get("id") or card.config.get("text_encoder")
+    elif "text_states" in store.keys or not AutoAdapter.from_pretrained(card.path).uses_text_states:
+        return
+    else:
+        encoder_id = known.get("id")
+    encoder_files(_known(encoder_id, card), "text", known.get("revision"))
 
 
 def _known(encoder_id: str | None, card: AdapterCard) -> str:

@@ -27,7 +27,7 @@ class References:
 
     Attributes:
         source: Path or id.
-        captions: First caption of each readable picture.
+        captions: First caption of each picture that has one; pictures are decoded by :meth:`extract` only.
         features: `(M, D)` features of the pictures, by the name of the extractor; filled by :meth:`extract`.
         split: Of a source that has several.
         thumbnails: The pictures at the places asked for.

@@ -7,9 +7,24 @@ import torch
 from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.pairing import AdapterCard, check_encoder
+from csdiff.pipelines.pairing import AdapterCard, check_encoder, text_encoder_options
 
 logger = logging.getLogger(__name__)
+
+
+def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource) -> dict:
+    """The text encoder that the adapter names, else the decoder's.
+
+    Raises:
+        CSDiffError: neither names one.
+    """
+    known = decoder.encoder("text") if card is None else card.metadata.get("text_encoder") or decoder.encoder("text")
+    if not (known or {}).get("id"):
+        raise CSDiffError(
+            f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names "
+            "one; use an adapter trained from a store with a fingerprint."
+        )
+    return known
 
 
 class PromptEmbedder:
@@ -33,20 +48,9 @@ class PromptEmbedder:
         self.decoder, self.device, self.dtype = decoder, device, dtype
         self.adapter = None
         self.image_encoder = decoder.encoder("image") or (card.metadata.get("image_encoder") if card else None)
-        known = (
-            decoder.encoder("text") if card is None else card.metadata.get("text_encoder") or decoder.encoder("text")
-        )
-        if not (known or {}).get("id"):
-            raise CSDiffError(
-                f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names "
-                "one; use an adapter trained from a store with a fingerprint."
-            )
+        known = known_text_encoder(card, decoder)
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        # pooled and cut as the training did
-        options = {name: known.get(name) for name in ("revision", "pooling")}
-        if card is not None:
-            options["max_length"] = (card.metadata.get("tokenizer") or {}).get("max_length")
-        self.encoder = load_text_encoder(known["id"], device, dtype, **options)
+        self.encoder = load_text_encoder(known["id"], device, dtype, **text_encoder_options(known, card))
         if card is None:
             if self.encoder.dim != decoder.embedding_dim:
                 raise CSDiffError(

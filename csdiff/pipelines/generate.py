@@ -183,7 +183,7 @@ def device_and_dtype(config: GenerateConfig):
 def _adapter_record(card: AdapterCard | None) -> dict | str:
     if card is None:
         return "none"
-    return {"folder": str(card.path), "class": card.kind, "sha256": card.sha256()}
+    return {"folder": str(card.path), "class": card.kind, "sha256": card.sha256}
 
 
 def _versions() -> dict[str, str | None]:

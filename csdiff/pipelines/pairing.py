@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
@@ -59,8 +60,9 @@ class AdapterCard:
         """Width of the text embeddings it takes."""
         return self.config.get("text_dim") or self.embedding_dim
 
+    @cached_property
     def sha256(self) -> str:
-        """Hash of the configuration and the weights: the same for copies of one adapter."""
+        """Hash of the configuration and the weights as first read: the same for copies of one adapter."""
         digest = hashlib.sha256()
         files = [file for file in self.path.rglob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
         for file in sorted(files):
@@ -82,6 +84,24 @@ def read_adapter_card(adapter: str | os.PathLike) -> AdapterCard:
     if not isinstance(config.get("embedding_dim"), int):
         raise CSDiffError(f"{path / folder.CONFIG} has no embedding_dim; it is not the configuration of an adapter.")
     return AdapterCard(path, config, folder.read_metadata(path))
+
+
+def text_encoder_options(encoder: dict, card: AdapterCard | None) -> dict:
+    """Options of `load_text_encoder` that pool and cut captions as the training did.
+
+    Args:
+        encoder: what is known of the encoder, `{"id", "revision", "pooling", ...}`.
+        card: the adapter it is loaded for; None for none.
+
+    Returns:
+        `revision`, `pooling` and `max_length`, each None where nothing is known.
+    """
+    tokenizer = (card.metadata.get("tokenizer") if card else None) or {}
+    return {
+        "revision": encoder.get("revision"),
+        "pooling": encoder.get("pooling"),
+        "max_length": tokenizer.get("max_length"),
+    }
 
 
 def read_json(path: Path) -> dict:

@@ -1,6 +1,8 @@
 """Who may reach the page, and what is refused before anything is loaded."""
 
+import json
 import os
+import shutil
 import socket
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 from csdiff.app.config import AppConfig
 from csdiff.app.server import PASSWORD, check_options, free_port, is_loopback, right_password, start
 from csdiff.errors import CSDiffError
+from csdiff.resources import assets_dir
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,20 @@ def test_missing_gradio_is_one_sentence(monkeypatch):
     with pytest.raises(CSDiffError, match=r'pip install "csdiff\[app\]"'):
         start(AppConfig(port=0))
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("steps", "guidance", "shown"), [(150, 20.0, (150, 20.0)), (900, 90.0, (200, 30.0))])
+def test_sliders_take_what_any_decoder_is_made_for(models, tmp_path, steps, guidance, shown):
+    """Gradio refuses a press of the button with a number beyond a slider's bounds."""
+    gr = pytest.importorskip("gradio")
+    from csdiff.app.settings import defaults, sampling_fields
+
+    decoder = shutil.copytree(assets_dir() / "decoder", tmp_path / "decoder")
+    fingerprint = json.loads((decoder / "csdiff.json").read_text())
+    fingerprint["sampling"] = {"steps": steps, "guidance": guidance}
+    (decoder / "csdiff.json").write_text(json.dumps(fingerprint))
+    with gr.Blocks():
+        fields = sampling_fields(models)
+    numbers = defaults(models, str(decoder))
+    assert numbers == shown
+    assert (fields.steps.preprocess(numbers[0]), fields.guidance.preprocess(numbers[1])) == shown

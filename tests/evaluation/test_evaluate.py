@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,8 +11,13 @@ import torch
 from tiny import make_plain_store
 
 from csdiff.cli import run_command
+from csdiff.embeddings import EmbeddingStore
 from csdiff.evaluation.comparison import compare
+from csdiff.evaluation.data import open_store, read_pairs
+from csdiff.evaluation.evaluate import short_names
+from csdiff.evaluation.predictions import predict
 from csdiff.evaluation.table import number
+from csdiff.pipelines.pairing import read_adapter_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*csdiff.json.*")
 
@@ -124,7 +131,7 @@ def test_refuses_stores_that_do_not_fit(name, expected, stores, adapters, tmp_pa
 
 
 def test_refuses_another_encoder(adapters, plain_store, tmp_path, capsys):
-    from csdiff.embeddings import EmbeddingStore, write_store
+    from csdiff.embeddings import write_store
 
     rows = EmbeddingStore.open(plain_store).read(slice(None))
     for name, digest in (("trained", "a" * 64), ("other", "b" * 64)):
@@ -166,3 +173,117 @@ def test_refuses_numbers_that_are_not_finite(adapters, plain_store, tmp_path, ca
     np.save(store / "text_emb/text_emb_0.npy", rows)
     assert run("--adapter", adapters["good"], "--data", store) == 2
     assert "found NaN or infinity in the text embeddings" in capsys.readouterr().err
+
+
+def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw_text", "mean_shift", "ridge", "image", "real"):
+        assert short_names([f"runs/{name}"]) == {f"runs/{name}": f"runs/{name}"}
+        assert short_names([name]) == {name: f"{tmp_path.name}/{name}"}
+    assert list(short_names(["a/x", "b/x", "b/y"]).values()) == ["a/x", "b/x", "y"]
+    assert list(short_names(["1/a/x", "2/a/x"]).values()) == ["1/a/x", "2/a/x"]
+    assert list(short_names(["a/x", "./a/x"]).values()) == ["a/x", "./a/x"]
+
+
+def test_an_adapter_called_like_a_baseline_has_a_column_of_its_own(adapters, plain_store, tmp_path, capsys):
+    ridge = shutil.copytree(adapters["good"], tmp_path / "runs" / "ridge")
+    options = ("--compare", ridge, adapters["bad"], "--data", plain_store, "--bootstrap", 100)
+    assert run(*options, "--json", tmp_path / "s.json") == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert list(scores["adapters"]) == ["runs/ridge", "bad"]
+    assert "runs/ridge" in capsys.readouterr().out
+
+
+def test_data_the_adapter_was_trained_on_is_told_of(adapters, plain_store, tmp_path, caplog):
+    from csdiff.embeddings import write_store
+
+    values = EmbeddingStore.open(plain_store).read(slice(None))
+    for name in ("seen", "unseen"):
+        write_store(tmp_path / name, **values, fingerprint={"data": {"source": name}, "normalized": False})
+    adapter = shutil.copytree(adapters["good"], tmp_path / "adapter")
+    metadata = json.loads((adapter / "csdiff.json").read_text())
+    metadata["data"] = {"source": {"source": "seen"}}
+    (adapter / "csdiff.json").write_text(json.dumps(metadata))
+    for name in ("unseen", "seen"):
+        caplog.clear()
+        assert run("--adapter", adapter, "--data", tmp_path / name) == 0
+        assert ("these numbers are not held out" in caplog.text) == (name == "seen")
+
+
+def nothing_is_measured(*_, **__):
+    raise AssertionError("measured before everything was checked")
+
+
+@pytest.mark.parametrize("missing", ["train", "scikit-learn"])
+def test_what_is_missing_is_refused_before_data_is_embedded(
+    missing, picture_adapter, captioned_pictures, monkeypatch, capsys
+):
+    monkeypatch.setattr("csdiff.embeddings.extraction.embed", nothing_is_measured)
+    more = ()
+    if missing == "train":
+        more = ("--train", "nowhere/at/all")
+    else:
+        # None in sys.modules is how Python itself marks a module that cannot be imported
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert run("--adapter", picture_adapter, "--data", captioned_pictures, *more) == 2
+    assert missing in capsys.readouterr().err
+
+
+def test_encoder_of_every_adapter_is_asked_for_before_the_first_is_measured(
+    adapters, plain_store, tmp_path, monkeypatch, capsys
+):
+    from csdiff.adapters import TransformerAdapter
+
+    reads = TransformerAdapter(
+        embedding_dim=16, num_layers=1, num_attention_heads=1, attention_head_dim=8, states_dim=16
+    )
+    reads.save_pretrained(tmp_path / "reads")
+    monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "predict", nothing_is_measured)
+    assert run("--compare", adapters["good"], tmp_path / "reads", "--data", plain_store) == 2
+    assert "does not say which text encoder" in capsys.readouterr().err
+
+
+def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned_pictures, tmp_path, monkeypatch):
+    adapter = shutil.copytree(picture_adapter, tmp_path / "adapter")
+    metadata = json.loads((adapter / "csdiff.json").read_text())
+    metadata["text_encoder"] |= {"revision": "abc", "pooling": "mean"}
+    metadata["image_encoder"] |= {"revision": "def"}
+    metadata["tokenizer"] = {"max_length": 9}
+    (adapter / "csdiff.json").write_text(json.dumps(metadata))
+    asked = []
+
+    def embed(config):
+        asked.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("csdiff.embeddings.extraction.embed", embed)
+    card = read_adapter_card(adapter)
+    with pytest.raises(InterruptedError), open_store(str(captioned_pictures), "data", card, None, False, "test"):
+        pass
+    config = asked[0]
+    assert (config.text_revision, config.pooling, config.max_length) == ("abc", "mean", 9)
+    assert config.image_revision == "def"
+
+
+def test_captions_are_encoded_as_the_adapter_was_trained(plain_store, tmp_path, monkeypatch):
+    from csdiff.adapters import TransformerAdapter
+
+    adapter = TransformerAdapter(
+        embedding_dim=16, num_layers=1, num_attention_heads=1, attention_head_dim=8, states_dim=16
+    )
+    adapter.metadata = {
+        "text_encoder": {"id": "somewhere", "revision": "abc", "pooling": "mean"},
+        "tokenizer": {"max_length": 9},
+    }
+    adapter.save_pretrained(tmp_path / "adapter")
+    asked = []
+
+    def load(*names, **options):
+        asked.append((names[0], options))
+        raise InterruptedError
+
+    monkeypatch.setattr("csdiff.embeddings.load_text_encoder", load)
+    pairs = read_pairs(str(plain_store), EmbeddingStore.open(plain_store), "data", 64)
+    with pytest.raises(InterruptedError):
+        predict(read_adapter_card(tmp_path / "adapter"), pairs)
+    assert asked == [("somewhere", {"revision": "abc", "pooling": "mean", "max_length": 9})]

@@ -2,15 +2,21 @@
 
 import json
 import math
+import shutil
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from csdiff.cli import run_command
+from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.distances import feature_frechet_distance
 from csdiff.evaluation.drawing import jobs
 from csdiff.evaluation.picture_metrics import clip_score, cmmd, diversity, fid, kid
+from csdiff.evaluation.picture_run import PictureRun
+from csdiff.pipelines.embedding import PromptEmbedder
+from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 
 
 def cloud(n, d, seed=0, shift=0.0):
@@ -140,3 +146,114 @@ def test_refuses_a_store_as_reference(picture_adapter, plain_store, tiny_decoder
     options = ["--adapter", str(picture_adapter), "--decoder", str(tiny_decoder), "--data", str(plain_store)]
     assert run_command("evaluate", options, "csdiff evaluate") == 2
     assert "expected captioned reference pictures, found the embedding store" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folders(picture_adapter, captioned_pictures, tiny_clip, tiny_decoder, tmp_path, monkeypatch):
+    """Folders of the pictures, by name, for changed options; nothing is drawn."""
+    monkeypatch.setattr("csdiff.evaluation.drawing.PictureFolder.missing", lambda *_: [])
+
+    def make(device="cpu", **changes):
+        config = EvaluateConfig(
+            **{
+                "decoder": str(tiny_decoder),
+                "pictures": str(captioned_pictures),
+                "clip": str(tiny_clip),
+                "num_prompts": 3,
+                "steps": 1,
+                "guidance": 1.0,
+                "output": str(tmp_path / "drawn"),
+                **changes,
+            }
+        )
+        drawn = PictureRun(config, {"identity": read_adapter_card(picture_adapter)})._draw(device)
+        return {name: folder.path for name, folder in drawn.items()}
+
+    return make
+
+
+@pytest.mark.parametrize("changes", [{"steps": 2}, {"guidance": 2.0}, {"size": 64}, {"device": "cuda"}])
+def test_settings_change_every_folder(changes, folders):
+    """Another device has another number format."""
+    before, after = folders(), folders(**changes)
+    assert before == folders()
+    assert not set(before.values()) & set(after.values())
+
+
+def test_baselines_that_are_cross_fitted_have_other_folders(folders, captioned_pictures, tmp_path):
+    own = folders(num_prompts=None)
+    captions = [f"apple number {index}" for index in range(12)]
+    (tmp_path / "prompts.txt").write_text("\n".join(captions))
+    given = folders(num_prompts=None, prompts=str(tmp_path / "prompts.txt"))
+    assert own["identity"] == given["identity"]
+    assert own["ridge"] != given["ridge"]
+
+
+def test_a_negative_does_not_depend_on_what_is_missing(
+    picture_adapter, captioned_pictures, tiny_clip, tiny_decoder, tmp_path, monkeypatch
+):
+    """Everything a run computes once is computed once, and the first adapter gives the negative though it is drawn."""
+    monkeypatch.chdir(tmp_path)
+    second = shutil.copytree(picture_adapter, tmp_path / "second")
+    (second / "config.json").write_text((second / "config.json").read_text() + " ")
+    asked, cards, hashed = [], [], []
+    negative, init = PromptEmbedder.negative, PromptEmbedder.__init__
+
+    def noted(self, prompt):
+        asked.append(cards[-1])
+        return negative(self, prompt)
+
+    def seen(self, card, *more):
+        cards.append(str(card.path))
+        init(self, card, *more)
+
+    def record(decoder):
+        hashed.append(decoder)
+        return {"sha256": "0"}
+
+    monkeypatch.setattr(PromptEmbedder, "negative", noted)
+    monkeypatch.setattr(PromptEmbedder, "__init__", seen)
+    monkeypatch.setattr("csdiff.evaluation.picture_run.decoder_record", record)
+    options = ["--compare", picture_adapter, second, "--decoder", tiny_decoder, "--pictures", captioned_pictures]
+    options += ["--extractors", tiny_clip, "--clip", tiny_clip, "--num_prompts", 2, "--steps", 1, "--guidance", 2]
+    options += ["--size", 32, "--output", tmp_path / "drawn", "--picture_baselines", "[]"]
+    command = [str(option) for option in options]
+    assert run_command("evaluate", command, "csdiff evaluate") == 0
+    assert len(hashed) == 1
+    assert cards == [str(picture_adapter), str(second)]
+    for file in (tmp_path / "drawn").glob("second-*/*.png"):
+        file.unlink()
+    cards.clear()
+    asked.clear()
+    assert run_command("evaluate", command, "csdiff evaluate") == 0
+    assert cards == [str(picture_adapter), str(second)]
+    assert asked == [str(picture_adapter)]
+
+
+def test_an_adapter_is_hashed_once(picture_adapter, monkeypatch):
+    card = read_adapter_card(picture_adapter)
+    first = card.sha256
+    monkeypatch.setattr("csdiff.pipelines.pairing.hashlib", None)
+    assert isinstance(card, AdapterCard)
+    assert card.sha256 == first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--extractors", "nowhere/at/all"), "nowhere/at/all"),
+        (("--extractors", "inception:nowhere.pth"), "inception"),
+        (("--clip", "nowhere/at/all"), "nowhere/at/all"),
+    ],
+)
+def test_what_measures_pictures_is_loaded_before_anything_is_measured(
+    options, said, picture_adapter, captioned_pictures, tiny_decoder, tiny_clip, tmp_path, monkeypatch, capsys
+):
+    def measured(*_):
+        raise AssertionError("measured before everything was loaded")
+
+    monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "_predictions", measured)
+    whole = ["--adapter", picture_adapter, "--decoder", tiny_decoder, "--data", captioned_pictures]
+    whole += ["--output", tmp_path / "drawn", "--clip", tiny_clip, "--extractors", tiny_clip, *options]
+    assert run_command("evaluate", [str(option) for option in whole], "csdiff evaluate") == 2
+    assert said in capsys.readouterr().err
