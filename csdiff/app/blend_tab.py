@@ -7,6 +7,7 @@ import gradio as gr
 from csdiff.app.blending import WEIGHTS, blend
 from csdiff.app.models import Models
 from csdiff.app.pictures import read_upload
+from csdiff.app.presses import on_press
 from csdiff.app.settings import Fields, ModelChoice, sampling_fields, settings
 from csdiff.app.tasks import updates
 from csdiff.app.theme import status
@@ -34,7 +35,7 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
             )
             with gr.Row():
                 draw = gr.Button("Blend", variant="primary", elem_id="blend", min_width=120)
-                stop = gr.Button("Stop", min_width=80)
+                stop = gr.Button("Stop", elem_id="stop-blend", min_width=80)
             line = gr.HTML(status(), elem_id="blend-status")
             negative = gr.Textbox(
                 label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
@@ -58,7 +59,7 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
                 "image embeddings through the adapter, pictures through the image encoder."
             )
 
-    def run(first, second, picture, share, whole, negative, adapter, decoder, *numbers):
+    def run(stopped, first, second, picture, share, whole, negative, adapter, decoder, *numbers):
         try:
             asked = settings(first, negative, 1, *numbers, adapter, decoder)
             other = read_upload(picture) if picture else second or ""
@@ -78,6 +79,7 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
             line,
             show,
             lambda: f"Done, seed {asked.seed}.",
+            stopped,
         )
 
     def look_at(path):
@@ -92,15 +94,6 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
 
     # not queued behind drawings
     picture.upload(look_at, picture, [picture, line], queue=False, api_visibility="private")
-    event = draw.click(
-        run,
-        [first, second, picture, share, whole, negative, choice.adapter, choice.decoder, *fields.all()],
-        [line, gallery, fields.seed],
-        concurrency_limit=1,
-        concurrency_id="models",
-        show_progress="minimal",
-        show_progress_on=[line],
-        api_visibility="private",
-    )
-    stop.click(lambda: status(done="Stopped."), None, line, cancels=[event], queue=False, api_visibility="private")
+    inputs = [first, second, picture, share, whole, negative, choice.adapter, choice.decoder, *fields.all()]
+    on_press([draw.click], stop, run, inputs, [line, gallery, fields.seed], line=line, queue="models")
     return fields

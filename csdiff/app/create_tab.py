@@ -6,6 +6,7 @@ import gradio as gr
 
 from csdiff.app.drawing import Missing, Started, create
 from csdiff.app.models import Models
+from csdiff.app.presses import on_press
 from csdiff.app.settings import Fields, ModelChoice, sampling_fields, settings
 from csdiff.app.tasks import updates
 from csdiff.app.theme import status
@@ -79,7 +80,7 @@ def create_tab(models: Models, choice: ModelChoice) -> Fields:
                 visible=False,
             )
 
-    def run(prompt, negative, count, compare, adapter, decoder, *numbers):
+    def run(stopped, prompt, negative, count, compare, adapter, decoder, *numbers):
         try:
             asked = settings(prompt, negative, count, *numbers, adapter, decoder)
         except CSDiffError as error:
@@ -105,20 +106,9 @@ def create_tab(models: Models, choice: ModelChoice) -> Fields:
         def done() -> str:
             return f"Done: {len(drawn)} picture{'s' * (len(drawn) != 1)}."
 
-        yield from updates(lambda report: create(models, asked, compare, report), line, show, done)
+        yield from updates(lambda report: create(models, asked, compare, report), line, show, done, stopped)
 
     inputs = [prompt, negative, count, compare, choice.adapter, choice.decoder, *fields.all()]
     outputs = [line, gallery, *strip.values(), *texts.values(), command, fields.seed]
-    event = gr.on(
-        [draw.click, prompt.submit],
-        run,
-        inputs,
-        outputs,
-        concurrency_limit=1,
-        concurrency_id="models",
-        show_progress="minimal",
-        show_progress_on=[line],
-        api_visibility="private",
-    )
-    stop.click(lambda: status(done="Stopped."), None, line, cancels=[event], queue=False, api_visibility="private")
+    on_press([draw.click, prompt.submit], stop, run, inputs, outputs, line=line, queue="models")
     return fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from csdiff.app.inspection import Inspector
+from csdiff.app.presses import on_press
 from csdiff.app.tasks import updates
 from csdiff.app.theme import status
 
@@ -53,7 +54,7 @@ def inspect_tab(inspector: Inspector) -> None:
         with gr.Accordion("What is in the folder", open=False):
             facts = gr.Textbox(show_label=False, lines=12, max_lines=40, elem_id="facts", buttons=["copy"])
 
-    def run(path, files, store):
+    def run(stopped, path, files, store):
         def show(seen):
             return {
                 inside: gr.Column(visible=True),
@@ -67,17 +68,7 @@ def inspect_tab(inspector: Inspector) -> None:
         def work(report):
             report(inspector.look(path or "", files, store or "", report))
 
-        yield from updates(work, line, show, lambda: "")
+        yield from updates(work, line, show, lambda: "", stopped)
 
-    event = gr.on(
-        [look.click, path.submit],
-        run,
-        [path, files, store],
-        [line, inside, title, *plots.values(), table, card, facts],
-        concurrency_limit=1,
-        concurrency_id="inspection",
-        show_progress="minimal",
-        show_progress_on=[line],
-        api_visibility="private",
-    )
-    stop.click(lambda: status(done="Stopped."), None, line, cancels=[event], queue=False, api_visibility="private")
+    outputs = [line, inside, title, *plots.values(), table, card, facts]
+    on_press([look.click, path.submit], stop, run, [path, files, store], outputs, line=line, queue="inspection")

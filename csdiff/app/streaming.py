@@ -11,23 +11,24 @@ Report = Callable[[Any], None]
 
 
 class Stopped(Exception):
-    """Raised inside the work when its listener has gone."""
+    """Raised inside the work when its listener has gone or wants no more."""
 
 
-def stream(work: Callable[[Report], None]) -> Iterator[Any]:
+def stream(work: Callable[[Report], None], stopped: Callable[[], bool] = lambda: False) -> Iterator[Any]:
     """Runs `work(report)` in a thread and yields what it reports.
 
-    Closing the iterator (someone pressed stop, or closed the page) makes the next `report` raise `Stopped` and waits
-    for the thread to end, so that nothing is left running.
+    Closing the iterator (someone closed the page) makes the next `report` raise `Stopped` and waits for the thread to
+    end, so that nothing is left running. So does `stopped()`, which is asked at every report.
 
     Raises:
+        Stopped: when `stopped()` was true at a report.
         Exception: what `work` raised.
     """
     messages: SimpleQueue = SimpleQueue()
     stopping = threading.Event()
 
     def report(message: Any) -> None:
-        if stopping.is_set():
+        if stopping.is_set() or stopped():
             raise Stopped
         messages.put((message, None))
 

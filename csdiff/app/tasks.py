@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from csdiff.app.drawing import Note, Progress
-from csdiff.app.streaming import Report, stream
+from csdiff.app.streaming import Report, Stopped, stream
 from csdiff.app.theme import status
 from csdiff.errors import CSDiffError
 
@@ -15,7 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def updates(
-    work: Callable[[Report], None], line: Any, show: Callable[[Any], dict], done: Callable[[], str]
+    work: Callable[[Report], None],
+    line: Any,
+    show: Callable[[Any], dict],
+    done: Callable[[], str],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
     """Runs `work` and yields updates for the page.
 
@@ -24,11 +28,12 @@ def updates(
         line: the component that tells how it goes.
         show: what the page shows of anything reported that is neither progress nor a note: component to value.
         done: what the line says at the end.
+        stopped: whether the work shall end at its next report.
     """
     notes: list[str] = []
     try:
         yield {line: status(Progress("Starting"))}
-        for message in stream(work):
+        for message in stream(work, stopped):
             if isinstance(message, Note):
                 if message.text not in notes:
                     notes.append(message.text)
@@ -37,6 +42,8 @@ def updates(
             else:
                 yield show(message)
         yield {line: status(done=done(), notes=tuple(notes))}
+    except Stopped:
+        yield {line: status(done="Stopped.", notes=tuple(notes))}
     except (CSDiffError, OSError) as error:
         yield {line: status(error=" ".join(str(error).split()), notes=tuple(notes))}
     except Exception:

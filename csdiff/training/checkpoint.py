@@ -63,7 +63,8 @@ class Checkpoints:
         except Exception as error:
             if not disk_full(error):
                 raise
-            raise CSDiffError(self._full_message(target, size)) from error
+            what = f"checkpoint {target.name} needs about {size / 1e6:.1f} MB in {self.folder}"
+            raise CSDiffError(self.full_message(what)) from error
         self._link("latest", step)
         if best is not None and self.path(best).is_dir():
             self._link("best", best)
@@ -87,13 +88,18 @@ class Checkpoints:
         aside.symlink_to(self.path(step).name, target_is_directory=True)
         aside.replace(self.folder / name)
 
-    def _full_message(self, target: Path, size: int) -> str:
+    def full_message(self, what: str) -> str:
+        """One sentence for a full disk.
+
+        Args:
+            what: What could not be written, and where.
+        """
         last = self.latest()
         kept = f"the last checkpoint, {last}, is intact" if last else "there is no earlier checkpoint"
+        free = shutil.disk_usage(self.folder.parent).free
         return (
-            f"The disk is full: checkpoint {target.name} needs about {size / 1e6:.1f} MB in {self.folder} and "
-            f"{shutil.disk_usage(self.folder.parent).free / 1e6:.1f} MB could be used; {kept}. Free some space and "
-            "run the same command again to continue."
+            f"The disk is full: {what} and {free / 1e6:.1f} MB could be used; {kept}. Free some space and run the "
+            "same command again to continue."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
+from csdiff.training.checkpoint import disk_full
 from csdiff.training.console import Console, duration
 from csdiff.training.curves import CURVES_NAME, draw_curves
 from csdiff.training.export import ONLINE, Exporter
@@ -149,6 +150,11 @@ class Run:
                         self._save()
                     if stop and (not last or not self.task.agree(not progress.validation_left)):
                         self._stop(interrupt.signal)
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            what = f"nothing can be added to {self.folder.path}"
+            raise CSDiffError(self.folder.checkpoints.full_message(what)) from error
         finally:
             self.console.stop()
             feed.close()

@@ -109,17 +109,37 @@ def test_stop_and_an_empty_prompt(new_page):
     page = new_page()
     # As much as the page offers: the drawing must still go on when Stop is pressed.
     page.fill("#count input[type=number]", "8")
-    draw(page, "a red apple", 0, 60)
+    draw(page, "a red apple", 0, 200)
     wait_for(page, "#create-status", "step")
     page.click("#stop")
-    wait_for(page, "#create-status", "Stopped")
-    # The page drops presses until it has heard that the stopped drawing ended, some time after it says so.
-    for _ in range(100):
+    wait_for(page, "#create-status", "Stopped.")
+    assert not page.query_selector_all("#pictures img")
+    # A press just before the page has heard that the drawing ended counts as a repeated one.
+    for _ in range(10):
         draw(page, "   ", 0, 1)
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(1000)
         if "is empty" in page.inner_text("#create-status"):
             break
     assert "is empty" in page.inner_text("#create-status")
+
+
+def test_stop_of_a_press_that_waits(new_page):
+    first, second = new_page(), new_page()
+    first.fill("#count input[type=number]", "8")
+    draw(first, "a red apple", 0, 200)
+    wait_for(first, "#create-status", "step")
+    draw(second, "a yellow duck", 0, 200)
+    second.click("#stop")
+    wait_for(second, "#create-status", "Stopped.")
+    # The one who did not press goes on.
+    before = first.inner_text("#create-status")
+    first.wait_for_function("said => document.querySelector('#create-status').innerText != said", arg=before)
+    assert "step" in first.inner_text("#create-status").lower()
+    first.click("#stop")
+    wait_for(first, "#create-status", "Stopped.")
+    second.wait_for_timeout(2000)
+    assert "Stopped." in second.inner_text("#create-status")
+    assert not second.query_selector_all("#pictures img")
 
 
 def test_bad_upload_is_a_sentence_and_a_store_can_be_looked_at(new_page, tmp_path, plain_store):

@@ -80,6 +80,21 @@ def test_stopping_ends_the_drawing_and_frees_the_models(models):
     assert len(pictures(run(models, Settings("a red apple", steps=1)))) == 1
 
 
+def test_work_ends_at_the_report_after_stop():
+    done = []
+
+    def work(report):
+        for number in range(5):
+            report(number)
+            done.append(number)
+
+    messages = stream(work, lambda: len(done) == 2)
+    assert [next(messages), next(messages)] == [0, 1]
+    with pytest.raises(Stopped):
+        next(messages)
+    assert done == [0, 1]
+
+
 def test_errors_of_the_work_reach_the_page():
     def work(report):
         report(1)

@@ -33,7 +33,8 @@ def train_with_little_space(made, size, said):
 @pytest.mark.parametrize("size", [2000, 14_000, 17_000])
 def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size):
     """The limits break the adapter's weights, then the optimizer's moments, then the weights of the state."""
-    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0})
+    # Nothing else grows to the limit meanwhile.
+    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 100})
     said = tmp_path / "said"
     assert processes.finish(processes.start(train_with_little_space, made, size, said)) == [0]
     folder = tmp_path / "out" / "checkpoints"
@@ -42,5 +43,16 @@ def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size):
         assert expected in message
     assert {path.name for path in folder.iterdir()} == {"step-00000004", "latest"}
     AutoAdapter.from_pretrained(folder / "latest")
+    assert processes.finish(processes.start(processes.train, made)) == [0]
+    AutoAdapter.from_pretrained(tmp_path / "out")
+
+
+def test_no_room_for_the_metrics(plain_store, tmp_path):
+    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 1})
+    said = tmp_path / "said"
+    assert processes.finish(processes.start(train_with_little_space, made, 100, said)) == [0]
+    message = said.read_text()
+    for expected in ("disk is full", f"nothing can be added to {tmp_path / 'out'}", "step-00000004, is intact"):
+        assert expected in message
     assert processes.finish(processes.start(processes.train, made)) == [0]
     AutoAdapter.from_pretrained(tmp_path / "out")
