@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.distances import feature_frechet_distance, frechet_extrapolated
-from csdiff.evaluation.retrieval import retrieval
+from csdiff.evaluation.retrieval import first_rows, retrieval
 
 CMMD_BANDWIDTH = 10.0
 _BLOCK = 2048
@@ -130,8 +130,7 @@ def picture_metrics(
         mean, spread = kid(drawn, real, seed=seed)
         extrapolated = frechet_extrapolated(drawn, real, seed=seed, distance=feature_frechet_distance)
         spaces[name] = {"fid": fid(drawn, real), "fid_extrapolated": extrapolated, "kid": mean, "kid_std": spread}
-    _, rows = prompt_ids.unique(return_inverse=True)
-    first = torch.full((int(rows.max()) + 1,), len(rows)).scatter_reduce_(0, rows, torch.arange(len(rows)), "amin")
+    first = first_rows(prompt_ids)
     return {
         "count": len(clip),
         "spaces": spaces,

@@ -31,7 +31,8 @@ from csdiff.pipelines.pictures import check_output_folder
 
 SHOWN = 16
 """Prompts on the contact sheet."""
-_CLIP = "clip"
+# No name of an extractor.
+_CLIP = "CLIP of --clip"
 
 
 class PictureRun:
@@ -233,7 +234,8 @@ class PictureRun:
 
     def _embed(self, embedder: PromptEmbedder) -> Tensor:
         if embedder.samples:
-            generators = [torch.Generator("cpu").manual_seed(job.noise_seed) for job in self.jobs]
+            # Not the decoder's numbers again.
+            generators = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
             return embedder.embed([job.prompt for job in self.jobs], generators)
         return embedder.embed(self.prompts)[[job.row for job in self.jobs]]
 
