@@ -88,8 +88,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             `PriorTransformerOutput` with `predicted_image_embedding` (B, embedding_dim), or a tuple of it, in the
             dtype of `proj_embedding`.
         """
-        text = (proj_embedding.float() - self.text_mean) / self.text_std
-        whitened = self.predict(text.to(self.dtype), encoder_hidden_states, attention_mask, hidden_states)
+        text = self._whiten_text(proj_embedding)
+        whitened = self.predict(text, encoder_hidden_states, attention_mask, hidden_states)
         whitened = self._calibrated(whitened.float()).to(proj_embedding.dtype)
         if not return_dict:
             return (whitened,)
@@ -122,12 +122,41 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         whitened = self(None, 0, text_embeds, text_states, text_mask).predicted_image_embedding
         return self.post_process_latents(whitened)
 
+    def embed_with_tokens(
+        self,
+        text_embeds: Tensor,
+        token_embeds: Tensor,
+        text_states: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`embed`, and every token mapped as a caption is, for a token-level term; differentiable.
+
+        Args:
+            text_embeds (`Tensor` of shape `(B, text_dim)`): As in `embed`.
+            token_embeds (`Tensor` of shape `(B, L, text_dim)`): The token states in the space of the text embeddings,
+                by the text encoder's projection.
+            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): As in `embed`.
+            text_mask (`Tensor` of shape `(B, L)`, *optional*): As in `embed`.
+
+        Returns:
+            Raw image embeddings (B, embedding_dim) and tokens (B, L, embedding_dim), which mean nothing where the
+            mask is False.
+
+        Raises:
+            CSDiffError: As `embed`; token embeddings of another width.
+        """
+        embeds = self.embed(text_embeds, text_states, text_mask)
+        return embeds, self.embed(token_embeds.flatten(0, 1)).unflatten(0, token_embeds.shape[:2])
+
     def _check_text(self, text_embeds: Tensor) -> None:
         if text_embeds.ndim != 2 or text_embeds.shape[1] != self.config.text_dim:
             raise CSDiffError(
                 f"{type(self).__name__} expects text embeddings of shape (batch, {self.config.text_dim}), found "
                 f"{tuple(text_embeds.shape)}; encode the text with the encoder the adapter was trained for."
             )
+
+    def _whiten_text(self, text: Tensor) -> Tensor:
+        return ((text.float() - self.text_mean) / self.text_std).to(self.dtype)
 
     def _calibrated(self, whitened: Tensor) -> Tensor:
         # Written as a correction to z, so that norm_scale = 1 and norm_shift = 0 return z bit for bit.

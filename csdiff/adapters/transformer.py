@@ -166,6 +166,12 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     def predict(
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
     ) -> Tensor:
+        return self._read(self._last_states(text, text_states, text_mask, latents)[:, -1], text)
+
+    def _last_states(
+        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
+    ) -> Tensor:
+        """The last block's output (B, l + 3, width), for the l text states that are not padding in every row."""
         text_states = require_states(text_states, self.config.states_dim, type(self).__name__)
         if text_states.shape[1] > self.config.num_embeddings:
             raise CSDiffError(
@@ -196,7 +202,11 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, allowed)
             else:
                 hidden_states = block(hidden_states, allowed)
-        whitened = self.proj_to_clip_embeddings(self.norm_out(hidden_states[:, -1]))
+        return hidden_states
+
+    def _read(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        """Whitened image embeddings of places of the sequence, beside the whitened text that the skip adds there."""
+        whitened = self.proj_to_clip_embeddings(self.norm_out(hidden_states))
         if self.skip is not None:
             return whitened + self.skip(text)
         return whitened + text if self._has_skip else whitened
@@ -232,13 +242,47 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     ) -> Tensor:
         """As `Adapter.embed`; with a noise token, `generator` draws the noise (one sample a row)."""
         self._check_text(text_embeds)
-        noise = None
-        if self.config.noise_token:
-            device = text_embeds.device if generator is None else generator.device
-            noise = torch.randn(len(text_embeds), self.config.embedding_dim, generator=generator, device=device)
-            noise = noise.to(text_embeds.device)
+        noise = self._noise(text_embeds, generator)
         whitened = self(noise, 0, text_embeds, text_states, text_mask).predicted_image_embedding
         return self.post_process_latents(whitened)
+
+    def embed_with_tokens(
+        self,
+        text_embeds: Tensor,
+        token_embeds: Tensor,
+        text_states: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Adapter.embed_with_tokens`, in one pass: a token is read at its own place as the caption at the query.
+
+        The last projection is the caption's, and so is the skip, here of the token's own embedding. Attention is
+        causal: a token knows those before it, and neither the pooled text nor noise.
+
+        Raises:
+            CSDiffError: As `embed`; token embeddings that are not one of `config.text_dim` for each text state.
+        """
+        self._check_text(text_embeds)
+        text = self._whiten_text(text_embeds)
+        states = self._last_states(text, text_states, text_mask, self._noise(text_embeds))
+        expected = (*text_states.shape[:2], self.config.text_dim)
+        if token_embeds.shape != expected:
+            raise CSDiffError(
+                f"{type(self).__name__} expects a token embedding for each text state, {expected}, found "
+                f"{tuple(token_embeds.shape)}; project the text states with the text encoder's projection."
+            )
+        length = states.shape[1] - 3
+        places = ((states[:, -1], text), (states[:, :length], self._whiten_text(token_embeds[:, :length])))
+        whitened = (self._calibrated(self._read(*place).float()).to(text_embeds.dtype) for place in places)
+        embeds, tokens = map(self.post_process_latents, whitened)
+        # Columns that were cut come back, so that micro-batches of other lengths can be joined.
+        return embeds, F.pad(tokens, (0, 0, 0, expected[1] - length))
+
+    def _noise(self, text_embeds: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        if not self.config.noise_token:
+            return None
+        device = text_embeds.device if generator is None else generator.device
+        noise = torch.randn(len(text_embeds), self.config.embedding_dim, generator=generator, device=device)
+        return noise.to(text_embeds.device)
 
     @torch.no_grad()
     def init_from(self, linear: LinearAdapter) -> None:

@@ -183,11 +183,6 @@ def _image_tokens(config: TrainConfig, sources: Sources, device: torch.device) -
         raise CSDiffError(
             "--image_adapter maps pooled embeddings only: leave it or --objective_options.token_weight out."
         )
-    if ADAPTERS[config.adapter].uses_text_states is True:
-        raise CSDiffError(
-            f"--adapter {config.adapter} gives one embedding a caption and no tokens: use mlp, linear or lora with "
-            "--objective_options.token_weight, or leave that out."
-        )
     name = encoder_id(config, sources, "image")
     cached = "image_tokens" in store.keys
     dataset = data.images or (None if is_store(data.train) else data.train)

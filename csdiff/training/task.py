@@ -57,7 +57,7 @@ class Embedder(nn.Module):
         embedded = {}
         for group, values in rows.items():
             if group == "unpaired_text":
-                embedded[group] = self._text(values)[0]
+                embedded[group] = self.adapter.embed(**self._text(values))
             elif group == "unpaired_image":
                 embedded[group] = self.image_adapter.embed(values["image_embeds"])
             elif not self.adapter.one_shot:
@@ -71,21 +71,22 @@ class Embedder(nn.Module):
 
     def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
         """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
-        prediction, states = self._text(pairs)
-        embedded = {"prediction": prediction}
+        text = self._text(pairs)
         if tokens:
-            projected = self._project_text(states if states is not None else pairs["text_states"])
-            embedded["text_tokens"] = self.adapter.embed(projected.flatten(0, 1)).unflatten(0, projected.shape[:2])
+            projected = self._project_text(text["text_states"])
+            prediction, text_tokens = self.adapter.embed_with_tokens(token_embeds=projected, **text)
+            embedded = {"prediction": prediction, "text_tokens": text_tokens}
+        else:
+            embedded = {"prediction": self.adapter.embed(**text)}
         if self.image_adapter is not None:
             embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
         return {name: value.float() for name, value in embedded.items()}
 
-    def _text(self, rows: dict) -> tuple[Tensor, Tensor | None]:
-        """Predictions, and the token states where the adapter makes them itself."""
+    def _text(self, rows: dict) -> dict[str, Tensor | None]:
+        """What the adapter embeds, by the names of its arguments."""
         if self.adapter.uses_input_ids:
-            text_embeds, states = self.adapter.encode(rows["input_ids"])
-            return self.adapter.embed(text_embeds), states
-        return self.adapter.embed(rows["text_embeds"], rows.get("text_states"), rows.get("text_mask")), None
+            return dict(zip(("text_embeds", "text_states"), self.adapter.encode(rows["input_ids"]), strict=True))
+        return {name: rows.get(name) for name in ("text_embeds", "text_states", "text_mask")}
 
 
 class AlignmentTask:

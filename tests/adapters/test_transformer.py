@@ -94,6 +94,61 @@ def test_without_noise_token_latents_are_ignored(adapter):
     assert torch.equal(adapter(torch.ones(3, DIM), 7, embeds, states, mask)[0], first)
 
 
+def token_embeds():
+    return torch.randn(3, TOKENS, DIM, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("noise_token", [False, True])
+def test_tokens_are_read_beside_the_caption(text_encoder, noise_token):
+    adapter = make_adapter("transformer", text_encoder, noise_token=noise_token)
+    adapter.calibrate_norm(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 4.0, 5.0]))
+    embeds, states, mask = text_inputs("transformer")
+    tokens = token_embeds()
+    torch.manual_seed(0)
+    expected = adapter.embed(embeds, states, mask)
+    torch.manual_seed(0)
+    caption, mapped = adapter.embed_with_tokens(embeds, tokens, states, mask)
+    assert torch.equal(caption, expected)
+    assert mapped.shape == (3, TOKENS, DIM)
+    # A row alone is cut to another length; neither that nor what the padding holds is seen.
+    changed = torch.where(mask[..., None], states, 1e3)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = adapter.embed_with_tokens(embeds[one], tokens[one], changed[one], mask[one])[1]
+        assert alone.shape == (1, TOKENS, DIM)
+        torch.testing.assert_close(alone[0, mask[row]], mapped[row, mask[row]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_knows_those_before_it(adapter):
+    embeds, states, _ = text_inputs("transformer")
+    expected = adapter.embed_with_tokens(embeds, token_embeds(), states)[1]
+    later, first = states.clone(), states.clone()
+    later[:, 5:] += 1
+    first[:, 0] += 1
+    mapped = adapter.embed_with_tokens(embeds + 1, token_embeds(), later)[1]
+    torch.testing.assert_close(mapped[:, :5], expected[:, :5], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mapped[:, 5], expected[:, 5], atol=1e-3)
+    mapped = adapter.embed_with_tokens(embeds, token_embeds(), first)[1]
+    assert not torch.allclose(mapped[:, 1:], expected[:, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("text_dim", [DIM, 20])
+def test_a_fresh_adapter_maps_tokens_as_captions(text_dim):
+    adapter = build_adapter("transformer", embedding_dim=DIM, text_dim=text_dim, preset="tiny")
+    linear = build_adapter("linear", embedding_dim=DIM, text_dim=text_dim)
+    adapter.init_from(linear)
+    tokens, states = torch.randn(4, 5, text_dim), torch.randn(4, 5, text_dim)
+    mapped = adapter.embed_with_tokens(tokens[:, 0], tokens, states)[1]
+    torch.testing.assert_close(mapped, linear.embed(tokens.flatten(0, 1)).view(4, 5, DIM), rtol=1e-5, atol=1e-5)
+
+
+def test_token_embeddings_are_checked(adapter):
+    embeds, states, mask = text_inputs("transformer")
+    for wrong in (states, token_embeds()[:, 1:]):
+        with pytest.raises(CSDiffError, match=rf"\(3, {TOKENS}, {DIM}\), found \(3, "):
+            adapter.embed_with_tokens(embeds, wrong, states, mask)
+
+
 def test_states_are_required_and_checked(adapter):
     embeds, states, _ = text_inputs("transformer")
     with pytest.raises(CSDiffError, match="needs the text encoder's token states"):

@@ -10,6 +10,7 @@ from csdiff.training.gradient_cache import cached_gradients, split
 from csdiff.training.task import AlignmentTask, Embedder
 
 ROWS, TEXT, IMAGE, LENGTH, STATES = 37, 12, 16, 6, 10
+TOKENS = "with tokens"
 
 
 def batch(unpaired=False, seed=0):
@@ -21,6 +22,7 @@ def batch(unpaired=False, seed=0):
             "image_embeds": torch.randn(ROWS, IMAGE, generator=draw),
             "text_states": torch.randn(ROWS, LENGTH, STATES, generator=draw),
             "text_mask": mask,
+            "image_tokens": torch.randn(ROWS, 5, IMAGE, generator=draw),
         }
     }
     if unpaired:
@@ -44,6 +46,14 @@ def adapter(name, dropout):
     return built.train()
 
 
+def one_shot_task(name, dropout):
+    """With the token-level term where the name says so."""
+    embedder = Embedder(adapter(name.removesuffix(TOKENS).strip(), dropout))
+    if name.endswith(TOKENS):
+        embedder.project_text_with(torch.nn.Linear(STATES, TEXT).requires_grad_(False))
+    return AlignmentTask(embedder, build_objective("cs_aligner"))
+
+
 def gradients(task):
     found = {name: p.grad.clone() for name, p in task.parameters.items() if p.grad is not None}
     for parameter in task.parameters.values():
@@ -60,9 +70,9 @@ def assert_same(one, other, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("micro", [1, 10, 36])
-@pytest.mark.parametrize("name", ["mlp", "transformer", "linear"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "linear", f"mlp {TOKENS}", f"transformer {TOKENS}"])
 def test_is_the_gradient_of_one_big_batch(name, micro):
-    task = AlignmentTask(Embedder(adapter(name, dropout=0.0)), build_objective("cs_aligner"))
+    task = one_shot_task(name, dropout=0.0)
     whole = task.backward(batch()).loss
     expected = gradients(task)
     cached = task.backward(batch(), micro).loss
@@ -80,11 +90,13 @@ def test_with_unpaired_rows_and_an_image_adapter():
     assert_same(expected, gradients(task))
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer", "diffusion"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", f"mlp {TOKENS}", f"transformer {TOKENS}", "diffusion"])
 def test_replays_dropout_and_noise(name):
     """Against one graph over the same micro-batches, drawn with the same random numbers."""
-    objective = DenoisingObjective() if name == "diffusion" else build_objective("cs_aligner")
-    task = AlignmentTask(Embedder(adapter(name, dropout=0.3)), objective)
+    if name == "diffusion":
+        task = AlignmentTask(Embedder(adapter(name, dropout=0.3)), DenoisingObjective())
+    else:
+        task = one_shot_task(name, dropout=0.3)
     rows = batch()
     parts = split(rows, 10)
 

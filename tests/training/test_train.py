@@ -239,6 +239,11 @@ COMBINATIONS = {
     "tokens cached": ("rich", {"objective_options": {"token_weight": 0.5}}),
     "tokens, both towers in the loop": ("pooled", {"objective_options": {"token_weight": 0.5}, "data.images": "DATA"}),
     "tokens, lora": ("rich", {"adapter": "lora", "objective_options": {"token_weight": 0.5}}),
+    "tokens, transformer": ("rich", {"adapter": "transformer", "objective_options": {"token_weight": 0.5}}),
+    "tokens, transformer, both towers in the loop": (
+        "pooled",
+        {"adapter": "transformer", "objective_options": {"token_weight": 0.5}, "data.images": "DATA"},
+    ),
     "unpaired": ("pooled", {"data.unpaired_text": "STORE", "data.unpaired_image": "STORE"}),
     "unpaired, lora": ("pooled", {"adapter": "lora", "data.unpaired_text": "STORE"}),
     "image adapter": ("pooled", {"image_adapter": "mlp", "objective": "info_nce"}),
@@ -261,6 +266,7 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
         made.adapter_options = SMALL
     result = train(made)
     assert result.metrics["count"] >= 2
+    assert ("tokens" in training_runs.log(tmp_path, "train")[-1]) == name.startswith("tokens")
     loaded = AutoAdapter.from_pretrained(tmp_path)
     rows = EmbeddingStore.open(store).read([0, 1])
     states = (rows.get("text_states"), rows.get("text_mask")) if loaded.uses_text_states else (None, None)
@@ -271,6 +277,23 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
     assert metadata["text_encoder"]["dim"] == 16
     assert metadata["image_encoder"]["weights_sha256"]
     assert (tmp_path / "image_adapter" / "config.json").exists() == (name == "image adapter")
+
+
+def test_a_transformer_with_the_token_term_resumes_to_the_bit(rich_store, tmp_path):
+    states = []
+    for name, start in (("undisturbed", "auto"), ("resumed", str(tmp_path / "undisturbed/checkpoints/step-00000002"))):
+        made = training_runs.config(rich_store, tmp_path / name, adapter="transformer", batch_size=16, max_steps=4)
+        made.adapter_options, made.objective_options = {**SMALL, "dropout": 0.2}, {"token_weight": 0.5}
+        made.micro_batch_size, made.checkpoint.every, made.checkpoint.keep, made.resume = 7, 2, 0, start
+        train(made)
+        states.append(load_file(tmp_path / name / "checkpoints/step-00000004/state/weights.safetensors"))
+    assert any("proj_to_clip_embeddings" in name for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    losses = [
+        [line["loss"] for line in training_runs.log(tmp_path / name, "train")] for name in ("undisturbed", "resumed")
+    ]
+    assert losses[0][2:] == losses[1][-2:]
 
 
 def test_lora_is_saved_and_loaded(pooled_store, tiny_clip, tmp_path):
@@ -312,6 +335,24 @@ def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_p
     made.adapter_options, made.data.unpaired_text = SMALL, str(pooled_store)
     with pytest.raises(CSDiffError, match=r"unpaired_text.*no text_states"):
         train(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "image tokens.*has none"),
+        ({"data.images": "DATA", "image_adapter": "mlp"}, "--image_adapter maps pooled embeddings only"),
+        ({"data.images": "DATA", "adapter": "diffusion", "objective": "diffusion"}, "diffusion takes none"),
+    ],
+)
+def test_a_token_term_without_tokens_is_refused(pooled_store, pictures, tmp_path, changes, words):
+    made = training_runs.config(pooled_store, tmp_path / "out", batch_size=16, **{"adapter": "transformer", **changes})
+    made.adapter_options, made.objective_options = SMALL, {"token_weight": 0.5}
+    made.data.images = str(pictures) if "data.images" in changes else None
+    with pytest.raises(CSDiffError, match=words) as caught:
+        train(made)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(plain_store, tmp_path):
