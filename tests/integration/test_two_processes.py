@@ -7,8 +7,10 @@ import torch
 import training_processes as processes
 from safetensors.torch import load_file, save_file
 
+from csdiff.embeddings import write_store
 
-def gradients_of_a_batch(store, output, micro):
+
+def gradients_of_a_batch(store, output, micro, changes):
     """The gradient of the first global batch, after whatever averaging there is; written by the main process."""
     from accelerate import Accelerator
 
@@ -17,7 +19,7 @@ def gradients_of_a_batch(store, output, micro):
     from csdiff.training.sources import open_sources
 
     accelerator = Accelerator(cpu=True)
-    made = processes.config(store, output, batch_size=25, micro_batch_size=micro)
+    made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
     made.adapter_options["dropout"] = 0.0
     sources = open_sources(made, None)
     text = open_text_side(made, sources, accelerator.device)
@@ -33,11 +35,38 @@ def gradients_of_a_batch(store, output, micro):
         save_file({"processes": torch.tensor([size]), **found}, output / f"{size}-{micro}.safetensors")
 
 
-@pytest.mark.parametrize("micro", [None, 4])
-def test_the_gradient_is_that_of_one_process(plain_store, tmp_path, micro):
+@pytest.fixture(scope="module")
+def token_store(tiny_clip, tmp_path_factory):
+    """Pairs with token states of both sides, of captions of one to nine tokens."""
+    path, draw = tmp_path_factory.mktemp("tokens") / "store", torch.Generator().manual_seed(0)
+    write_store(
+        path,
+        text_embeds=torch.randn(64, 16, generator=draw),
+        image_embeds=torch.randn(64, 16, generator=draw),
+        text_states=torch.randn(64, 9, 32, generator=draw),
+        text_mask=torch.arange(9) < torch.randint(1, 10, (64, 1), generator=draw),
+        image_tokens=torch.randn(64, 5, 32, generator=draw),
+        fingerprint={f"{side}_encoder": {"id": str(tiny_clip)} for side in ("text", "image")},
+    )
+    return path
+
+
+TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+WITH_TOKENS = {
+    "adapter": "transformer",
+    "adapter_options": TRANSFORMER,
+    "objective_options": {"token_weight": 0.5, "token_bandwidth": "median"},
+}
+
+
+@pytest.mark.parametrize(
+    ("store", "micro", "changes"), [("plain_store", None, {}), ("plain_store", 4, {}), ("token_store", 4, WITH_TOKENS)]
+)
+def test_the_gradient_is_that_of_one_process(request, tmp_path, store, micro, changes):
     """25 rows: the two processes have 12 and 13."""
-    assert processes.finish(processes.start(gradients_of_a_batch, plain_store, tmp_path, None)) == [0]
-    assert processes.group(gradients_of_a_batch, plain_store, tmp_path, micro) == [0, 0]
+    store = request.getfixturevalue(store)
+    assert processes.finish(processes.start(gradients_of_a_batch, store, tmp_path, None, changes)) == [0]
+    assert processes.group(gradients_of_a_batch, store, tmp_path, micro, changes) == [0, 0]
     one = load_file(tmp_path / "1-None.safetensors")
     two = load_file(tmp_path / f"2-{micro}.safetensors")
     assert (one.pop("processes").item(), two.pop("processes").item()) == (1, 2)
