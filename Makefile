@@ -40,7 +40,6 @@ style: setup ## Fix lint and formatting
 	$(BIN)/ruff format .
 
 docs: setup ## Build the documentation into site/, refusing broken links
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 bench: setup ## Run the benchmarks in their quick form and print their tables

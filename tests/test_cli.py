@@ -118,6 +118,19 @@ def test_broken_yaml_is_one_sentence_with_file_and_line(tmp_path, content, words
     assert "\n" not in str(error.value)
 
 
+def test_help_says_what_an_option_takes_and_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command("export", ["--help"], "csdiff export")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--dtype float32|float16|bfloat16|fp32|fp16|bf16 Number format" in text
+    assert "--overwrite true|false Replace an adapter or pipeline folder that is there; never" in text
+    assert (
+        "--decoder DECODER Kandinsky decoder of a pipeline: preset, folder or hub repository. (default: tiny)" in text
+    )
+    assert text.count("Takes an adapter out of a training run") == 1
+
+
 def run_root_script(root, script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(root / script), *arguments], capture_output=True, text=True, cwd=root)
 
@@ -148,6 +161,12 @@ def test_help_names_every_option_and_imports_no_model_library(command):
     assert heavy == []
     for name in cli.option_types(cli.import_object(cli.COMMANDS[command].config)):
         assert f"--{name}" in text
+    # what the parser's library would add for itself
+    assert not [
+        word
+        for word in ("(type: ", "Literal[", "default: null", "+ [", "Path to a configuration file")
+        if word in text
+    ]
 
 
 def test_overview_lists_the_commands(capsys):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from csdiff.errors import CSDiffError
+from csdiff.hub import unreachable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_PATIENCE = 5.0
 _FILES = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -55,20 +55,6 @@ def locate(
             f"({silent or _reason(error)}); check the name, or fetch it once while online."
         ) from error
     return Path(snapshot) / subfolder if subfolder else Path(snapshot)
-
-
-def unreachable() -> str | None:
-    """Why the Hub cannot be asked, or None. One short try: the Hub's own client repeats it for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-    except Exception as error:
-        return f"{constants.ENDPOINT} does not answer: {type(error).__name__}"
-    return None
 
 
 def push(adapter: Any, repo_id: str, *, commit_message, private, token, create_pr, variant, subfolder, **save) -> str:

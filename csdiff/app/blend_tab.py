@@ -16,8 +16,8 @@ from csdiff.errors import CSDiffError
 
 def blend_tab(models: Models, choice: ModelChoice) -> Fields:
     """Builds the tab; returns its fields that follow the decoder."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=320):
+    with gr.Row(equal_height=False, elem_classes="workplace"):
+        with gr.Column(scale=2, min_width=320, elem_classes="asked"):
             first = gr.Textbox(label="First prompt", value="a red apple, 3d style", max_length=2000, elem_id="first")
             second = gr.Textbox(label="Second prompt", value="a yellow duck", max_length=2000, elem_id="second")
             picture = gr.Image(
@@ -36,12 +36,13 @@ def blend_tab(models: Models, choice: ModelChoice) -> Fields:
             with gr.Row():
                 draw = gr.Button("Blend", variant="primary", elem_id="blend", min_width=120)
                 stop = gr.Button("Stop", elem_id="stop-blend", min_width=80)
-            line = gr.HTML(status(), elem_id="blend-status")
-            negative = gr.Textbox(
-                label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
-            )
-            fields = sampling_fields(models, "blend-")
-        with gr.Column(scale=3, min_width=320):
+            line = gr.HTML(status(), elem_id="blend-status", padding=False)
+            with gr.Column(elem_classes="settings"):
+                negative = gr.Textbox(
+                    label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
+                )
+                fields = sampling_fields(models, "blend-")
+        with gr.Column(scale=3, min_width=320, elem_classes="answered"):
             gallery = gr.Gallery(
                 label="Pictures",
                 show_label=False,

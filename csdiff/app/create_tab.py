@@ -22,8 +22,8 @@ STRIP = {
 
 def create_tab(models: Models, choice: ModelChoice) -> Fields:
     """Builds the tab; returns its fields that follow the decoder."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=320):
+    with gr.Row(equal_height=False, elem_classes="workplace"):
+        with gr.Column(scale=2, min_width=320, elem_classes="asked"):
             prompt = gr.Textbox(
                 label="Prompt",
                 placeholder="a red apple, 3d style",
@@ -36,16 +36,17 @@ def create_tab(models: Models, choice: ModelChoice) -> Fields:
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
-            line = gr.HTML(status(), elem_id="create-status")
-            compare = gr.Checkbox(
-                True, label="Compare: the same without the adapter, and with a ridge map", container=False
-            )
-            negative = gr.Textbox(
-                label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
-            )
-            count = gr.Slider(1, models.config.max_images, value=1, step=1, label="Pictures", elem_id="count")
-            fields = sampling_fields(models)
-        with gr.Column(scale=3, min_width=320):
+            line = gr.HTML(status(), elem_id="create-status", padding=False)
+            with gr.Column(elem_classes="settings"):
+                compare = gr.Checkbox(
+                    True, label="Compare: the same without the adapter, and with a ridge map", container=False
+                )
+                negative = gr.Textbox(
+                    label="Negative prompt", placeholder="what the pictures should not show", max_length=2000
+                )
+                count = gr.Slider(1, models.config.max_images, value=1, step=1, label="Pictures", elem_id="count")
+                fields = sampling_fields(models)
+        with gr.Column(scale=3, min_width=320, elem_classes="answered"):
             gallery = gr.Gallery(
                 label="Pictures",
                 show_label=False,

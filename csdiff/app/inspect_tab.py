@@ -34,7 +34,7 @@ def inspect_tab(inspector: Inspector) -> None:
             with gr.Row():
                 look = gr.Button("Look", variant="primary", elem_id="look", min_width=120)
                 stop = gr.Button("Stop", min_width=80)
-            line = gr.HTML(status(), elem_id="look-status")
+            line = gr.HTML(status(), elem_id="look-status", padding=False)
         with gr.Column(scale=2, min_width=320):
             files = gr.File(
                 label="... or drop its files here", file_count="multiple", height=180, elem_id="files", type="filepath"

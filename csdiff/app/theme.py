@@ -37,17 +37,25 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
 .gradio-container .examples, .gradio-container .gallery { background: none; }
 #head h1 { font-size: 1.5rem; margin: 0.2rem 0 0; letter-spacing: -0.01em; }
 #head p { margin: 0.1rem 0 0; color: var(--body-text-color-subdued); }
-.status { min-height: 2.6rem; }
+.status { min-height: 1.9rem; }
 .status p { margin: 0 0 0.35rem; font-size: 0.9rem; color: var(--body-text-color-subdued); }
 .status .bar { height: 4px; border-radius: 2px; background: var(--neutral-200); overflow: hidden; }
 .status .bar div { height: 100%; background: var(--primary-600); transition: width 0.2s; }
 .status .bar.waiting div { width: 30%; animation: wait 1.4s ease-in-out infinite alternate; }
 .status p.error { color: #b42318; font-weight: 600; }
 .status p.note { color: #8a5a00; }
+/* One column on a phone: pictures follow the button, settings come last. */
+@media (max-width: 720px) {
+  .workplace { flex-direction: column; flex-wrap: nowrap; }
+  .workplace > .asked { display: contents; }
+  .workplace > * , .workplace > .asked > * { flex: none !important; width: 100%; }
+  .workplace > .answered { order: 1; }
+  .workplace > .asked > .settings { order: 2; }
+}
 @keyframes wait { from { margin-left: 0; } to { margin-left: 70%; } }
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .metrics { overflow-x: auto; }

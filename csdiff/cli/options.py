@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from csdiff.cli.help import HelpFormatter, tidy
 from csdiff.errors import CSDiffError
 
 # The comments under the fields are the help texts.
@@ -102,9 +103,9 @@ def build_parser(config_class: type, prog: str, positional: str | None = None, e
         description=config_class.__doc__,
         exit_on_error=True,
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     if examples:
-        parser.formatter_class = _keep_examples(parser.formatter_class)
         parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)])
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
@@ -112,19 +113,8 @@ def build_parser(config_class: type, prog: str, positional: str | None = None, e
     if "json" not in option_types(config_class):
         parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
     parser.add_class_arguments(config_class)
+    tidy(parser)
     return parser
-
-
-def _keep_examples(formatter: type) -> type:
-    """Of the help's parts, command lines alone must not be wrapped."""
-
-    class Formatter(formatter):
-        def _fill_text(self, text, width, indent):
-            if text.startswith("examples:"):
-                return "".join(indent + line for line in text.splitlines(keepends=True))
-            return super()._fill_text(text, width, indent)
-
-    return Formatter
 
 
 def normalize_arguments(config_class: type, arguments: Sequence[str], positional: str | None = None) -> list[str]:

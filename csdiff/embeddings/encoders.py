@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from csdiff.errors import CSDiffError
+from csdiff.hub import unreachable
 from csdiff.resources import assets_dir
 
 if TYPE_CHECKING:
@@ -194,12 +195,19 @@ def _download(name: str, tower: Tower, revision: str | None) -> Path:
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CSDiffError(f"{name}: expected a folder with a {tower} encoder, found none; check the path.")
+    silent = unreachable()
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS[tower], ignore_patterns="*.fp16.*")
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_HUB_PATTERNS[tower],
+                ignore_patterns="*.fp16.*",
+                local_files_only=silent is not None,
+            )
         )
     except Exception as error:  # The hub client raises some twenty kinds, all of them "could not get it".
-        reason = " ".join(str(error).split())[:200]
+        reason = silent or " ".join(str(error).split())[:200]
         raise CSDiffError(
             f"{name}: expected a folder or a model id on the hub for the {tower} encoder, found neither ({reason})."
         ) from error

@@ -66,6 +66,8 @@ class StoreWriter:
         Raises:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise CSDiffError(f"{self.path}: expected a folder for the store, found a file; choose another.")
         finished = _read_json(self.path / FINGERPRINT_FILE)
         if finished is not None:
             self._compare(finished.get("data", {}), plan)
@@ -78,7 +80,12 @@ class StoreWriter:
             raise CSDiffError(
                 f"{self.path}: expected an empty folder or an unfinished store, found other files; choose another."
             )
-        self.partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CSDiffError(
+                f"{self.path}: the store cannot be written there ({error.strerror}); choose another folder."
+            ) from error
         self._lock()
         if started is None:
             write_json(self.partial / "plan.json", plan)

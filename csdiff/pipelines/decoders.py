@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
+from csdiff.hub import unreachable
 from csdiff.pipelines.pairing import HUB_ID, AdapterCard, check_dimensions, check_encoder, read_json
 from csdiff.resources import assets_dir
 
@@ -224,8 +225,6 @@ def _read(source: str, file: str) -> dict:
 
 def _download(repo: str, file: str) -> str:
     from huggingface_hub import hf_hub_download
-
-    from csdiff.adapters.hub import unreachable
 
     silent = unreachable()
     try:

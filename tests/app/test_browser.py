@@ -86,6 +86,22 @@ def picture(page, selector: str) -> Image.Image:
     return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
 
 
+def test_pictures_follow_the_button_on_a_phone_and_tabs_keep_their_place(new_page):
+    page = new_page()
+    top = "selector => document.querySelector(selector).getBoundingClientRect().top"
+    left = "document.querySelector('#head').getBoundingClientRect().left"
+    at_first = page.evaluate(left)
+    for tab in ("Blend", "Look inside", "Create"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_selector({"Blend": "#blend", "Look inside": "#look", "Create": "#draw"}[tab])
+        assert page.evaluate(left) == at_first
+    assert page.evaluate(top, "#pictures") < page.evaluate(top, "#draw")
+    page.set_viewport_size({"width": 390, "height": 844})
+    tops = [page.evaluate(top, place) for place in ("#draw", "#create-status", "#pictures", "#strip", "#seed")]
+    assert tops == sorted(tops)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_two_people_each_get_the_pictures_they_asked_for(new_page, tmp_path):
     people = [(new_page(), "a red apple", 3, 3), (new_page(), "a yellow duck", 4, 2)]
     for page, *asked in people:

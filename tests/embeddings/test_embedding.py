@@ -213,6 +213,12 @@ def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tin
     with pytest.raises(CSDiffError, match="expected an empty folder or an unfinished store, found other files"):
         embed(config(dataset, tiny_clip, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    for place, message in (
+        ("thesis.tex", "a folder for the store, found a file"),
+        ("thesis.tex/s", "cannot be written"),
+    ):
+        with pytest.raises(CSDiffError, match=message):
+            embed(config(dataset, tiny_clip, tmp_path / place))
 
 
 @pytest.mark.parametrize(
