@@ -140,6 +140,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object, or raises a `CSDiffError` that names the file."""
     if not file.is_file():
+        if (file.parent / "model_index.json").is_file():
+            raise CSDiffError(f"{file.parent} is a diffusers pipeline, not an adapter; a decoder goes to --decoder.")
         raise CSDiffError(
             f"Adapter folder {file.parent} is incomplete: {file.name} is missing; it needs {CONFIG}, *.safetensors "
             f"and {METADATA}."

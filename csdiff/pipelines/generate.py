@@ -116,8 +116,9 @@ def read_prompts(config: GenerateConfig) -> list[str]:
             ) from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
+        found = "none" if config.prompts_file is None else f"no line of it in {config.prompts_file}"
         raise CSDiffError(
-            'No prompt: expected text to draw, found none; give --prompt "a red apple" or --prompts_file.'
+            f'No prompt: expected text to draw, found {found}; give --prompt "a red apple" or --prompts_file.'
         )
     for index, prompt in enumerate(prompts, start=1):
         if not prompt.strip():

@@ -59,6 +59,10 @@ def test_missing_folder_and_file_in_its_place(tmp_path):
     refused(tmp_path, "incomplete: config.json is missing")
 
 
+def test_decoder_folder_is_told_from_an_adapter(tiny_decoder):
+    refused(tiny_decoder, "is a diffusers pipeline, not an adapter")
+
+
 @pytest.mark.parametrize("file", ["config.json", "csdiff.json", WEIGHTS])
 def test_incomplete_folder_names_the_file(mlp, file):
     (mlp / file).unlink()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -294,6 +295,7 @@ def test_adapters_that_do_not_fit(make, words, config, metadata, tmp_path):
         ({"prompt": []}, "No prompt"),
         ({"prompt": ["a cat", "  "]}, "Prompt 2 of 2 is empty"),
         ({"prompts_file": "missing.txt"}, "cannot read missing.txt"),
+        ({"prompt": [], "prompts_file": os.devnull}, f"found no line of it in {os.devnull}"),
         ({"decoder": "kandinsky3"}, "expected a preset .*found 'kandinsky3'"),
         ({"decoder": "no/such-decoder"}, "neither a local copy nor the hub"),
         ({"num_images": 0}, "num_images: expected a whole number of 1 or more, found 0"),
