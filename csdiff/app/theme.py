@@ -57,6 +57,8 @@ CSS = """
   .workplace > .asked > .settings { order: 2; }
 }
 @keyframes wait { from { margin-left: 0; } to { margin-left: 70%; } }
+/* All pictures at once: a second row would hide behind a scroll bar. */
+#pictures .grid-wrap, #blended .grid-wrap { max-height: none; }
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .metrics { overflow-x: auto; }
 .metrics table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
