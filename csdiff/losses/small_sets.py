@@ -151,6 +151,7 @@ def small_info_nce(
             return None
         units = [rows * inverse for rows, inverse in zip(units, inverses, strict=True)]
     else:
+        # Of the lengths, not of the logits: products that cancel have lost their digits.
         reach *= math.prod(float(torch.linalg.vector_norm(rows, dim=1).max()) for rows in units)
     # A number that is not finite fails here as well.
     if not reach < PLAIN_REACH:
@@ -163,9 +164,8 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, temperature, units, inverses, scale, two_sided, with_gradient):
-        a, b = units
-        positive = (a * b).sum(dim=1).mul_(scale)
-        logits = torch.addmm(positive, a, b.T, beta=0, alpha=scale)
+        logits = torch.addmm(units[0].new_empty(1), units[0], units[1].T, beta=0, alpha=scale)
+        positive = logits.diagonal().clone()
         by_temperature = ctx.needs_input_grad[2]
         kernel = logits.exp() if by_temperature else logits.exp_()
         diagonal = kernel.diagonal()
