@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -183,6 +184,15 @@ def _check_writable(path: str | None, option: str) -> None:
 
 def _write_json(path: Path, result: dict) -> None:
     try:
-        write_json(path, result, indent=2)
+        write_json(path, _rounded(result), indent=2)
     except OSError as error:
         raise CSDiffError(f"--json {path} cannot be written ({error.strerror}).") from error
+
+
+def _rounded(value):
+    """Numbers to twelve digits: the last bits of linear algebra depend on where the memory lies, a score must not."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
