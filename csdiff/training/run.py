@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
-from csdiff.training.checkpoint import disk_full
 from csdiff.training.console import Console, duration
 from csdiff.training.curves import CURVES_NAME, draw_curves
 from csdiff.training.export import ONLINE, Exporter
@@ -119,7 +118,7 @@ class Run:
         """Train to the end; returns the last validation.
 
         Raises:
-            CSDiffError: when training has broken down, or the disk is full.
+            CSDiffError: when training has broken down, or a checkpoint finds the disk full.
             SystemExit: after SIGTERM or SIGINT.
         """
         config, progress = self.config, self.loop.progress
@@ -150,11 +149,6 @@ class Run:
                         self._save()
                     if stop and (not last or not self.task.agree(not progress.validation_left)):
                         self._stop(interrupt.signal)
-        except OSError as error:
-            if not disk_full(error):
-                raise
-            what = f"nothing can be added to {self.folder.path}"
-            raise CSDiffError(self.folder.checkpoints.full_message(what)) from error
         finally:
             self.console.stop()
             feed.close()

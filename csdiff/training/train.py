@@ -18,6 +18,7 @@ from csdiff.training.assembly import (
     check_names,
     check_objective,
 )
+from csdiff.training.checkpoint import disk_full
 from csdiff.training.config import TrainConfig, check
 from csdiff.training.console import Console
 from csdiff.training.embedding import embed_dataset
@@ -110,6 +111,13 @@ def train(config: TrainConfig) -> TrainResult:
         run.announce(start)
         run.go()
         metrics = run.finish()
+    except CSDiffError:
+        raise
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        what = f"nothing can be added to {folder.path}"
+        raise CSDiffError(folder.checkpoints.full_message(what)) from error
     finally:
         accelerator.end_training()
     return TrainResult(folder.path, metrics)

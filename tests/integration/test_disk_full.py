@@ -8,18 +8,21 @@ import training_processes as processes
 from csdiff.adapters.registry import AutoAdapter
 
 
-def train_with_little_space(made, size, said):
-    """A run that may write no file larger than `size` bytes once its first checkpoint is there."""
+def train_with_little_space(made, size, said, checkpoints=1):
+    """A run that may write no file larger than `size` bytes once it has so many checkpoints."""
     import resource
 
     import csdiff.training.run as run
     from csdiff.errors import CSDiffError
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    save = run.Run._save
+    save, saved = run.Run._save, []
 
     def limited(self):
         save(self)
+        saved.append(self)
+        if len(saved) < checkpoints:
+            return
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     run.Run._save = limited
@@ -54,5 +57,17 @@ def test_no_room_for_the_metrics(plain_store, tmp_path):
     message = said.read_text()
     for expected in ("disk is full", f"nothing can be added to {tmp_path / 'out'}", "step-00000004, is intact"):
         assert expected in message
+    assert processes.finish(processes.start(processes.train, made)) == [0]
+    AutoAdapter.from_pretrained(tmp_path / "out")
+
+
+def test_no_room_for_the_finished_adapter(plain_store, tmp_path):
+    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 100})
+    said = tmp_path / "said"
+    assert processes.finish(processes.start(train_with_little_space, made, 2000, said, 3)) == [0]
+    message = said.read_text()
+    for expected in ("disk is full", f"nothing can be added to {tmp_path / 'out'}", "step-00000012, is intact"):
+        assert expected in message
+    assert not (tmp_path / "out" / "config.json").exists()
     assert processes.finish(processes.start(processes.train, made)) == [0]
     AutoAdapter.from_pretrained(tmp_path / "out")
