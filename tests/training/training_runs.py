@@ -4,6 +4,9 @@ import json
 
 from csdiff.training.config import TrainConfig
 
+SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+"""Options of a transformer."""
+
 
 def config(store, output, **changes) -> TrainConfig:
     """A run of a dozen steps with dropout on a store of 64 pairs; dotted names as on the command line."""

@@ -1,0 +1,140 @@
+"""Adapters, objectives and encoders in every combination that makes sense, and those that make none."""
+
+import json
+
+import pytest
+import torch
+import training_runs
+from safetensors.torch import load_file
+
+from csdiff.adapters.registry import AutoAdapter
+from csdiff.embeddings.store import EmbeddingStore
+from csdiff.errors import CSDiffError
+from csdiff.training import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
+
+
+COMBINATIONS = {
+    "transformer, cached states": ("rich", {"adapter": "transformer"}),
+    "transformer, text tower in the loop": ("pooled", {"adapter": "transformer"}),
+    "mlp, text tower in the loop": ("pooled", {"data.text": "online"}),
+    "linear": ("pooled", {"adapter": "linear"}),
+    "lora": ("pooled", {"adapter": "lora"}),
+    "diffusion prior": ("rich", {"adapter": "diffusion", "objective": "diffusion"}),
+    "tokens cached": ("rich", {"objective_options": {"token_weight": 0.5}}),
+    "tokens, both towers in the loop": ("pooled", {"objective_options": {"token_weight": 0.5}, "data.images": "DATA"}),
+    "tokens, lora": ("rich", {"adapter": "lora", "objective_options": {"token_weight": 0.5}}),
+    "tokens, transformer": ("rich", {"adapter": "transformer", "objective_options": {"token_weight": 0.5}}),
+    "tokens, transformer, both towers in the loop": (
+        "pooled",
+        {"adapter": "transformer", "objective_options": {"token_weight": 0.5}, "data.images": "DATA"},
+    ),
+    "unpaired": ("pooled", {"data.unpaired_text": "STORE", "data.unpaired_image": "STORE"}),
+    "unpaired, lora": ("pooled", {"adapter": "lora", "data.unpaired_text": "STORE"}),
+    "image adapter": ("pooled", {"image_adapter": "mlp", "objective": "info_nce"}),
+    "learnable temperature": ("pooled", {"objective_options": {"learnable_temperature": True}}),
+    "eclipse": ("pooled", {"objective": "eclipse"}),
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
+    which, changes = COMBINATIONS[name]
+    store = {"rich": rich_store, "pooled": pooled_store}[which]
+    known = {"DATA": str(pictures), "STORE": str(store)}
+    changes = {key: known.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    made = training_runs.config(store, tmp_path, max_steps=3, batch_size=16, micro_batch_size=7, **changes)
+    adapter = changes.get("adapter", "mlp")
+    made.adapter_options = {"lora": {"rank": 2, "dropout": 0.1}, "linear": {}}.get(adapter, made.adapter_options)
+    if adapter in ("transformer", "diffusion"):
+        made.adapter_options = training_runs.SMALL
+    result = train(made)
+    assert result.metrics["count"] >= 2
+    assert ("tokens" in training_runs.log(tmp_path, "train")[-1]) == name.startswith("tokens")
+    loaded = AutoAdapter.from_pretrained(tmp_path)
+    rows = EmbeddingStore.open(store).read([0, 1])
+    states = (rows.get("text_states"), rows.get("text_mask")) if loaded.uses_text_states else (None, None)
+    if states[0] is None and loaded.uses_text_states:
+        return
+    assert loaded.embed(rows["text_embeds"], *states).isfinite().all()
+    metadata = json.loads((tmp_path / "csdiff.json").read_text())
+    assert metadata["text_encoder"]["dim"] == 16
+    assert metadata["image_encoder"]["weights_sha256"]
+    assert (tmp_path / "image_adapter" / "config.json").exists() == (name == "image adapter")
+
+
+def test_a_transformer_with_the_token_term_resumes_to_the_bit(rich_store, tmp_path):
+    states = []
+    for name, start in (("undisturbed", "auto"), ("resumed", str(tmp_path / "undisturbed/checkpoints/step-00000002"))):
+        made = training_runs.config(rich_store, tmp_path / name, adapter="transformer", batch_size=16, max_steps=4)
+        made.adapter_options, made.objective_options = {**training_runs.SMALL, "dropout": 0.2}, {"token_weight": 0.5}
+        made.micro_batch_size, made.checkpoint.every, made.checkpoint.keep, made.resume = 7, 2, 0, start
+        train(made)
+        states.append(load_file(tmp_path / name / "checkpoints/step-00000004/state/weights.safetensors"))
+    assert any("proj_to_clip_embeddings" in name for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    losses = [
+        [line["loss"] for line in training_runs.log(tmp_path / name, "train")] for name in ("undisturbed", "resumed")
+    ]
+    assert losses[0][2:] == losses[1][-2:]
+
+
+def test_lora_is_saved_and_loaded(pooled_store, tiny_clip, tmp_path):
+    made = training_runs.config(pooled_store, tmp_path, adapter="lora", batch_size=16, max_steps=4, learning_rate=1e-2)
+    made.adapter_options = {"rank": 2}
+    train(made)
+    loaded = AutoAdapter.from_pretrained(tmp_path / "online")
+    saved = load_file((tmp_path / "checkpoints/latest").resolve() / "state" / "weights.safetensors")
+    weights = {name: value for name, value in saved.items() if name.startswith("online.") and "lora_B" in name}
+    assert any(value.abs().max() > 0 for value in weights.values())
+    parameters = dict(loaded.named_parameters())
+    for name, value in weights.items():
+        assert torch.equal(value, parameters[name.removeprefix("online.embedder.adapter.")])
+
+
+def test_a_captioned_dataset_is_embedded_once(pictures, tiny_clip, tmp_path):
+    encoders = {"data.text_encoder": str(tiny_clip), "data.image_encoder": str(tiny_clip)}
+    train(training_runs.config(pictures, tmp_path, batch_size=16, max_steps=2, **encoders))
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "train").rglob("*.npy")}
+    assert shards
+    train(training_runs.config(pictures, tmp_path, batch_size=16, max_steps=3, **encoders))
+    assert shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "train").rglob("*.npy")}
+
+
+def test_another_encoder_than_the_stores_is_refused(pooled_store, tmp_path):
+    from tiny import make_tiny_clip
+
+    other = make_tiny_clip(tmp_path / "clip", seed=5)
+    for text in ("cached", "online"):
+        made = training_runs.config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other)})
+        made.data.text = text
+        with pytest.raises(CSDiffError, match="text encoder"):
+            train(made)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_path):
+    made = training_runs.config(rich_store, tmp_path / "out", adapter="transformer", batch_size=16)
+    made.adapter_options, made.data.unpaired_text = training_runs.SMALL, str(pooled_store)
+    with pytest.raises(CSDiffError, match=r"unpaired_text.*no text_states"):
+        train(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "image tokens.*has none"),
+        ({"data.images": "DATA", "image_adapter": "mlp"}, "--image_adapter maps pooled embeddings only"),
+        ({"data.images": "DATA", "adapter": "diffusion", "objective": "diffusion"}, "diffusion takes none"),
+    ],
+)
+def test_a_token_term_without_tokens_is_refused(pooled_store, pictures, tmp_path, changes, words):
+    made = training_runs.config(pooled_store, tmp_path / "out", batch_size=16, **{"adapter": "transformer", **changes})
+    made.adapter_options, made.objective_options = training_runs.SMALL, {"token_weight": 0.5}
+    made.data.images = str(pictures) if "data.images" in changes else None
+    with pytest.raises(CSDiffError, match=words) as caught:
+        train(made)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,55 @@
+"""Steps whose loss or gradient is not finite."""
+
+import numpy as np
+import pytest
+import training_runs
+from safetensors.torch import load_file
+from tiny import make_plain_store
+
+from csdiff.adapters.registry import AutoAdapter
+from csdiff.errors import CSDiffError
+from csdiff.training import train
+from csdiff.training.loop import Loop
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
+
+
+def poison(monkeypatch, steps):
+    """Make the gradient of some steps infinite, as an overflow would."""
+    original = Loop._clip
+
+    def clip(self):
+        if self.progress.step in steps:
+            next(iter(self.task.parameters.values())).grad.fill_(float("inf"))
+        return original(self)
+
+    monkeypatch.setattr(Loop, "_clip", clip)
+
+
+def test_a_step_that_is_not_finite_is_skipped(plain_store, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {3, 7})
+    train(training_runs.config(plain_store, tmp_path))
+    skipped = training_runs.log(tmp_path, "skipped")
+    assert [line["step"] for line in skipped] == [4, 8]
+    assert len(training_runs.log(tmp_path, "train")) == 10
+    assert "Step 4 skipped: the gradient is not finite" in capsys.readouterr().out
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "diffusion_pytorch_model.safetensors").values())
+
+
+def test_a_damaged_row_is_skipped_with_its_batch(tmp_path):
+    store = make_plain_store(tmp_path / "store")
+    for name in ("text_emb", "img_emb"):
+        rows = np.load(store / name / f"{name}_0.npy")
+        rows[5] = np.nan
+        np.save(store / name / f"{name}_0.npy", rows)
+    made = training_runs.config(store, tmp_path / "out", **{"data.validation_fraction": 0.0})
+    with pytest.raises(CSDiffError):
+        train(made)
+
+
+def test_stops_when_nothing_is_finite_any_more(plain_store, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(5, 100)))
+    made = training_runs.config(plain_store, tmp_path, max_steps=50, max_skipped_steps=4)
+    with pytest.raises(CSDiffError, match=r"4 steps in a row were skipped.*last good checkpoint is .*step-00000005"):
+        train(made)
+    AutoAdapter.from_pretrained(tmp_path / "checkpoints" / "latest")
