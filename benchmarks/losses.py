@@ -189,12 +189,14 @@ def _peak(connection, name: str, n: int, dim: int, dtype: torch.dtype, device: s
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        start = time.process_time()
         losses[name](x, y).backward()
-        connection.send(torch.cuda.max_memory_allocated() - before)
+        connection.send((torch.cuda.max_memory_allocated() - before, time.process_time() - start))
         return
     before = _resident("VmRSS")
+    start = time.process_time()
     losses[name](x, y).backward()
-    connection.send(_resident("VmHWM") - before)
+    connection.send((_resident("VmHWM") - before, time.process_time() - start))
 
 
 def _resident(field: str) -> int:
@@ -202,15 +204,15 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(name: str, n: int, dim: int, dtype: torch.dtype, device: str) -> float:
-    """Megabytes at the peak of value and gradient of x, beyond the inputs."""
+def peak_memory(name: str, n: int, dim: int, dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Megabytes at the peak of value and gradient of x, beyond the inputs, and seconds of processor time."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_peak, args=(there, name, n, dim, dtype, device))
     process.start()
-    peak = here.recv()
+    peak, seconds = here.recv()
     process.join()
-    return peak / 1e6
+    return peak / 1e6, seconds
 
 
 def divergence_table(args, shapes) -> None:
@@ -264,9 +266,16 @@ def memory_table(args, shapes) -> None:
     for n, dim in shapes:
         names = ["csdiff", "info_nce"] + (["cdist", "dense", "dense_info_nce"] if n <= DENSE_LIMIT else [])
         for name in names:
-            print(
-                f"| {n:,} | {dim} | {name} | {peak_memory(name, n, dim, torch.float32, args.device):.0f} |", flush=True
-            )
+            peak, _ = peak_memory(name, n, dim, torch.float32, args.device)
+            print(f"| {n:,} | {dim} | {name} | {peak:.0f} |", flush=True)
+
+
+def growth_table(args) -> None:
+    print("\n### Growth with N, csdiff, D = 768, value and gradient of x, float32\n")
+    print("| N | MB beyond the inputs | processor time, s |\n|---:|---:|---:|")
+    for n in (4096, 8192) if args.quick else (4096, 8192, 16384, 32768, 65536):
+        peak, seconds = peak_memory("csdiff", n, 768, torch.float32, args.device)
+        print(f"| {n:,} | {peak:.0f} | {seconds:.3g} |", flush=True)
 
 
 def main() -> None:
@@ -274,6 +283,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
     parser.add_argument("--full", action="store_true", help="also the sizes that take hours on a processor")
     parser.add_argument("--small", action="store_true", help="only N up to 1024")
+    parser.add_argument("--growth", action="store_true", help="only memory and time up to N = 65,536; ten minutes")
     parser.add_argument("--headline", action="store_true", help="only N = 8192, D = 1280")
     parser.add_argument("--keops", action="store_true", help="also KeOps, which compiles for each D")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -293,6 +303,8 @@ def main() -> None:
     print(f"Losses, {today}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}.", end=" ")
     print(f"Median of {args.rounds} rounds; {args.clock} time.")
     f32, bf16 = torch.float32, torch.bfloat16
+    if args.growth:
+        return growth_table(args)
     if args.quick:
         divergence_table(args, [(256, 512, f32, False), (1024, 512, f32, False), (1024, 512, f32, True)])
         info_nce_table(args, [(1024, 512)])
