@@ -51,6 +51,7 @@ def on_press(
             yield from run(lambda: stops.get(page, 0) > pressed, *values)
         finally:
             running.discard(page)
+            stops.pop(page, None)
 
     def press_stop(request: gr.Request, pressed: float) -> str:
         stops[request.session_hash] = pressed

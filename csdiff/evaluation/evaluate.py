@@ -190,7 +190,7 @@ def _write_json(path: Path, result: dict) -> None:
 
 
 def _rounded(value):
-    """Numbers to twelve digits: the last bits of linear algebra depend on where the memory lies, a score must not."""
+    """Numbers to twelve digits: the last bits of linear algebra can differ between two runs, a score must not."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
