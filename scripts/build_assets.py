@@ -20,7 +20,7 @@ from csdiff.embeddings import load_image_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
-GUIDANCE = 2.0
+GUIDANCE = 3.5
 STEPS = 25
 
 
@@ -48,6 +48,15 @@ def install_decoder(source: Path) -> None:
         "sampling": {"steps": STEPS, "guidance": GUIDANCE},
     }
     (ASSETS / "decoder/csdiff.json").write_text(json.dumps(fingerprint, indent=2) + "\n")
+    forget_source(ASSETS / "decoder")
+
+
+def forget_source(folder: Path) -> None:
+    """Take out of its configurations the folder that a pipeline was loaded from, which diffusers writes down."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def install_adapter(run_folder: Path) -> None:
