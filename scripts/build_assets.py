@@ -93,10 +93,15 @@ def main() -> None:
         replace_folder(build / "clip/model", ASSETS / "clip")
     if wanted("autoencoder"):
         run(sys.executable, scripts / "train_autoencoder.py", "--output", build / "autoencoder")
-    if wanted("decoder"):
         models = ("--clip", ASSETS / "clip", "--movq", build / "autoencoder/movq")
+        run(sys.executable, scripts / "refine_autoencoder.py", *models, "--output", build / "autoencoder-refined")
+    if wanted("decoder"):
+        models = ("--clip", ASSETS / "clip", "--movq", build / "autoencoder-refined/movq")
         run(sys.executable, scripts / "train_decoder.py", *models, "--output", build / "decoder")
-        install_decoder(build / "decoder/pipeline")
+        finish = ("--initial", build / "decoder/pipeline", "--perceptual", "0.1", "--learning-rate", "3e-4")
+        finish += ("--steps", "6000", "--output", build / "decoder-sharper")
+        run(sys.executable, scripts / "train_decoder.py", *models, *finish)
+        install_decoder(build / "decoder-sharper/pipeline")
     if wanted("adapter"):
         options = ("--config", "configs/tiny.yaml", "--output_dir", build / "adapter", "--resume", "never")
         run(sys.executable, "train_adapter.py", *options)

@@ -6,8 +6,19 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+class EMAState(nn.Module):
+    """`EMAModel` as a module, so that one function saves everything."""
+
+    def __init__(self, ema: EMAModel) -> None:
+        super().__init__()
+        self.shadow = nn.ParameterList([nn.Parameter(p, requires_grad=False) for p in ema.shadow_params])
+        ema.shadow_params = list(self.shadow)
 
 
 def flatten(prefix: str, value, tensors: dict, scalars: dict) -> None:

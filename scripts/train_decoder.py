@@ -5,9 +5,11 @@ the same picture or of a slightly moved one, plus noise, so that the decoder doe
 and forgives a prior's errors. One condition in ten is the embedding of an all-zero image, Kandinsky 2.2's convention
 for the unconditional branch of classifier-free guidance. Velocity prediction on a cosine schedule with zero terminal
 signal, so that pictures start from pure noise and white stays white. The learning rate is flat and falls to zero in
-the last quarter: a run can be prolonged from its checkpoint.
+the last quarter: a run can be prolonged from its checkpoint. A second run can add a perceptual loss: squared errors of
+latents forgive the small things by which a picture is recognised, the tiny CLIP's features do not.
 
     python scripts/train_decoder.py --clip build/clip/model --movq build/autoencoder/movq --output build/decoder
+    python scripts/train_decoder.py ... --initial build/decoder/pipeline --output build/sharper --perceptual 0.1
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checkpoint import load, save
+from checkpoint import EMAState, load, save
 from diffusers import DDIMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 from diffusers.training_utils import EMAModel
+from perception import PerceptualLoss
 from pictures import load_pictures
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,6 +34,9 @@ from transformers import CLIPVisionModelWithProjection
 
 CONDITION_NOISE = 0.25
 UNCONDITIONAL_SHARE = 0.1
+PERCEPTUAL_PICTURES = 6
+PERCEPTUAL_FROM = 300
+"""Timestep up to which the noisy picture shows what it is, whatever the embedding says: nothing is left to learn."""
 
 
 def build_unet(embedding_dim: int) -> UNet2DConditionModel:
@@ -99,14 +105,35 @@ def encode_conditions(clip: Path) -> dict[str, torch.Tensor]:
     return {"embeds": torch.stack([torch.cat(exact), torch.cat(moved)]), "zero_embed": zero}
 
 
-class Trainer:
-    """Velocity-prediction loss on cached latents and embeddings."""
+class Pictures(nn.Module):
+    """Perceptual loss of predicted clean latents, decoded by the autoencoder, against the pictures they come from."""
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, data: dict[str, torch.Tensor]) -> None:
-        self.unet, self.scheduler, self.data = unet, scheduler, data
+    def __init__(self, clip: Path, movq: Path, centre: torch.Tensor) -> None:
+        super().__init__()
+        self.movq = VQModel.from_pretrained(movq).eval().requires_grad_(False)
+        self.perceptual_loss = PerceptualLoss(clip, centre)
+        self.pixels = train_pixels()
+
+    def forward(self, latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        output = self.movq.decode(latents, force_not_quantize=True).sample
+        return self.perceptual_loss(output, self.pixels[index].float() / 127.5 - 1)
+
+
+class Trainer:
+    """Velocity-prediction loss on cached latents and embeddings, and the perceptual loss where `pictures` is given."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        data: dict[str, torch.Tensor],
+        pictures: Pictures | None = None,
+    ) -> None:
+        self.unet, self.scheduler, self.data, self.pictures = unet, scheduler, data, pictures
         self.spread = data["embeds"][0].std(dim=0)
 
-    def loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+    def losses(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Velocity loss and perceptual loss, (2,)."""
         data = self.data
         index = torch.randint(data["latents"].shape[0], (batch,), generator=generator)
         view = torch.randint(2, (batch,), generator=generator)
@@ -125,7 +152,15 @@ class Trainer:
         output = self.unet(
             noisy, timesteps, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": embeds}
         ).sample[:, :4]
-        return F.mse_loss(output, velocity)
+        perceptual = torch.zeros(())
+        if self.pictures is not None:
+            candidates = torch.nonzero(~drop & (timesteps >= PERCEPTUAL_FROM)).flatten()
+            order = torch.randperm(len(candidates), generator=generator)[:PERCEPTUAL_PICTURES]
+            chosen = candidates[order]
+            signal = self.scheduler.alphas_cumprod[timesteps[chosen]].view(-1, 1, 1, 1)
+            clean = signal.sqrt() * noisy[chosen] - (1 - signal).sqrt() * output[chosen]
+            perceptual = self.pictures(clean, index[chosen])
+        return torch.stack([F.mse_loss(output, velocity), perceptual])
 
 
 def export(unet: UNet2DConditionModel, ema: EMAModel, movq: Path, output: Path) -> None:
@@ -134,15 +169,6 @@ def export(unet: UNet2DConditionModel, ema: EMAModel, movq: Path, output: Path) 
     pipeline = KandinskyV22Pipeline(unet=unet, scheduler=build_scheduler(), movq=VQModel.from_pretrained(movq).eval())
     pipeline.save_pretrained(output / "pipeline")
     ema.restore(unet.parameters())
-
-
-class EMAState(nn.Module):
-    """`EMAModel` as a module, so that one function saves everything."""
-
-    def __init__(self, ema: EMAModel) -> None:
-        super().__init__()
-        self.shadow = nn.ParameterList([nn.Parameter(p, requires_grad=False) for p in ema.shadow_params])
-        ema.shadow_params = list(self.shadow)
 
 
 def main() -> None:
@@ -154,6 +180,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the perceptual loss")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -171,7 +198,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     step = load(arguments.output / "checkpoint", modules, optimizer)
     ema.optimization_step = step
-    trainer = Trainer(unet, build_scheduler(), data)
+    pictures = None
+    if arguments.perceptual:
+        pictures = Pictures(arguments.clip, arguments.movq, data["embeds"][0].mean(dim=0))
+    trainer = Trainer(unet, build_scheduler(), data, pictures)
+    weights = torch.tensor([1.0, arguments.perceptual])
     decay_from = int(0.75 * arguments.steps)
     started, losses = time.time(), []
     while step < arguments.steps:
@@ -179,17 +210,18 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * rate
         generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + step)
-        loss = trainer.loss(arguments.batch, generator)
+        parts = trainer.losses(arguments.batch, generator)
         optimizer.zero_grad()
-        loss.backward()
+        (weights @ parts).backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         ema.step(unet.parameters())
-        losses.append(loss.item())
+        losses.append(parts.detach())
         step += 1
         if step % 50 == 0:
-            mean = sum(losses) / len(losses)
-            print(f"step {step} loss {mean:.4f} lr {group['lr']:.2e} {time.time() - started:.0f} s", flush=True)
+            velocity, perceptual = torch.stack(losses).mean(dim=0).tolist()
+            spent = time.time() - started
+            print(f"step {step} velocity {velocity:.4f} perceptual {perceptual:.4f} {spent:.0f} s", flush=True)
             losses = []
         if step % 250 == 0 or step == arguments.steps:
             save(arguments.output / "checkpoint", step, modules, optimizer)
