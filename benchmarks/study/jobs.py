@@ -50,7 +50,8 @@ def table_jobs(data: list[str], methods: list[str], seeds: int, steps: int | Non
         for seed in range(seeds)
         for name in data
         for method in methods
-        if name == "shipped" or not (TABLE[method].encoder or TABLE[method].tokens)
+        if TABLE[method].only in (None, name)
+        and (name == "shipped" or not (TABLE[method].encoder or TABLE[method].tokens))
     ]
     return sorted(chosen, key=lambda job: (job.seed, job.method not in CHEAP, job.spec.encoder or job.spec.tokens))
 

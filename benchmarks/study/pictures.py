@@ -6,7 +6,7 @@ from .data import ASSETS, load
 from .fit import fit, recipe
 from .methods import TABLE
 
-DRAWN = ("mse", "info_nce", "eclipse", "cs", "cs_aligner", "squared")
+DRAWN = ("mse", "info_nce", "eclipse", "cs", "plain", "cs_aligner")
 BASELINES = ["raw_text", "mean_shift", "ridge", "image"]
 SPACES = ["tiny-clip", "efficientnet-lite0"]
 

@@ -12,8 +12,10 @@ TEMPERATURE = 0.03
 BANDWIDTHS = (0.35, 0.5, 1.0)
 # Of `automatic_weight`. Rows without their norms are of no use to decoders, so that retrieval counts more there.
 UNIT_NORM_SHARE, RAW_SHARE = 0.25, 0.75
-# Pictures a dimension from which raw rows take the plain objective.
+# Pictures a dimension from which raw rows take the recipe of many pairs.
 MANY = 4
+# That recipe: the divergence weighs eight, sixteen times InfoNCE.
+MANY_TEMPERATURE, MANY_INFO_NCE, MANY_SHARE, MANY_SOURCE, MANY_REGRESSION = 0.05, 0.5, 1.6, 0.2, 3.5
 
 
 def automatic_weight(bandwidths: tuple[float, ...] = BANDWIDTHS, temperature: float = TEMPERATURE) -> float:
@@ -48,8 +50,10 @@ def objective_options(
     - A contrast against the un-adapted captions, which keeps few pairs from being learned by heart; where text and
       image embeddings have one width.
 
-    On raw rows with :data:`MANY` pictures a dimension or more, and with an image-side adapter, where retrieval is
-    wanted both ways, the objective's own defaults hold.
+    On raw rows with :data:`MANY` pictures a dimension or more there is enough to learn from to regress as well: the
+    squared error of standardized rows leads, InfoNCE and the captions count less, the divergence more.
+
+    With an image-side adapter, where retrieval is wanted both ways, the objective's own defaults hold.
 
     Args:
         config: The run.
@@ -62,14 +66,20 @@ def objective_options(
         ValueError: A temperature or bandwidth that is given and not above 0.
     """
     given = config.objective_options
-    plain = config.image_adapter is not None or (not normalized and pictures >= MANY * image_dim)
-    if config.objective != CS_ALIGNER or plain:
+    if config.objective != CS_ALIGNER or config.image_adapter is not None:
         return dict(given)
-    temperature = check_positive("temperature", given.get("temperature", TEMPERATURE))
+    many = not normalized and pictures >= MANY * image_dim
+    temperature = check_positive("temperature", given.get("temperature", MANY_TEMPERATURE if many else TEMPERATURE))
     bandwidth = given.get("bandwidth", list(BANDWIDTHS))
     check_bandwidth(bandwidth)
     widths = BANDWIDTHS if isinstance(bandwidth, str) else as_widths(bandwidth)
-    share = UNIT_NORM_SHARE if normalized else RAW_SHARE
+    share = MANY_SHARE if many else UNIT_NORM_SHARE if normalized else RAW_SHARE
+    source_weight = MANY_SOURCE if many else 2.0
+    many_pairs = {
+        "info_nce_weight": MANY_INFO_NCE,
+        "regression_weight": MANY_REGRESSION,
+        "regression_rows": "standardized",
+    }
     return {
         "temperature": temperature,
         "two_sided": False,
@@ -77,6 +87,7 @@ def objective_options(
         "diagonal": False,
         "cs_weight": share * automatic_weight(widths, temperature),
         "token_diagonal": True,
-        "source_weight": 2.0 if text_dim == image_dim else 0.0,
+        "source_weight": source_weight if text_dim == image_dim else 0.0,
+        **(many_pairs if many else {}),
         **given,
     }

@@ -42,14 +42,19 @@ def test_options_fit_the_data_and_the_objective():
     assert options(normalized=False)["cs_weight"] / RAW_SHARE == pytest.approx(
         options()["cs_weight"] / UNIT_NORM_SHARE
     )
-    assert options(normalized=False, pictures=32) == {}
+    many = options(normalized=False, pictures=32)
+    build_objective("cs_aligner", **many)
+    assert many["regression_weight"] > 0
+    assert many["cs_weight"] == pytest.approx(8.0)
+    assert options({"regression_weight": 0.0}, normalized=False, pictures=32)["regression_weight"] == 0
+    assert "regression_weight" not in options(normalized=False, pictures=31)
     assert options(objective="eclipse") == {}
     assert options(image_adapter="mlp") == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
-@pytest.mark.parametrize(("rows", "plain"), [(72, False), (88, True)])
-def test_a_run_counts_what_it_trains_on(tmp_path, rows, plain):
+@pytest.mark.parametrize(("rows", "many"), [(72, False), (88, True)])
+def test_a_run_counts_what_it_trains_on(tmp_path, rows, many):
     """Sixteen dimensions: 64 pictures are many. An eighth is held out, and does not count."""
     store = make_plain_store(tmp_path / "store", n=rows, text_dim=16, image_dim=16)
     config = training_runs.config(store, tmp_path / "run", max_steps=1, **{"data.validation_fraction": 0.125})
@@ -57,4 +62,5 @@ def test_a_run_counts_what_it_trains_on(tmp_path, rows, plain):
     written = json.loads((tmp_path / "run/csdiff.json").read_text())
     assert written["data"]["rows"] == rows * 7 // 8
     used = written["objective"]["options"]
-    assert used == ({} if plain else options(pictures=rows * 7 // 8, text_dim=16, image_dim=16, normalized=False))
+    assert used == options(pictures=rows * 7 // 8, text_dim=16, image_dim=16, normalized=False)
+    assert ("regression_weight" in used) is many
