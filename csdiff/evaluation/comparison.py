@@ -31,7 +31,8 @@ class Difference:
         low: Lower end of the 95% interval of the difference.
         high: Upper end.
         real: The interval leaves 0 out.
-        better: Name of the better one, where the difference is real.
+        better: Name of the better one, where the difference is real; none for the cosine to the own caption, of which
+            neither more nor less is better.
     """
 
     metric: str
@@ -98,7 +99,8 @@ def compare(
             low, high = _interval(one - other)
             real = not low <= 0 <= high
             difference = (one - other)[0].item()
-            better = (a if (difference > 0) == metric.endswith(HIGHER) else b) if real else None
+            judged = real and metric != "cosine.text"
+            better = (a if (difference > 0) == metric.endswith(HIGHER) else b) if judged else None
             differences.append(asdict(Difference(metric, a, b, difference, low, high, real, better)))
     return {"resamplings": resamplings, "level": 0.95, "intervals": intervals, "differences": differences}
 
@@ -151,10 +153,12 @@ def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _median(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted lower median `(B,)` of `(N,)` values."""
+    """Weighted median `(B,)` of `(N,)` values, midway between the two in the middle where there are two."""
     values, order = values.sort()
     reached = weights[:, order].cumsum(1)
-    return values[(reached < reached[:, -1:] / 2).sum(1)]
+    half = reached[:, -1:] / 2
+    lower, upper = (reached < half).sum(1), (reached <= half).sum(1)
+    return (values[lower] + values[upper]) / 2
 
 
 def _kernel_values(p: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:

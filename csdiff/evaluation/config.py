@@ -77,6 +77,7 @@ class EvaluateConfig:
             "num_images": 1,
             "batch_size": 1,
             "num_prompts": 2,
+            "steps": 1,
         }.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -85,6 +86,10 @@ class EvaluateConfig:
             raise CSDiffError(f"compare: expected two or more different adapters, found {', '.join(self.compare)}.")
         if self.size is not None and (self.size < 8 or self.size % 8):
             raise CSDiffError(f"size: expected a multiple of 8 pixels, found {self.size}.")
+        if self.steps is not None and self.steps > 1000:
+            raise CSDiffError(f"steps: expected at most 1000, found {self.steps}.")
+        if not 0 <= self.seed <= 2**63 - self.num_images:
+            raise CSDiffError(f"seed: expected a whole number from 0 to 2**63 - num_images, found {self.seed}.")
         # As the command line hands on the empty list.
         if self.picture_baselines == ["[]"]:
             self.picture_baselines = []

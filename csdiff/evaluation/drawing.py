@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from csdiff.embeddings.atomic import write_json
 from csdiff.embeddings.fingerprint import file_sha256
+from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import DecoderSource
 from csdiff.pipelines.decoding import DrawingOptions
 
@@ -88,9 +89,15 @@ class PictureFolder:
         aside.replace(self.file(job))
 
     def read(self, job: Job) -> Image.Image:
-        """A picture that is there."""
-        with Image.open(self.file(job)) as picture:
-            return picture.convert("RGB")
+        """A picture that is there; CSDiffError for a file that is none."""
+        try:
+            with Image.open(self.file(job)) as picture:
+                return picture.convert("RGB")
+        except OSError as error:
+            raise CSDiffError(
+                f"{self.file(job)}: expected a drawn picture, found a damaged file ({error}); delete it to have it "
+                f"drawn again."
+            ) from error
 
 
 def draw_missing(

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from csdiff.embeddings.atomic import write_json
@@ -21,6 +20,7 @@ from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitt
 from csdiff.evaluation.held_out import held_out_metrics, real_metrics, require_classifier
 from csdiff.evaluation.predictions import check_encoder_is_known, predict
 from csdiff.evaluation.table import BASELINES
+from csdiff.pipelines.generate import open_device
 from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 from csdiff.plain import plain
 from csdiff.resources import assets_dir
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         from csdiff.evaluation.picture_run import PictureRun
 
         drawing = PictureRun(config, cards)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(open_device(config.device or "auto"))
     if drawing is not None:
         drawing.prepare(device)
     result: dict = {}

@@ -162,20 +162,25 @@ def sampling(config: GenerateConfig, decoder: DecoderSource) -> tuple[int, float
     return steps, float(guidance)
 
 
-def device_and_dtype(config: GenerateConfig):
-    """Torch device and number format that the options mean; CSDiffError for a device that is not there."""
+def open_device(name: str):
+    """The torch device of a name; CSDiffError for one that is not there."""
     import torch
 
-    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CSDiffError(
-            f"device: expected a device of this machine, found {config.device!r}; try --device cpu."
-        ) from error
+        raise CSDiffError(f"device: expected a device of this machine, found {name!r}; try --device cpu.") from error
+    return device
+
+
+def device_and_dtype(config: GenerateConfig):
+    """Torch device and number format that the options mean; CSDiffError for a device that is not there."""
+    import torch
+
+    device = open_device(config.device)
     if config.dtype == "auto":
         return device, torch.float16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, config.dtype)
