@@ -40,7 +40,8 @@ def write_page(records: list[dict], pictures: dict | None) -> None:
     lines = sorted(json.dumps(record, sort_keys=True) for record in records)
     (KEPT / "study.jsonl").write_text("\n".join(lines) + "\n")
     if pictures:
-        (KEPT / "pictures.json").write_text(json.dumps(pictures, indent=1) + "\n")
+        # Paths are of the folder that it ran in.
+        (KEPT / "pictures.json").write_text(json.dumps(pictures, indent=1).replace(f"{ROOT}/", "") + "\n")
 
 
 def main() -> None:
