@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=tuple(TABLE), default=tuple(TABLE), help="of the table")
     parser.add_argument("--sweeps", nargs="*", choices=tuple(SWEEPS), default=tuple(SWEEPS))
     parser.add_argument("--data", nargs="*", choices=("shipped", "coco500"), default=available())
-    parser.add_argument("--seeds", type=int, help="of the table (default 5, --full 10); sweeps take three fifths")
+    parser.add_argument(
+        "--seeds", type=int, help="of the table (default 5, of the tokens 3; --full 10); sweeps take three fifths"
+    )
     parser.add_argument("--full", action="store_true", help="10 seeds and more pictures")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--pictures", type=int, help="prompts drawn by each method (default 60, --full all)")
@@ -74,7 +76,8 @@ def main() -> None:
     seeds = arguments.seeds or (10 if arguments.full else 5)
     jobs = []
     if "table" in arguments.part:
-        jobs += table_jobs(arguments.data, list(arguments.methods), seeds, None)
+        within_the_hour = arguments.seeds is None and not arguments.full
+        jobs += table_jobs(arguments.data, list(arguments.methods), seeds, None, within_the_hour)
     if "sweeps" in arguments.part:
         jobs += sweep_jobs(arguments.data, list(arguments.sweeps), max(1, seeds * 3 // 5), None)
     if jobs:

@@ -43,7 +43,9 @@ class Job:
         return TABLE[self.method] if self.part == "table" else SWEEPS[self.part][self.method]
 
 
-def table_jobs(data: list[str], methods: list[str], seeds: int, steps: int | None) -> list[Job]:
+def table_jobs(
+    data: list[str], methods: list[str], seeds: int, steps: int | None, within_the_hour: bool = False
+) -> list[Job]:
     """Every method with every seed, seed after seed, so that half a run is a whole table."""
     chosen = [
         Job("table", name, method, seed, steps)
@@ -52,6 +54,7 @@ def table_jobs(data: list[str], methods: list[str], seeds: int, steps: int | Non
         for method in methods
         if TABLE[method].only in (None, name)
         and (name == "shipped" or not (TABLE[method].encoder or TABLE[method].tokens))
+        and not (within_the_hour and seed >= (TABLE[method].most_seeds or seeds))
     ]
     return sorted(chosen, key=lambda job: (job.seed, job.method not in CHEAP, job.spec.encoder or job.spec.tokens))
 

@@ -19,6 +19,7 @@ class Method:
         encoder: Needs the text encoder.
         tokens: Needs token states of both sides.
         only: The data set it is for, where another row says the same on the others.
+        most_seeds: Of a run within the hour, where a seed takes minutes.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Method:
     encoder: bool = False
     tokens: bool = False
     only: str | None = None
+    most_seeds: int | None = None
 
 
 DIFFUSION = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 64, "encoder_hid_proj_type": None}
@@ -84,7 +86,13 @@ TABLE = {
     "squared": Method("CS-Aligner, the recipe of many raw pairs", options=SQUARED, only="coco500"),
     "half": Method("CS-Aligner, half the pairs", pairs=0.5),
     "half_unpaired": Method("CS-Aligner, half + unpaired rest", pairs=0.5, unpaired=1.0),
-    "tokens": Method("CS-Aligner + tokens", options={"token_weight": 0.1}, changes={"batch_size": 128}, tokens=True),
+    "tokens": Method(
+        "CS-Aligner + tokens",
+        options={"token_weight": 0.1},
+        changes={"batch_size": 128},
+        tokens=True,
+        most_seeds=3,
+    ),
     "lora": Method("CS-Aligner, LoRA", "lora", changes={"batch_size": 128}, adapter_options={}, encoder=True),
 }
 
