@@ -105,7 +105,7 @@ def encode_conditions(clip: Path) -> dict[str, torch.Tensor]:
     return {"embeds": torch.stack([torch.cat(exact), torch.cat(moved)]), "zero_embed": zero}
 
 
-class Pictures(nn.Module):
+class PictureLoss(nn.Module):
     """Perceptual loss of predicted clean latents, decoded by the autoencoder, against the pictures they come from."""
 
     def __init__(self, clip: Path, movq: Path, centre: torch.Tensor) -> None:
@@ -127,7 +127,7 @@ class Trainer:
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
         data: dict[str, torch.Tensor],
-        pictures: Pictures | None = None,
+        pictures: PictureLoss | None = None,
     ) -> None:
         self.unet, self.scheduler, self.data, self.pictures = unet, scheduler, data, pictures
         self.spread = data["embeds"][0].std(dim=0)
@@ -200,7 +200,7 @@ def main() -> None:
     ema.optimization_step = step
     pictures = None
     if arguments.perceptual:
-        pictures = Pictures(arguments.clip, arguments.movq, data["embeds"][0].mean(dim=0))
+        pictures = PictureLoss(arguments.clip, arguments.movq, data["embeds"][0].mean(dim=0))
     trainer = Trainer(unet, build_scheduler(), data, pictures)
     weights = torch.tensor([1.0, arguments.perceptual])
     decay_from = int(0.75 * arguments.steps)

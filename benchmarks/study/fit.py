@@ -22,7 +22,7 @@ from csdiff.training.recipe import objective_options
 from csdiff.training.task import AlignmentTask, Embedder
 
 from .data import ROOT, Rows
-from .methods import PAPER_OPTIONS, Method
+from .methods import Method
 
 CALIBRATION_ROWS = 1024
 
@@ -114,8 +114,6 @@ def predict(adapter: Adapter | None, rows: Rows) -> Tensor:
 def _run_config(method: Method, config: TrainConfig, seed: int, pictures: int) -> TrainConfig:
     options = dict(config.objective_options) if method.objective == "cs_aligner" == config.objective else {}
     options |= method.options
-    if options.pop("PAPER", False):
-        options = dict(PAPER_OPTIONS)
     if method.adapter_options is not None:
         config = replace(config, adapter_options=method.adapter_options)
     if method.adapter != "recipe":

@@ -63,6 +63,9 @@ PLAIN = {
 }
 """The objective's own defaults, as they are in your own training loop."""
 
+PAPER = {**PLAIN, "cs_weight": 1.0}
+"""The paper's objective in its plain form: weight 1, one bandwidth, diagonals included (it states no bandwidth)."""
+
 TABLE = {
     "real": Method("real images against others", "real"),
     "raw_text": Method("raw text", "raw_text"),
@@ -80,7 +83,7 @@ TABLE = {
     "uniform_align": Method("uniform-align", objective="uniform_align"),
     "diffusion": Method("diffusion prior, 25 steps", "diffusion", "diffusion", adapter_options=DIFFUSION),
     "cs": Method("CS alone", objective="cs"),
-    "paper": Method("CS-Aligner as in the paper", options={"PAPER": True}),
+    "paper": Method("CS-Aligner as in the paper", options=PAPER),
     "cs_aligner": Method("CS-Aligner, the default recipe"),
     "plain": Method("CS-Aligner, two-way InfoNCE + 2 CS", options=PLAIN),
     "squared": Method("CS-Aligner, the recipe of many raw pairs", options=SQUARED, only="coco500"),
@@ -95,18 +98,6 @@ TABLE = {
     ),
     "lora": Method("CS-Aligner, LoRA", "lora", changes={"batch_size": 128}, adapter_options={}, encoder=True),
 }
-
-PAPER_OPTIONS = {
-    "info_nce_weight": 1.0,
-    "cs_weight": 1.0,
-    "bandwidth": 0.5,
-    "diagonal": True,
-    "temperature": 0.07,
-    "two_sided": True,
-    "source_weight": 0.0,
-    "regression_weight": 0.0,
-}
-"""The paper's objective in its plain form: weight 1, one bandwidth, diagonals included (it states no bandwidth)."""
 
 
 def _swept(title: str, option: str, values) -> dict[str, Method]:

@@ -75,7 +75,7 @@ def objective_options(
     widths = BANDWIDTHS if isinstance(bandwidth, str) else as_widths(bandwidth)
     share = MANY_SHARE if many else UNIT_NORM_SHARE if normalized else RAW_SHARE
     source_weight = MANY_SOURCE if many else 2.0
-    many_pairs = {
+    regression = {
         "info_nce_weight": MANY_INFO_NCE,
         "regression_weight": MANY_REGRESSION,
         "regression_rows": "standardized",
@@ -88,6 +88,6 @@ def objective_options(
         "cs_weight": share * automatic_weight(widths, temperature),
         "token_diagonal": True,
         "source_weight": source_weight if text_dim == image_dim else 0.0,
-        **(many_pairs if many else {}),
+        **(regression if many else {}),
         **given,
     }

@@ -109,6 +109,9 @@ def test_pictures_are_drawn_once_and_measured(
     unchanged, raw_text = pictures["adapters"]["identity"], pictures["adapters"]["raw_text"]
     for name in ("clip_score", "cmmd", "diversity"):
         assert unchanged[name] == pytest.approx(raw_text[name], rel=1e-3)
+    spaces = str(tiny_clip)
+    assert unchanged["spaces"][spaces] == pytest.approx(raw_text["spaces"][spaces], rel=1e-3)
+    assert unchanged["picture_to_prompt"] == raw_text["picture_to_prompt"]
     assert len(set(manifest["folders"].values())) == 5
     assert manifest["prompts"]["count"] == 3
     assert manifest["seeds"] == [0, 1]
