@@ -1,0 +1,26 @@
+"""The one choice of a device."""
+
+from __future__ import annotations
+
+import torch
+
+from csdiff.errors import CSDiffError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of a name; "auto" is the accelerator torch finds (CUDA, MPS, XPU, ...), else the CPU.
+
+    Raises:
+        CSDiffError: no such device, or this machine has none of it.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CSDiffError(
+            f"device {name!r}: expected auto, cpu, or an accelerator of this machine such as cuda or mps, found one "
+            f"that torch cannot use ({str(error).splitlines()[0]})."
+        ) from error
+    return device

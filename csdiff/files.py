@@ -1,0 +1,279 @@
+"""Files and folders: written whole or not at all, locked, and read with errors that name them.
+
+Nothing here executes what it reads: JSON and safetensors headers only. No model library is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from csdiff.errors import CSDiffError
+
+PARTIAL = ".partial-"
+# No space, quota used up, file larger than the process may write.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What file systems answer that cannot flush a folder (network shares, mounted cloud drives).
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EISDIR, errno.EPERM}
+_HEADER_LIMIT = 100_000_000
+
+
+def absolute(place: str | os.PathLike) -> Path:
+    """The one name of a place: absolute, `~` and `..` and links resolved. Call it once, where a name comes in."""
+    return Path(place).expanduser().resolve()
+
+
+def fsync(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to the disk; folders where the file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if path.is_dir() and error.errno in _NO_FSYNC:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename in one step and make the new name durable."""
+    source.replace(target)
+    fsync(target.parent)
+
+
+@contextmanager
+def writing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write aside; at the end it is flushed to the disk and gets its name. An error leaves nothing."""
+    aside = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole."""
+    with writing(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: object, indent: int | None = 2) -> None:
+    """Write JSON as a whole, in the order of its keys as given."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def writing_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder to fill; at the end its files are flushed to the disk and moved into place.
+
+    A new folder appears by one rename. In a folder that exists each entry is replaced by one rename, `*.safetensors`
+    (and their index) of an earlier save that the new one lacks are removed, and files of others stay. What killed
+    processes left of earlier tries is removed first.
+    """
+    fresh = not target.exists()
+    parent = target.parent if fresh else target
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(parent, target.name)
+    aside = parent / f"{PARTIAL}{os.getpid()}-{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for folder, _, names in os.walk(aside):
+            for name in names:
+                fsync(Path(folder, name))
+            fsync(Path(folder))
+        if fresh:
+            aside.rename(target)
+        else:
+            _replace_entries(aside, target)
+        fsync(parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_entries(aside: Path, target: Path) -> None:
+    written = {entry.name for entry in aside.iterdir()}
+    for entry in sorted(aside.iterdir()):
+        if entry.is_dir() and (target / entry.name).is_dir():
+            shutil.rmtree(target / entry.name)
+        entry.replace(target / entry.name)
+    for entry in target.iterdir():
+        weights = entry.name.endswith((".safetensors", ".safetensors.index.json"))
+        if weights and entry.is_file() and entry.name not in written:
+            entry.unlink()
+
+
+def remove_partial(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in a folder; what a living process writes stays.
+
+    Args:
+        folder: Where to look, not below it.
+        name: Only what was to become this name; by default all.
+    """
+    if not folder.is_dir():
+        return
+    for path in [path for path in folder.glob(f"{PARTIAL}*") if path.name.endswith(name)]:
+        process = path.name.removeprefix(PARTIAL).partition("-")[0]
+        if process.isdigit() and int(process) != os.getpid() and _alive(int(process)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class FolderLock:
+    """Keeps a second process from writing into a folder; the lock of a process that died is none.
+
+    Args:
+        folder: It must exist; the lock is its file `.lock`.
+        what: What is written there, for the message.
+    """
+
+    def __init__(self, folder: Path, what: str):
+        self.folder, self.what = folder, what
+        self._file: IO | None = None
+
+    def __enter__(self) -> FolderLock:
+        """Take the lock.
+
+        Raises:
+            CSDiffError: another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs into one folder are not noticed.
+            return self
+        path = self.folder / ".lock"
+        while True:
+            self._file = path.open("a")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise CSDiffError(
+                    f"{self.folder}: another process is writing {self.what} there; wait for it, stop it, or choose "
+                    "another folder."
+                ) from None
+            except OSError:  # A file system without locks.
+                return self
+            # The one before may have removed the file between our two calls.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                    return self
+            self._file.close()
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                (self.folder / ".lock").unlink(missing_ok=True)
+            self._file.close()
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or the one it came from, says that no more can be written."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # safetensors reports the operating system's message inside its own exception.
+    if type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in _FULL):
+        return True
+    return error.__cause__ is not None and disk_full(error.__cause__)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CSDiffError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CSDiffError(f"{path}: expected a JSON file, found none.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CSDiffError(f"{path}: expected JSON, found a file that cannot be read as such ({reason}).") from error
+    if not isinstance(content, dict):
+        raise CSDiffError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
+    return content
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a last line that a killed process cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype (as safetensors names it: F32, F16, ...) and shape of every tensor of a file; no tensor is read.
+
+    Raises:
+        CSDiffError: no such file, no safetensors file, or one that is cut short.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+                raise CSDiffError(
+                    f"{path}: expected a safetensors file, found another or one cut short; copy it again."
+                )
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: (str(e["dtype"]), tuple(map(int, e["shape"]))) for name, e in header.items()}
+        end = 8 + length + max((int(e["data_offsets"][1]) for e in header.values()), default=0)
+    except CSDiffError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise CSDiffError(f"{path}: expected a safetensors file, found none.") from None
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CSDiffError(f"{path}: the safetensors header is damaged; copy the file again.") from error
+    if end != size:
+        state = "cut short" if end > size else "damaged"
+        raise CSDiffError(f"{path} is {state}: its header promises {end} bytes, found {size}; copy it again.")
+    return tensors
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,109 @@
+"""Files that are whole or absent, locks, and readers that name the file."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from csdiff.errors import CSDiffError
+from csdiff.files import (
+    FolderLock,
+    fsync,
+    read_json,
+    read_safetensors_header,
+    remove_partial,
+    write_json,
+    writing,
+    writing_folder,
+)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(ZeroDivisionError), writing(path) as file:
+        file.write(f"half {1 / 0}")
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_exists_keeps_what_others_put_there(tmp_path):
+    target = tmp_path / "adapter"
+    with writing_folder(target) as folder:
+        (folder / "old.safetensors").write_text("old")
+    (target / "notes.txt").write_text("mine")
+    with writing_folder(target) as folder:
+        (folder / "new.safetensors").write_text("new")
+    assert sorted(entry.name for entry in target.iterdir()) == ["new.safetensors", "notes.txt"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path):
+    code = "import os, sys; from pathlib import Path; Path(sys.argv[1], f'.partial-{os.getpid()}-x').mkdir()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    (tmp_path / f".partial-{os.getppid()}-x").mkdir()
+    remove_partial(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [f".partial-{os.getppid()}-x"]
+
+
+def test_a_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from csdiff.files import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]), 'a run').__enter__(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(CSDiffError, match="another process"), FolderLock(tmp_path, "a run"):
+        pass
+    holder.kill()
+    holder.wait()
+    with FolderLock(tmp_path, "a run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    fsync(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, ""])
+def test_bad_json_is_one_sentence_that_names_the_file(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(CSDiffError, match=r"config\.json"):
+        read_json(path)
+
+
+def test_safetensors_header_without_reading_tensors(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float16)}, path, metadata={"format": "pt"})
+    assert read_safetensors_header(path) == {"a": ("F32", (2, 3)), "b": ("F16", (4,))}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"abc",
+        struct.pack("<Q", 10**12),
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 2) + b"{}" + b"more",
+        struct.pack("<Q", 7) + b'{"a":1}',
+    ],
+)
+def test_damaged_safetensors_are_one_sentence_that_names_the_file(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CSDiffError, match=r"w\.safetensors"):
+        read_safetensors_header(path)
