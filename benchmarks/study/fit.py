@@ -220,9 +220,9 @@ def image_encoder():
 @cache
 def tokenize():
     """Captions to token ids."""
-    from csdiff.training.inputs import Tokenize
+    from csdiff.embeddings import load_caption_tokenizer
 
-    return Tokenize("tiny-clip")
+    return load_caption_tokenizer("tiny-clip")
 
 
 def _token_states(rows: Rows):

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up here when it reloads a pipeline
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
@@ -218,7 +219,9 @@ def _load_text_encoder(name: str) -> nn.Module:
     from csdiff.embeddings import resolve_encoder
 
     try:
-        return CLIPTextModelWithProjection.from_pretrained(resolve_encoder(name), use_safetensors=True)
+        return CLIPTextModelWithProjection.from_pretrained(
+            resolve_encoder(name), dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CSDiffError(f"Text encoder {name!r} of the LoRA adapter could not be loaded: {reason}") from error

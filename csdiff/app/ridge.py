@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from csdiff.adapters.linear import LinearAdapter
+from csdiff.embeddings.fingerprint import compare_encoders
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import DecoderSource
@@ -29,7 +30,9 @@ def fit_ridge(card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
     if shipped.is_dir():
         ridge = LinearAdapter.from_pretrained(shipped).eval()
         if all(
-            _same(ridge.metadata.get(f"{side}_encoder"), _encoder(card, source, side)) for side in ("text", "image")
+            compare_encoders(ridge.metadata.get(f"{side}_encoder"), _encoder(card, source, side), side).verdict
+            == "same"
+            for side in ("text", "image")
         ):
             return ridge
     train = ((card.metadata.get("data") or {}).get("train") if card else None) or ""
@@ -48,10 +51,3 @@ def _pairs(store: EmbeddingStore) -> Iterator[dict]:
 
 def _encoder(card: AdapterCard | None, source: DecoderSource, side: str) -> dict | None:
     return (card.metadata.get(f"{side}_encoder") if card else None) or source.encoder(side)
-
-
-def _same(known: dict | None, found: dict | None) -> bool:
-    if not known or not found:
-        return False
-    hashes = known.get("weights_sha256"), found.get("weights_sha256")
-    return hashes[0] == hashes[1] if all(hashes) else known.get("id") == found.get("id")

@@ -172,7 +172,8 @@ def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype)
         try:
             model, info = model_class.from_pretrained(
                 files.model,
-                dtype=dtype or "auto",
+                # Half precision is for accelerators: transformers would keep a float16 folder's on the CPU too.
+                dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -185,8 +186,6 @@ def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype)
             f"{id}: expected a {model_class.__name__}, found no weights for {missing[0]} "
             f"({len(missing)} tensors missing); use the encoder with its projection."
         )
-    if dtype is None and device.type == "cpu":
-        model = model.float()
     return model.to(device).eval().requires_grad_(False)
 
 

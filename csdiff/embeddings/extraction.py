@@ -102,11 +102,9 @@ def embed(config: EmbedConfig) -> EmbedReport:
         text_files = encoder_files(config.text_encoder, "text", config.text_revision) if with_text else None
         image_files = encoder_files(config.image_encoder, "image", config.image_revision) if with_images else None
 
-    tokenizer, max_length = None, 0
+    tokenizer = None
     if with_text:
-        _, tokenizer, _, max_length = TextEncoder.inspect(
-            config.text_encoder, text_files, config.pooling, config.max_length
-        )
+        _, tokenizer, _ = TextEncoder.inspect(config.text_encoder, text_files, config.pooling, config.max_length)
     if with_images:
         ImageEncoder.inspect(config.image_encoder, image_files)
 
@@ -116,7 +114,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
             finished = [writer.begin(_plan(config, source, text_files, image_files))]
         broadcast_object_list(finished)
         if not finished[0]:
-            images = ImagePass(config, source, writer, image_files, tokenizer, max_length, device)
+            images = ImagePass(config, source, writer, image_files, tokenizer, device)
             captions = CaptionPass(config, writer, text_files, device)
             unstaged = [shard for shard in range(writer.shards) if not writer.staged(shard)]
             unpublished = [shard for shard in range(writer.shards) if not writer.published(shard)]

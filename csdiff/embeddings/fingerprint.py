@@ -1,32 +1,155 @@
-"""What identifies an encoder and the files of a store: hashes, and their comparison."""
+"""What identifies an encoder and the files of a store: hashes, names, and the one rule that compares two encoders."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import re
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from csdiff.errors import CSDiffError
 
-# Which tensors of a CLIP folder belong to which tower: a whole CLIPModel and a tower saved alone get one hash.
+Tower = Literal["text", "image"]
+
+# Which tensors of a folder belong to which tower: a whole model and a tower saved alone get one hash.
 TOWER_PREFIXES = {"text": ("text_model.", "text_projection."), "image": ("vision_model.", "visual_projection.")}
+
+_BIGG = (
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "kandinsky-community/kandinsky-2-2-prior",
+    "kandinsky-community/kandinsky-2-2-decoder",
+)
+# One encoder is published under several names. Karlo's model card: "we use ViT-L/14 provided by OpenAI's CLIP
+# repository", for its prior and, as text encoder, for its decoder. Stable unCLIP was trained on the image embeddings
+# of ViT-L/14 (small) and ViT-H/14, beside text states of another tower: its names stand for image towers only.
+PUBLISHED: dict[str, dict[Tower, tuple[str, ...]]] = {
+    "OpenAI CLIP ViT-L/14": {
+        "text": (
+            "openai/clip-vit-large-patch14",
+            "kakaobrain/karlo-v1-alpha",
+            "kakaobrain/karlo-v1-alpha-image-variations",
+        ),
+        "image": (
+            "openai/clip-vit-large-patch14",
+            "kakaobrain/karlo-v1-alpha",
+            "kakaobrain/karlo-v1-alpha-image-variations",
+            "stabilityai/stable-diffusion-2-1-unclip-small",
+        ),
+    },
+    "OpenCLIP ViT-H/14": {
+        "text": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",),
+        "image": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "stabilityai/stable-diffusion-2-1-unclip"),
+    },
+    "OpenCLIP ViT-bigG/14": dict.fromkeys(("text", "image"), _BIGG),
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_CACHE = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
+
+
+@dataclass(frozen=True)
+class EncoderComparison:
+    """Whether two records are of one encoder.
+
+    Attributes:
+        verdict: "same", "different", or "unknown" where the records do not tell.
+        reason: What decided, as a part of a sentence.
+    """
+
+    verdict: Literal["same", "different", "unknown"]
+    reason: str
+
+
+def compare_encoders(expected: dict | None, found: dict | None, tower: Tower) -> EncoderComparison:
+    """The one rule for "the same encoder".
+
+    The hashes of the weights decide where both are known: a copy under another name is the same encoder. Otherwise
+    names do: equal names, or two names of one published encoder, are the same; two other published names are
+    different; the name of a folder tells nothing of its weights. Another width or another pooling is another encoder
+    whatever the weights.
+
+    Args:
+        expected: An encoder's part of a `csdiff.json`: `{"id", "weights_sha256", "dim", "pooling", ...}`, any of it.
+        found: The other one.
+        tower: Which tower of a model the records are about.
+    """
+    first, second = expected or {}, found or {}
+    for key, word in (("dim", "width"), ("pooling", "pooling")):
+        values = first.get(key), second.get(key)
+        if None not in values and values[0] != values[1]:
+            return EncoderComparison("different", f"{word} expected {values[0]}, found {values[1]}")
+    hashes = first.get("weights_sha256"), second.get("weights_sha256")
+    if all(hashes):
+        if hashes[0] == hashes[1]:
+            return EncoderComparison("same", "their weights are equal")
+        short = [str(value)[:12] for value in hashes]
+        return EncoderComparison("different", f"their weights differ: sha256 expected {short[0]}, found {short[1]}")
+    ids = first.get("id"), second.get("id")
+    if not all(ids):
+        return EncoderComparison("unknown", "no name or hash is known of one of them")
+    if ids[0] == ids[1]:
+        return EncoderComparison("same", "their names are equal")
+    families = [encoder_family(str(id), tower) for id in ids]
+    if all(families):
+        if families[0] == families[1]:
+            return EncoderComparison("same", f"both are published copies of {families[0]}")
+        return EncoderComparison("different", f"expected {ids[0]}, found {ids[1]}")
+    return EncoderComparison(
+        "unknown", "without the hashes of both nothing tells whether they are copies of one model"
+    )
+
+
+def check_same_encoder(
+    expected: dict | None, found: dict | None, tower: Tower, expected_in: str, found_in: str
+) -> None:
+    """Refuse two records of different encoders; warn where two names do not tell.
+
+    Args:
+        expected: See `compare_encoders`.
+        found: The other one.
+        tower: "text" or "image".
+        expected_in: Where `expected` comes from, for the message.
+        found_in: Where `found` comes from.
+
+    Raises:
+        CSDiffError: They are different: the sentence names both and what differs.
+    """
+    result = compare_encoders(expected, found, tower)
+    names = [str((record or {}).get("id")) for record in (expected, found)]
+    sentence = (
+        f"The {tower} encoder of {found_in} ({names[1]}) {{}} that of {expected_in} ({names[0]}): {result.reason}"
+    )
+    if result.verdict == "different":
+        raise CSDiffError(sentence.format("is not") + "; use one encoder for both.")
+    if result.verdict == "unknown" and "None" not in names:
+        warnings.warn(sentence.format("may not be") + "; it is on you that they fit.", stacklevel=2)
+
+
+def encoder_family(id: str, tower: Tower) -> str | None:
+    """The one name of a published encoder, also for a folder called like it; None for any other folder."""
+    cached = HUB_CACHE.search(id)
+    if cached:
+        id = f"{cached[1]}/{cached[2]}"
+    is_name = id == "tiny-clip" or (HUB_ID.fullmatch(id) is not None and not Path(id).exists())
+    for family, ids in PUBLISHED.items():
+        if id in ids[tower] or (not is_name and {name.split("/")[1] for name in ids[tower]} & set(Path(id).parts)):
+            return family
+    return id if is_name else None
 
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(folder: str | Path, tower: str | None = None) -> str:
+def weights_sha256(folder: str | Path, tower: Tower | None = None) -> str:
     """SHA-256 of the tensors in a folder's safetensors files.
 
     Taken over name, dtype, shape and bytes of every tensor in the order of the names, so that neither the split into
-    files nor their headers matter. Of a CLIP folder only the tensors of one tower count: the text tower of a whole
+    files nor their headers matter. Of a model of two towers only the tensors of one count: the text tower of a whole
     `CLIPModel` and the same tower saved as `CLIPTextModelWithProjection` have the same hash.
 
     Args:
@@ -36,79 +159,35 @@ def weights_sha256(folder: str | Path, tower: str | None = None) -> str:
     Raises:
         CSDiffError: No safetensors there, or a file that is not one.
     """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(folder)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         found = sorted(path.name for path in folder.glob("*.bin")) or "no weights"
         raise CSDiffError(
             f"{folder}: expected safetensors weights, found {found}; pickled weights are never read, save the model "
-            "with save_pretrained(..., safe_serialization=True)."
+            "with save_pretrained."
         )
     # `model.safetensors` beside `model.fp16.safetensors`: the plain name is the one that transformers loads.
-    plain = [path for path in files if path.name == "model.safetensors"]
-    entries = {name: entry for path in plain or files for name, entry in _tensors(path).items()}
-    prefixes = TOWER_PREFIXES.get(tower, ())
-    names = [name for name in sorted(entries) if name.startswith(prefixes)] if prefixes else []
-    digest = hashlib.sha256()
-    maps: dict[Path, mmap.mmap] = {}
-    for name in names or sorted(entries):
-        # Not a weight: older checkpoints carry this index buffer, newer ones do not.
-        if name.endswith(".position_ids"):
-            continue
-        path, start, stop, dtype, shape = entries[name]
-        if path not in maps:
-            with path.open("rb") as file:
-                maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        digest.update(json.dumps([name, dtype, shape]).encode())
-        with memoryview(maps[path]) as view:
-            digest.update(view[start:stop])
-    for view in maps.values():
-        view.close()
-    return digest.hexdigest()
-
-
-def check_same_encoder(expected: dict | None, found: dict | None, what: str, expected_in: str, found_in: str) -> None:
-    """Refuse two descriptions of different encoders; parts that either side does not know are not compared.
-
-    Args:
-        expected: An encoder's part of a `csdiff.json`: `{"id", "revision", "weights_sha256", "dim", ...}`.
-        found: The other one.
-        what: "text encoder" or "image encoder", for the message.
-        expected_in: Where `expected` comes from, for the message.
-        found_in: Where `found` comes from.
-
-    Raises:
-        CSDiffError: They differ in weights, in dimension or in pooling; without known weights, in id.
-    """
-    expected, found = expected or {}, found or {}
-    weights = expected.get("weights_sha256"), found.get("weights_sha256")
-    # The weights decide; the id is a name and may be a folder that has moved.
-    keys = ["weights_sha256"] if all(weights) else ["id"]
-    for key in [*keys, "dim", "pooling"]:
-        if expected.get(key) is not None and found.get(key) is not None and expected[key] != found[key]:
+    files = [path for path in files if path.name == "model.safetensors"] or files
+    opened = {}
+    for file in files:
+        try:
+            reader = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
             raise CSDiffError(
-                f"The {what} of {found_in} is not the one of {expected_in}: {key} expected {expected[key]!r} "
-                f"({expected.get('id')}), found {found[key]!r} ({found.get('id')}); use one encoder for both, "
-                "or embed again."
-            )
-
-
-def _tensors(path: Path) -> dict[str, tuple]:
-    """Place, dtype and shape of every tensor of a safetensors file, from its header."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= path.stat().st_size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        base = 8 + size
-        entries = {}
-        for name, tensor in header.items():
-            start, stop = tensor["data_offsets"]
-            if base + stop > path.stat().st_size:
-                raise ValueError(f"{name} ends beyond the end of the file")
-            entries[name] = (path, base + start, base + stop, tensor["dtype"], tensor["shape"])
-        return entries
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CSDiffError(f"{path} is not a whole safetensors file ({error}); download or save it again.") from error
+                f"{file} is not a whole safetensors file ({error}); download or save it again."
+            ) from error
+        opened |= dict.fromkeys(reader.keys(), reader)
+    # Not a weight: older checkpoints carry this index buffer, newer ones do not.
+    names = sorted(name for name in opened if not name.endswith(".position_ids"))
+    own = [name for name in names if name.startswith(TOWER_PREFIXES.get(tower, ()))]
+    digest = hashlib.sha256()
+    for name in own or names:
+        entry = opened[name].get_slice(name)
+        digest.update(json.dumps([name, entry.get_dtype(), entry.get_shape()]).encode())
+        tensor = opened[name].get_tensor(name).contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

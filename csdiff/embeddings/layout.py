@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from csdiff.errors import CSDiffError
+from csdiff.files import read_json
+
 FINGERPRINT_FILE = "csdiff.json"
 REPORT_FILE = "report.json"
 # Work in progress of `csdiff embed`; its presence without a csdiff.json means that the store is not complete.
@@ -19,6 +22,17 @@ ARRAY_FOLDERS = {
     "text_mask": ("text_mask", "text_mask"),
     "image_tokens": ("image_tokens", "image_tokens"),
 }
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a folder is an embedding store, finished or not, ours or foreign, rather than a captioned data set."""
+    path = Path(path)
+    if any((path / name).is_dir() for name in ("text_emb", "img_emb", PARTIAL_FOLDER)):
+        return True
+    try:
+        return read_json(path / FINGERPRINT_FILE).get("kind") == "store"
+    except CSDiffError:
+        return False
 
 
 def shard_name(stem: str, index: int, count: int, suffix: str) -> str:

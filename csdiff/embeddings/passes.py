@@ -12,7 +12,7 @@ from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import Item, Problem
 from csdiff.data.sources import Source
 from csdiff.embeddings.config import EmbedConfig
-from csdiff.embeddings.encoders import EncoderFiles, load_image_encoder, load_text_encoder, quiet_loading
+from csdiff.embeddings.encoders import EncoderFiles, load_image_encoder, load_text_encoder
 from csdiff.embeddings.rows import ShardRows
 from csdiff.embeddings.writer import ShardArrays, StoreWriter
 from csdiff.errors import CSDiffError
@@ -34,11 +34,10 @@ class ImagePass:
         writer: StoreWriter,
         image_files: EncoderFiles | None,
         tokenizer,
-        max_length: int,
         device,
     ):
         self.config, self.source, self.writer, self.device = config, source, writer, device
-        self.image_files, self.tokenizer, self.max_length = image_files, tokenizer, max_length
+        self.image_files, self.tokenizer = image_files, tokenizer
         self.keys = ["image_embeds"] if image_files else []
         if image_files and config.image_tokens:
             self.keys.append("image_tokens")
@@ -83,7 +82,7 @@ class ImagePass:
             config.seed,
             self.tokenizer is not None,
             None if self.tokenizer is None else self._token_counts,
-            self.max_length,
+            0 if self.tokenizer is None else self.tokenizer.max_length,
             config.long_captions == "skip",
             config.metadata_columns,
         )
@@ -150,8 +149,7 @@ class ImagePass:
         return {key: columns[key][places].cpu() for key in self.keys}
 
     def _token_counts(self, captions: list[str]) -> list[int]:
-        with quiet_loading():
-            return [len(ids) for ids in self.tokenizer(list(captions)).input_ids]
+        return self.tokenizer.lengths(captions)
 
     def _check_limit(self, rows: ShardRows) -> None:
         """Stop as soon as this process alone knows of too many problems; all of them are counted at the end."""

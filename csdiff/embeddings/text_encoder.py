@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights, quiet_loading
+from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights
 from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.embeddings.tokenizer import CaptionTokenizer, read_tokenizer
 from csdiff.errors import CSDiffError
 
-# Language models state no limit, or one of a hundred thousand tokens; captions need neither.
-LONGEST_CAPTION = 512
-VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model")
 POOLINGS = ("projection", "mean", "last", "cls")
 
 
@@ -42,28 +39,27 @@ class TextEncoder:
     Attributes:
         dim: D, width of the pooled embeddings.
         states_dim: H, width of the token states.
-        max_length: L, tokens a caption is cut or padded to.
         pooling: How token states become one embedding: "projection", "mean", "last" or "cls".
     """
 
-    def __init__(self, model, tokenizer, id: str, files: EncoderFiles, pooling: str, max_length: int):
-        self.model, self.tokenizer, self.id, self.files = model, tokenizer, id, files
-        self.pooling, self.max_length = pooling, max_length
+    def __init__(self, model, tokenizer: CaptionTokenizer, id: str, files: EncoderFiles, pooling: str):
+        self.model, self.caption_tokenizer, self.id, self.files = model, tokenizer, id, files
+        self.pooling = pooling
         self.states_dim: int = model.config.hidden_size
         self.dim: int = model.config.projection_dim if pooling == "projection" else self.states_dim
 
     @classmethod
     def load(cls, id, files, *, device=None, dtype=None, pooling=None, max_length=None) -> TextEncoder:
-        model_class, tokenizer, pooling, length = cls.inspect(id, files, pooling, max_length)
+        model_class, tokenizer, pooling = cls.inspect(id, files, pooling, max_length)
         model = load_weights(model_class, files, id, device, dtype)
         if not hasattr(model.config, "hidden_size"):
             kind = model.config.model_type
             raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
-        return cls(model, tokenizer, id, files, pooling, length)
+        return cls(model, tokenizer, id, files, pooling)
 
     @staticmethod
     def inspect(id: str, files: EncoderFiles, pooling: str | None, max_length: int | None) -> tuple:
-        """Everything about an encoder but its weights: model class, tokenizer, pooling and length of a caption.
+        """Everything about an encoder but its weights: model class, tokenizer and pooling.
 
         Raises:
             CSDiffError: No tokenizer, or a pooling or length that the encoder does not have.
@@ -78,8 +74,17 @@ class TextEncoder:
             raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
         encoder_only = {"t5": T5EncoderModel, "umt5": T5EncoderModel, "mt5": T5EncoderModel}
         model_class = CLIPTextModelWithProjection if is_clip else encoder_only.get(config.model_type, AutoModel)
-        tokenizer = load_tokenizer(id, files)
-        return model_class, tokenizer, pooling, caption_length(tokenizer, max_length)
+        return model_class, CaptionTokenizer(read_tokenizer(id, files), max_length), pooling
+
+    @property
+    def tokenizer(self):
+        """The transformers tokenizer."""
+        return self.caption_tokenizer.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """L, tokens a caption is cut or padded to."""
+        return self.caption_tokenizer.max_length
 
     @property
     def device(self) -> torch.device:
@@ -87,10 +92,8 @@ class TextEncoder:
 
     def tokenize(self, captions: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
         """Token ids and mask, each (B, L), cut to `max_length` and padded to it (or with "longest" to the batch)."""
-        tokens = self.tokenizer(
-            list(captions), padding=padding, max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        return tokens.input_ids.to(self.device), tokens.attention_mask.bool().to(self.device)
+        ids, mask = self.caption_tokenizer(captions, padding)
+        return ids.to(self.device), mask.to(self.device)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> TextEncoding:
         """Encode tokens; differentiable when the model's weights are."""
@@ -137,49 +140,11 @@ class TextEncoder:
 
     def describe_tokenizer(self) -> dict:
         """The tokenizer's part of a `csdiff.json`."""
-        return {
-            "class": type(self.tokenizer).__name__,
-            "vocab_sha256": vocab_sha256(self.tokenizer),
-            "max_length": self.max_length,
-        }
+        return self.caption_tokenizer.describe()
 
     @cached_property
     def _weights_sha256(self) -> str:
         return weights_sha256(self.files.model, "text" if self.pooling == "projection" else None)
-
-
-def load_tokenizer(id: str, files: EncoderFiles):
-    """The tokenizer of an encoder, without its weights."""
-    from transformers import AutoTokenizer
-
-    # Without its files transformers makes an empty tokenizer of the model's type.
-    if not any(file for pattern in VOCABULARY_FILES for file in files.processor.glob(pattern)):
-        raise CSDiffError(f"{id}: expected a tokenizer in {files.processor}, found no vocabulary; save it there.")
-    with quiet_loading():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(files.processor, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise CSDiffError(
-                f"{id}: expected a tokenizer in {files.processor}, found none that loads ({error})."
-            ) from error
-    if tokenizer.pad_token is None:
-        # Language models have none; the mask hides whatever stands there.
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def caption_length(tokenizer, max_length: int | None = None) -> int:
-    """Tokens a caption may have: the tokenizer's limit, at most 512 unless `max_length` says otherwise."""
-    limit = tokenizer.model_max_length
-    if max_length is not None and max_length > limit:
-        raise CSDiffError(f"max_length: expected at most {limit}, the tokenizer's limit, found {max_length}.")
-    return max_length or min(limit, LONGEST_CAPTION)
-
-
-def vocab_sha256(tokenizer) -> str:
-    """SHA-256 of a tokenizer's vocabulary (tokens and their numbers)."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _usual_pooling(files: EncoderFiles, config) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.fingerprint import check_same_encoder
+from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.held_out import require_pictures
@@ -71,8 +72,6 @@ def check_source(path: str, option: str, card: AdapterCard) -> None:
     Raises:
         CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
     """
-    from csdiff.training.data import is_store
-
     if is_store(path):
         return
     if not Path(path).exists():
@@ -95,8 +94,6 @@ def open_store(
     Raises:
         CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
     """
-    from csdiff.training.data import is_store
-
     check_source(path, option, card)
     if is_store(path):
         yield EmbeddingStore.open(path)
@@ -165,7 +162,7 @@ def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: st
             )
     for side in ("text", "image"):
         expected, found = (d.get(f"{side}_encoder") for d in (card.metadata, store.fingerprint or {}))
-        check_same_encoder(expected, found, f"{side} encoder", str(card.path), source)
+        check_same_encoder(expected, found, side, str(card.path), source)
     kinds = {True: "unit-norm", False: "raw"}
     trained = bool(card.metadata.get("normalized"))
     if store.normalized != trained:

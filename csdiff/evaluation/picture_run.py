@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from csdiff.embeddings import load_text_encoder
 from csdiff.embeddings.encoders import encoder_files
+from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.drawing import PictureFolder, decoder_record, draw_missing, jobs
@@ -55,8 +56,6 @@ class PictureRun:
     """
 
     def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard]):
-        from csdiff.training.data import is_store
-
         self.config, self.cards = config, cards
         source = config.pictures or config.data
         if is_store(source):

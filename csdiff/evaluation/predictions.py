@@ -31,9 +31,9 @@ def predict(
     tokenize = encoder = None
     states = bool(adapter.uses_text_states) and not adapter.uses_input_ids
     if adapter.uses_input_ids:
-        from csdiff.training.inputs import Tokenize
+        from csdiff.embeddings import load_caption_tokenizer
 
-        tokenize = Tokenize(_known(encoder_id or adapter.config.get("text_encoder"), card))
+        tokenize = load_caption_tokenizer(_known(encoder_id or adapter.config.get("text_encoder"), card))
     elif states and "text_states" not in pairs.store.keys:
         from csdiff.embeddings import load_text_encoder
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.info.adapters import describe_adapter, is_adapter
 from csdiff.info.config import InfoConfig
 from csdiff.info.files import folder_size, header
 from csdiff.info.pipelines import describe_encoder, describe_pipeline, is_encoder, is_pipeline
 from csdiff.info.runs import describe_checkpoint, describe_run, is_checkpoint, is_run
-from csdiff.info.stores import describe_store, is_store
+from csdiff.info.stores import describe_store
 
 # In this order: a run is an adapter folder too, and so is a checkpoint.
 KINDS = {

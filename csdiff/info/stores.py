@@ -15,13 +15,6 @@ from csdiff.info.adapters import encoders
 from csdiff.info.files import read_json
 
 
-def is_store(folder: Path) -> bool:
-    """Whether a folder is a store, one in the making, or a plain clip-retrieval folder."""
-    if read_json(folder / "csdiff.json", []).get("kind") == "store" or (folder / PARTIAL_FOLDER).is_dir():
-        return True
-    return any((folder / name).is_dir() for name, _ in (ARRAY_FOLDERS["text_embeds"], ARRAY_FOLDERS["image_embeds"]))
-
-
 def describe_store(folder: Path, problems: list[str], check: bool) -> dict:
     """Rows, columns, encoders, statistics and what was left out of a store."""
     known = (folder / "csdiff.json").is_file()

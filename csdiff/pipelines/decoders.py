@@ -6,9 +6,10 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from csdiff.embeddings.fingerprint import HUB_ID, check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.hub import unreachable
-from csdiff.pipelines.pairing import HUB_ID, AdapterCard, check_dimensions, check_encoder, read_json
+from csdiff.pipelines.pairing import AdapterCard, check_dimensions, read_json
 from csdiff.resources import assets_dir
 
 
@@ -161,7 +162,7 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
     source = str(decoder)
     if preset is not None:
         source = str(assets_dir() / "decoder") if preset.name == "tiny" else preset.repo
-    elif not Path(source).is_dir() and not HUB_ID.match(source):
+    elif not Path(source).is_dir() and not HUB_ID.fullmatch(source):
         raise CSDiffError(
             f"decoder: expected a preset ({', '.join(PRESETS)}), a folder saved by diffusers, or a hub repository "
             f"(owner/name), found {source!r}."
@@ -205,7 +206,7 @@ def check_pairing(card: AdapterCard, decoder: DecoderSource):
             f"adapter: {card.path} was trained on unit-norm embeddings, for retrieval; decoders want raw ones. "
             "Train on a store that kept the norms."
         )
-    check_encoder(card.metadata.get("image_encoder"), decoder.encoder("image"), "image encoder", where)
+    check_same_encoder(card.metadata.get("image_encoder"), decoder.encoder("image"), "image", "the adapter", where)
 
 
 def _published(hand_over: str, embedding_dim: int, source: str, weights: tuple | None) -> DecoderPreset | None:

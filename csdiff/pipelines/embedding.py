@@ -5,9 +5,10 @@ import logging
 import torch
 
 from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.pairing import AdapterCard, check_encoder, text_encoder_options
+from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class PromptEmbedder:
             return
         # a commit of a hub repository cannot change; a folder can
         if known.get("weights_sha256") and not known.get("revision"):
-            check_encoder(known, self.encoder.describe(), "text encoder", f"the folder {known['id']} now")
+            check_same_encoder(known, self.encoder.describe(), "text", "the adapter", f"the folder {known['id']} now")
         from csdiff.adapters import AutoAdapter
 
         # LoRA wraps layers of the encoder in place: what it encodes is then adapted

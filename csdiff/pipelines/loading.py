@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.pairing import check_dimensions, check_encoder, encoder_of_module
+from csdiff.pipelines.pairing import check_dimensions, encoder_of_module
 from csdiff.pipelines.prior import is_one_shot
 from csdiff.pipelines.scheduler import OneShotScheduler
 
@@ -148,7 +149,7 @@ def _check(pipe, slots: PriorSlots, adapter):
     metadata = getattr(adapter, "metadata", None) or {}
     for tower, encoder in {"text": text_encoder, "image": image_encoder}.items():
         found = encoder_of_module(encoder, tower)
-        check_encoder(metadata.get(f"{tower}_encoder"), found, f"{tower} encoder", type(pipe).__name__)
+        check_same_encoder(metadata.get(f"{tower}_encoder"), found, tower, "the adapter", type(pipe).__name__)
 
 
 def _with_one_shot_defaults(pipe, prefix: str):

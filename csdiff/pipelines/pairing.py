@@ -3,32 +3,12 @@
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from csdiff.embeddings.fingerprint import HUB_CACHE, weights_sha256
 from csdiff.errors import CSDiffError
-
-# One CLIP model is published under several names: an adapter for one of them fits them all.
-SAME_ENCODERS = {
-    "OpenAI CLIP ViT-L/14": (
-        "openai/clip-vit-large-patch14",
-        "kakaobrain/karlo-v1-alpha",
-        "stabilityai/stable-diffusion-2-1-unclip-small",
-    ),
-    "OpenCLIP ViT-H/14": (
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "stabilityai/stable-diffusion-2-1-unclip",
-    ),
-    "OpenCLIP ViT-bigG/14": (
-        "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
-        "kandinsky-community/kandinsky-2-2-prior",
-        "kandinsky-community/kandinsky-2-2-decoder",
-    ),
-}
-HUB_CACHE = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 @dataclass(frozen=True)
@@ -139,56 +119,6 @@ def check_dimensions(config, *, image_dim: int | None, text_dim: int | None, whe
         )
 
 
-def check_encoder(trained: dict | None, found: dict | None, name: str, where: str):
-    """Refuses an adapter that was trained on another encoder than `where` has.
-
-    Weight hashes decide when both are known: a renamed copy is the same encoder. Otherwise the names must agree, with
-    the names of one published model taken as one. An encoder without a name (a foreign adapter, a model built in
-    memory) passes.
-
-    Args:
-        trained: the encoder in the adapter's `csdiff.json`, `{"id", "weights_sha256", ...}`.
-        found: the encoder of the decoder or the pipeline, the same.
-        name: "text encoder" or "image encoder".
-        where: what it is the encoder of.
-
-    Raises:
-        CSDiffError: naming both encoders.
-    """
-    if not trained or not found:
-        return
-    hashes = trained.get("weights_sha256"), found.get("weights_sha256")
-    ids = trained.get("id"), found.get("id")
-    if all(hashes):
-        same, reason = hashes[0] == hashes[1], " (the weights differ)"
-    elif all(ids):
-        families = [encoder_family(id) or id for id in ids]
-        same, reason = families[0] == families[1], ""
-        if not all(encoder_family(id) for id in ids):
-            reason = ", and without the hashes of both nothing tells whether they are copies of one model"
-    else:
-        return
-    if not same:
-        raise CSDiffError(
-            f"The adapter was trained on the {name} {ids[0]}, but {where} has {ids[1]}{reason}: use an adapter "
-            f"trained on this {name}."
-        )
-
-
-def encoder_family(encoder_id: str | None) -> str | None:
-    """The one name of a published encoder, also for a folder called like it; None for another local folder."""
-    if not encoder_id:
-        return None
-    cached = HUB_CACHE.search(encoder_id)
-    if cached:
-        encoder_id = f"{cached[1]}/{cached[2]}"
-    is_name = encoder_id == "tiny-clip" or (HUB_ID.match(encoder_id) and not Path(encoder_id).exists())
-    for family, ids in SAME_ENCODERS.items():
-        if encoder_id in ids or (not is_name and {id.split("/")[1] for id in ids} & set(Path(encoder_id).parts)):
-            return family
-    return encoder_id if is_name else None
-
-
 def encoder_of_module(module, tower: str) -> dict | None:
     """Identity of a loaded transformers model: where it came from and, for a local folder, the hash of its weights."""
     origin = getattr(getattr(module, "config", None), "_name_or_path", None)
@@ -198,6 +128,4 @@ def encoder_of_module(module, tower: str) -> dict | None:
     # what the hub's cache holds is known by its name
     if HUB_CACHE.search(origin) or not any(folder.glob("*.safetensors")):
         return {"id": origin}
-    from csdiff.embeddings.fingerprint import weights_sha256
-
     return {"id": origin, "weights_sha256": weights_sha256(folder, tower)}

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Sequence
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -116,9 +115,3 @@ def _codes(store: EmbeddingStore, start: int, stop: int) -> np.ndarray:
     codes ^= codes >> np.uint32(13)
     codes *= np.uint32(0xC2B2AE35)
     return codes ^ (codes >> np.uint32(16))
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether a folder is an embedding store, finished or not, rather than a captioned dataset."""
-    path = Path(path)
-    return any((path / name).exists() for name in ("text_emb", "img_emb", ".partial", "csdiff.json"))

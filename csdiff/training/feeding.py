@@ -9,12 +9,13 @@ from csdiff.adapters.registry import ADAPTERS
 from csdiff.embeddings.encoders import encoder_files, load_image_encoder, load_text_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder, weights_sha256
 from csdiff.embeddings.image_encoder import ImageEncoder
+from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.embeddings.text_encoder import TextEncoder
+from csdiff.embeddings.tokenizer import load_caption_tokenizer
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
-from csdiff.training.data import is_store
-from csdiff.training.inputs import Inputs, Tokenize
+from csdiff.training.inputs import Inputs
 from csdiff.training.pictures import Pictures
 from csdiff.training.sources import Sources
 from csdiff.training.task import Embedder
@@ -103,7 +104,7 @@ def open_text_side(config: TrainConfig, sources: Sources, device: torch.device) 
         if not inside:
             encoder = load_text_encoder(name, device)
             found = encoder.describe()
-        check_same_encoder(sources.fingerprint.get("text_encoder"), found, "text encoder", str(store.path), name)
+        check_same_encoder(sources.fingerprint.get("text_encoder"), found, "text", str(store.path), name)
     shape = None
     if states:
         shape = (encoder.max_length, encoder.states_dim) if online else _states_shape(store)
@@ -118,7 +119,7 @@ def build_inputs(
     Raises:
         CSDiffError: image tokens that are neither cached nor encoded.
     """
-    tokenize = None if text.encoder_id is None else Tokenize(embedder.adapter.config.text_encoder)
+    tokenize = None if text.encoder_id is None else load_caption_tokenizer(embedder.adapter.config.text_encoder)
     image_encoder = pictures = None
     image_keys: tuple[str, ...] = ("image_embeds",)
     if wants_tokens(config):
@@ -161,7 +162,7 @@ def check_named_encoders(config: TrainConfig, sources: Sources) -> None:
         name, stated = getattr(config.data, f"{side}_encoder"), sources.fingerprint.get(f"{side}_encoder")
         if name is not None and stated is not None and is_store(config.data.train):
             found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
-            check_same_encoder(stated, found, f"{side} encoder", str(sources.store.path), name)
+            check_same_encoder(stated, found, side, str(sources.store.path), name)
 
 
 def encoder_id(config: TrainConfig, sources: Sources, side: str) -> str:
@@ -192,9 +193,7 @@ def _image_tokens(config: TrainConfig, sources: Sources, device: torch.device) -
             "again with --image_tokens true, or name the dataset with the pictures with --data.images."
         )
     encoder = load_image_encoder(name, device)
-    check_same_encoder(
-        sources.fingerprint.get("image_encoder"), encoder.describe(), "image encoder", str(store.path), name
-    )
+    check_same_encoder(sources.fingerprint.get("image_encoder"), encoder.describe(), "image", str(store.path), name)
     return encoder, None if cached and data.image != "online" else Pictures(dataset)
 
 

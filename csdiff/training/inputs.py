@@ -5,34 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.loader import StoreBatches
-from csdiff.embeddings.text_encoder import TextEncoder, caption_length, load_tokenizer
+from csdiff.embeddings.text_encoder import TextEncoder
+from csdiff.embeddings.tokenizer import CaptionTokenizer
 from csdiff.training.data import Pairs
 from csdiff.training.gradient_cache import Rows
 from csdiff.training.pictures import Pictures
 
 _CHUNK = 256
-
-
-class Tokenize:
-    """Captions to `input_ids` (B, L), cut to the tokenizer's limit and padded to the longest of the batch.
-
-    Args:
-        encoder: Text encoder by id.
-    """
-
-    def __init__(self, encoder: str):
-        self.tokenizer = load_tokenizer(encoder, encoder_files(encoder, "text"))
-        self.length = caption_length(self.tokenizer)
-
-    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask."""
-        tokens = self.tokenizer(
-            captions, padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        return tokens.input_ids, tokens.attention_mask.bool()
 
 
 class Inputs:
@@ -54,7 +35,7 @@ class Inputs:
         text_keys: tuple[str, ...] = ("text_embeds",),
         image_keys: tuple[str, ...] = ("image_embeds",),
         text_encoder: TextEncoder | None = None,
-        tokenize: Tokenize | None = None,
+        tokenize: CaptionTokenizer | None = None,
         image_encoder: ImageEncoder | None = None,
         pictures: Pictures | None = None,
     ):

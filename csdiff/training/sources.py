@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from csdiff.embeddings.fingerprint import check_same_encoder
+from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
-from csdiff.training.data import Pairs, held_out_split, is_store
+from csdiff.training.data import Pairs, held_out_split
 
 
 @dataclass
@@ -117,13 +119,7 @@ def _check_fits(name: str, other: EmbeddingStore, store: EmbeddingStore) -> None
                 f"{store.path}: embed both with one encoder."
             )
         mine, theirs = ((s.fingerprint or {}).get(f"{side}_encoder") or {} for s in (store, other))
-        hashes = mine.get("weights_sha256"), theirs.get("weights_sha256")
-        if all(hashes) and hashes[0] != hashes[1]:
-            raise CSDiffError(
-                f"--data.{name} {other.path} was embedded with the {side} encoder {theirs.get('id')}, {store.path} "
-                f"with {mine.get('id')}: their weights differ ({hashes[1][:12]} and {hashes[0][:12]}); embed both "
-                "with one encoder."
-            )
+        check_same_encoder(mine, theirs, side, str(store.path), f"--data.{name} {other.path}")
     if other.normalized != store.normalized:
         words = {True: "unit-norm", False: "raw"}
         raise CSDiffError(

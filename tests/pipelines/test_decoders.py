@@ -9,7 +9,7 @@ from tiny_pipelines import DIM, random_adapter
 from csdiff import CSDiffError
 from csdiff.pipelines import PRESETS, resolve_decoder
 from csdiff.pipelines.decoders import DecoderSource, check_pairing
-from csdiff.pipelines.pairing import check_encoder, encoder_family, read_adapter_card
+from csdiff.pipelines.pairing import read_adapter_card
 
 BIGG = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 VIT_L = "openai/clip-vit-large-patch14"
@@ -53,7 +53,7 @@ def test_presets_take_adapters_of_their_encoder_only(name, tmp_path):
     preset = PRESETS[name]
     check_pairing(adapter_folder(tmp_path / "fits", preset.embedding_dim, preset.image_encoder), source_of(preset))
     other = VIT_L if preset.image_encoder != VIT_L else BIGG
-    with pytest.raises(CSDiffError, match=f"trained on the image encoder {other}"):
+    with pytest.raises(CSDiffError, match=rf"image encoder .* is not that of the adapter \({other}\)"):
         check_pairing(adapter_folder(tmp_path / "other", preset.embedding_dim, other), source_of(preset))
     with pytest.raises(CSDiffError, match=f"of 8 dimensions, but the decoder .* takes {preset.embedding_dim}"):
         check_pairing(adapter_folder(tmp_path / "narrow", 8, preset.image_encoder), source_of(preset))
@@ -143,48 +143,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         read_adapter_card("someone/adapter")
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("openai/clip-vit-large-patch14", "OpenAI CLIP ViT-L/14"),
-        ("kakaobrain/karlo-v1-alpha", "OpenAI CLIP ViT-L/14"),
-        (
-            "/home/me/.cache/hub/models--kandinsky-community--kandinsky-2-2-prior/snapshots/1/text_encoder",
-            "OpenCLIP ViT-bigG/14",
-        ),
-        ("someone/clip", "someone/clip"),
-        ("tiny-clip", "tiny-clip"),
-        ("/models/clip", None),
-        ("/models/clip-vit-large-patch14", "OpenAI CLIP ViT-L/14"),
-        ("/models/kandinsky-2-2-prior/image_encoder", "OpenCLIP ViT-bigG/14"),
-        (None, None),
-    ],
-)
-def test_names_of_one_encoder(name, family):
-    assert encoder_family(name) == family
-
-
-def test_hashes_go_before_names():
-    one, same = {"id": "a/b", "weights_sha256": "1"}, {"id": "/moved/elsewhere", "weights_sha256": "1"}
-    check_encoder(one, same, "text encoder", "it")
-    with pytest.raises(CSDiffError, match="the weights differ"):
-        check_encoder(one, {"id": "a/b", "weights_sha256": "2"}, "text encoder", "it")
-
-
-def test_without_both_hashes_the_names_must_agree():
-    with_hash, without = {"id": "a/b", "weights_sha256": "1"}, {"id": "a/b"}
-    check_encoder(with_hash, without, "text encoder", "it")
-    check_encoder({"id": "/models/b"}, {"id": "/models/b"}, "text encoder", "it")
-    for trained, found in ((with_hash, "/unknown"), (without, "/unknown"), ({"id": "/mine"}, "a/b")):
-        with pytest.raises(CSDiffError, match="nothing tells whether they are copies") as caught:
-            check_encoder(trained, {"id": found}, "text encoder", "it")
-        assert "\n" not in str(caught.value)
-    with pytest.raises(CSDiffError, match=r"trained on the text encoder a/b, but it has c/d: use"):
-        check_encoder(with_hash, {"id": "c/d"}, "text encoder", "it")
-    check_encoder(None, with_hash, "text encoder", "it")
-    check_encoder({"id": None, "dim": 8}, with_hash, "text encoder", "it")
-
-
 def test_a_renamed_copy_is_the_same_encoder(metadata, tmp_path):
     adapter = random_adapter()
     adapter.metadata = {**metadata, "image_encoder": {**metadata["image_encoder"], "id": "elsewhere/renamed"}}
@@ -192,7 +150,6 @@ def test_a_renamed_copy_is_the_same_encoder(metadata, tmp_path):
     card = read_adapter_card(tmp_path / "adapter")
     folder = kandinsky(tmp_path / "decoder", dim=DIM, **{"csdiff.json": {"kind": "decoder", **metadata}})
     check_pairing(card, resolve_decoder(folder))
-    image = {"id": metadata["image_encoder"]["id"]}
-    (folder / "csdiff.json").write_text(json.dumps({"kind": "decoder", "image_encoder": image}))
-    with pytest.raises(CSDiffError, match=r"elsewhere/renamed, but the decoder .* nothing tells"):
+    (folder / "csdiff.json").write_text(json.dumps({"kind": "decoder", "image_encoder": {"id": "/models/mine"}}))
+    with pytest.warns(UserWarning, match=r"nothing tells"):
         check_pairing(card, resolve_decoder(folder))
