@@ -79,14 +79,18 @@ def write_json(path: Path, content: object, indent: int | None = 2) -> None:
 
 
 @contextmanager
-def writing_folder(target: Path) -> Iterator[Path]:
+def writing_folder(target: Path, whole: bool = False) -> Iterator[Path]:
     """A fresh folder to fill; at the end its files are flushed to the disk and moved into place.
 
     A new folder appears by one rename. In a folder that exists each entry is replaced by one rename, `*.safetensors`
     (and their index) of an earlier save that the new one lacks are removed, and files of others stay. What killed
     processes left of earlier tries is removed first.
+
+    Args:
+        target: The folder.
+        whole: Replace a folder that exists as a whole: nothing of it stays.
     """
-    fresh = not target.exists()
+    fresh = whole or not target.exists()
     parent = target.parent if fresh else target
     parent.mkdir(parents=True, exist_ok=True)
     remove_partial(parent, target.name)
@@ -99,7 +103,12 @@ def writing_folder(target: Path) -> Iterator[Path]:
             for name in names:
                 fsync(Path(folder, name))
             fsync(Path(folder))
-        if fresh:
+        if whole and target.exists():
+            replaced = parent / f"{PARTIAL}{os.getpid()}-replaced-{target.name}"
+            target.rename(replaced)
+            aside.rename(target)
+            shutil.rmtree(replaced)
+        elif fresh:
             aside.rename(target)
         else:
             _replace_entries(aside, target)

@@ -7,8 +7,6 @@ pickle under any name is refused; no file is ever executed.
 import inspect
 import json
 import os
-import shutil
-import uuid
 from contextlib import contextmanager
 from importlib import metadata as distributions
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from csdiff.errors import CSDiffError
+from csdiff.files import writing_folder
 
 CONFIG = "config.json"
 METADATA = "csdiff.json"
@@ -50,51 +49,16 @@ def written_whole(directory: str | os.PathLike):
         CSDiffError: The place cannot be written.
     """
     target = Path(directory)
-    aside = None
+    if target.exists() and not target.is_dir():
+        raise CSDiffError(f"Cannot save the adapter to {target}: it is a file; name a folder.")
     try:
-        if target.exists() and not target.is_dir():
-            raise CSDiffError(f"Cannot save the adapter to {target}: it is a file; name a folder.")
-        fresh = not target.exists()
-        parent = target.parent if fresh else target
-        parent.mkdir(parents=True, exist_ok=True)
-        aside = parent / f".{target.name or 'adapter'}.partial-{uuid.uuid4().hex[:8]}"
-        aside.mkdir()
-        yield aside
-        for file in aside.rglob("*"):
-            _sync(file)
-        if fresh:
-            aside.rename(target)
-        else:
-            _replace_files(aside, target)
-        _sync(parent)
+        with writing_folder(target) as aside:
+            yield aside
     except OSError as error:
         raise CSDiffError(
             f"Cannot save the adapter to {target}: {error.strerror or error}; choose a folder that can be written "
             "and has room."
         ) from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace_files(aside: Path, target: Path) -> None:
-    written = {file.name for file in aside.iterdir()}
-    for file in sorted(aside.iterdir()):
-        if file.is_dir() and (target / file.name).is_dir():
-            shutil.rmtree(target / file.name)
-        file.replace(target / file.name)
-    for file in target.iterdir():
-        stale = file.name.endswith((".safetensors", ".safetensors.index.json")) and file.name not in written
-        if stale and file.is_file():
-            file.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
