@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -79,7 +79,7 @@ def write_json(path: Path, content: object, indent: int | None = 2) -> None:
 
 
 @contextmanager
-def writing_folder(target: Path, whole: bool = False) -> Iterator[Path]:
+def writing_folder(target: Path, stale: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
     """A fresh folder to fill; at the end its files are flushed to the disk and moved into place.
 
     A new folder appears by one rename. In a folder that exists each entry is replaced by one rename, `*.safetensors`
@@ -88,9 +88,9 @@ def writing_folder(target: Path, whole: bool = False) -> Iterator[Path]:
 
     Args:
         target: The folder.
-        whole: Replace a folder that exists as a whole: nothing of it stays.
+        stale: Which of the earlier weights' names the new save stands in for; by default all.
     """
-    fresh = whole or not target.exists()
+    fresh = not target.exists()
     parent = target.parent if fresh else target
     parent.mkdir(parents=True, exist_ok=True)
     remove_partial(parent, target.name)
@@ -103,29 +103,24 @@ def writing_folder(target: Path, whole: bool = False) -> Iterator[Path]:
             for name in names:
                 fsync(Path(folder, name))
             fsync(Path(folder))
-        if whole and target.exists():
-            replaced = parent / f"{PARTIAL}{os.getpid()}-replaced-{target.name}"
-            target.rename(replaced)
-            aside.rename(target)
-            shutil.rmtree(replaced)
-        elif fresh:
+        if fresh:
             aside.rename(target)
         else:
-            _replace_entries(aside, target)
+            _replace_entries(aside, target, stale)
         fsync(parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _replace_entries(aside: Path, target: Path) -> None:
+def _replace_entries(aside: Path, target: Path, stale: Callable[[str], bool]) -> None:
     written = {entry.name for entry in aside.iterdir()}
     for entry in sorted(aside.iterdir()):
         if entry.is_dir() and (target / entry.name).is_dir():
             shutil.rmtree(target / entry.name)
         entry.replace(target / entry.name)
     for entry in target.iterdir():
-        weights = entry.name.endswith((".safetensors", ".safetensors.index.json"))
-        if weights and entry.is_file() and entry.name not in written:
+        weights = entry.suffix == ".safetensors" or ".safetensors.index." in entry.name
+        if weights and entry.is_file() and entry.name not in written and stale(entry.name):
             entry.unlink()
 
 
@@ -259,7 +254,8 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
                 raise CSDiffError(
-                    f"{path}: expected a safetensors file, found another or one cut short; copy it again."
+                    f"{path}: expected a safetensors file, found one cut short or of another kind (a pickle can run "
+                    "code and is never loaded); copy it again."
                 )
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)

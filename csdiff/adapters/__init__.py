@@ -2,17 +2,17 @@
 
 import lazy_loader
 
+from csdiff.adapters.registry import PLACES
+
+_NAMES = {module: [cls] for module, cls in (place.split(":") for place in PLACES.values())}
+_NAMES["transformer"].append("TRANSFORMER_PRESETS")
+
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        **_NAMES,
         "base": ["Adapter"],
-        "diffusion": ["DiffusionAdapter"],
-        "linear": ["LinearAdapter"],
-        "lora": ["LoRAAdapter"],
-        "mlp": ["MLPAdapter"],
         "moments": ["PairedMoments"],
-        "names": ["ADAPTER_NAMES"],
         "registry": ["ADAPTERS", "AutoAdapter", "build_adapter"],
-        "transformer": ["TRANSFORMER_PRESETS", "TransformerAdapter"],
     },
 )

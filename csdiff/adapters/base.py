@@ -1,5 +1,6 @@
 """What every adapter shares: the prior's calling convention, statistics, norm calibration, and its folder."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,7 +8,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 from torch import Tensor
 
-from csdiff.adapters.checks import require_positive
 from csdiff.adapters.persistence import Persistent
 from csdiff.errors import CSDiffError
 
@@ -43,12 +43,30 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     _STATISTICS = ("clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift")
 
     def _init_contract(self, embedding_dim: int, text_dim: int | None) -> int:
-        """Checks the two dimensions, records the resolved `text_dim` and makes the buffers; returns `text_dim`."""
+        """Checks the options, records the resolved `text_dim` and makes the buffers; returns `text_dim`.
+
+        Raises:
+            CSDiffError: An `int` option that is no positive whole number, or a dropout outside [0, 1).
+        """
+        self._check_options()
         text_dim = embedding_dim if text_dim is None else text_dim
-        require_positive(embedding_dim=embedding_dim, text_dim=text_dim)
         self._record(text_dim=text_dim)
         self._init_statistics(embedding_dim, text_dim)
         return text_dim
+
+    def _check_options(self) -> None:
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            value = self.config.get(name)
+            # The diffusion prior without token states has 0 of them.
+            least = 0 if name == "num_embeddings" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if parameter.annotation in (int, int | None) and value is not None and not whole:
+                raise CSDiffError(f"`{name}` must be a positive whole number, found {value!r}.")
+            if name.endswith("dropout"):
+                # All rows may lose their condition, but not all values of a layer.
+                open_end = name == "dropout"
+                if not (isinstance(value, (int, float)) and 0 <= value <= 1 and not (open_end and value == 1)):
+                    raise CSDiffError(f"`{name}` must lie in [0, 1{')' if open_end else ']'}, found {value!r}.")
 
     def _init_statistics(self, embedding_dim: int, text_dim: int) -> None:
         float32 = torch.float32
@@ -107,20 +125,69 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         raw = prior_latents.float() * self.clip_std.to(device) + self.clip_mean.to(device)
         return raw.to(prior_latents.dtype)
 
-    def embed(self, text_embeds: Tensor, text_states: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+    @property
+    def samples(self) -> bool:
+        """Whether one prompt has many embeddings by itself: with a noise token, and in diffusion."""
+        return not self.one_shot or bool(self.config.get("noise_token"))
+
+    def spread(self, whitened: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
+        r"""Mixes noise into whitened embeddings, so that an adapter with one answer gives many:
+
+            z' = sqrt(1 - amount^2) z + amount * noise,    noise ~ N(0, I)
+
+        `z'` keeps the spread that whitened image embeddings have. 0 gives `z` back, 1 an image of any prompt, and the
+        cosine of `z'` to `z` is about `sqrt(1 - amount^2)`.
+
+        Args:
+            whitened (`Tensor` of shape `(B, embedding_dim)`): What `forward` returns.
+            amount (`float`): In [0, 1].
+            generator (`torch.Generator`, *optional*): Draws the noise, one sample a row.
+
+        Raises:
+            CSDiffError: An amount outside [0, 1], or an adapter that has noise of its own.
+        """
+        if not 0 <= amount <= 1:
+            raise CSDiffError(f"`spread` must lie in [0, 1], found {amount!r}.")
+        if amount == 0:
+            return whitened
+        if self.samples:
+            raise CSDiffError(
+                f"`spread` is for adapters with one answer a prompt, and this {type(self).__name__} draws its own: "
+                "vary the seed, and leave `spread` at 0."
+            )
+        noise = self._noise(whitened, generator)
+        return ((1 - amount**2) ** 0.5 * whitened + amount * noise).to(whitened.dtype)
+
+    def _noise(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        device = rows.device if generator is None else generator.device
+        noise = torch.randn(len(rows), self.config.embedding_dim, generator=generator, device=device)
+        return noise.to(rows.device)
+
+    def embed(
+        self,
+        text_embeds: Tensor,
+        text_states: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        spread: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Raw text embeddings (B, text_dim) to raw image embeddings (B, embedding_dim); differentiable.
 
         Args:
             text_embeds (`Tensor` of shape `(B, text_dim)`): Projected, un-normalised text embeddings.
             text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
             text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
+            spread (`float`, *optional*, defaults to 0.0): Share of noise in the answer, see `spread`.
+            generator (`torch.Generator`, *optional*): Draws that noise, or the noise token's: one sample a row.
 
         Raises:
-            CSDiffError: The last dimension of `text_embeds` is not `config.text_dim`.
+            CSDiffError: The last dimension of `text_embeds` is not `config.text_dim`; a `spread` that does not fit.
         """
         self._check_text(text_embeds)
-        whitened = self(None, 0, text_embeds, text_states, text_mask).predicted_image_embedding
-        return self.post_process_latents(whitened)
+        noise = self._noise(text_embeds, generator) if self.samples else None
+        whitened = self(noise, 0, text_embeds, text_states, text_mask).predicted_image_embedding
+        return self.post_process_latents(self.spread(whitened, spread, generator))
 
     def embed_with_tokens(
         self,
@@ -154,6 +221,19 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
                 f"{type(self).__name__} expects text embeddings of shape (batch, {self.config.text_dim}), found "
                 f"{tuple(text_embeds.shape)}; encode the text with the encoder the adapter was trained for."
             )
+
+    def _check_states(self, text_states: Tensor | None) -> Tensor:
+        width = self.config.states_dim
+        if text_states is None:
+            raise CSDiffError(
+                f"{type(self).__name__} needs the text encoder's token states; give `text_states` (B, L, {width}), or "
+                "use an adapter on pooled embeddings such as `mlp`."
+            )
+        if text_states.ndim != 3 or text_states.shape[-1] != width:
+            raise CSDiffError(
+                f"{type(self).__name__} expects text states (B, L, {width}), found {tuple(text_states.shape)}."
+            )
+        return text_states
 
     def _whiten_text(self, text: Tensor) -> Tensor:
         return ((text.float() - self.text_mean) / self.text_std).to(self.dtype)
@@ -258,12 +338,9 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     def to(self, *args: Any, **kwargs: Any) -> "Adapter":
         """`torch.nn.Module.to`; the statistics stay float32."""
         # diffusers warns at every cast of modules that should stay in float32: "[]", as there are none.
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is None:
-            return super().to(*args, **kwargs)
-        if device is not None:
-            super().to(device, non_blocking=non_blocking)
-        return torch.nn.Module.to(self, dtype)
+        if any(isinstance(value, (torch.dtype, Tensor)) for value in (*args, *kwargs.values())):
+            return torch.nn.Module.to(self, *args, **kwargs)
+        return super().to(*args, **{name: value for name, value in kwargs.items() if name != "dtype"})
 
     def _apply(self, fn, recurse=True):
         # Half-precision casts would round the statistics that every embedding passes through: keep them in float32.

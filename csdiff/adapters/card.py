@@ -5,6 +5,52 @@ from typing import Any
 
 import yaml
 
+from csdiff.files import flatten
+
+_CARD = """\
+---
+{header}---
+
+# {kind}
+
+Maps {config.text_dim}-dimensional text embeddings of {text} to {config.embedding_dim}-dimensional image embeddings of
+{image}, raw (not normalised), as unCLIP-style decoders want them.
+
+- Trainable parameters: {parameters:,}
+- Licence: {license}
+- Objective: {objective}
+
+## Metrics
+
+{metrics}
+
+## Usage
+
+{where}
+
+```python
+import torch
+
+from csdiff import AutoAdapter
+
+adapter = AutoAdapter.from_pretrained({location})
+{inputs}
+print(image_embeds.shape)
+```
+"""
+_CAPTIONS = """
+With captions:
+
+```python
+from csdiff import AutoAdapter
+from csdiff.embeddings import load_text_encoder
+
+adapter = AutoAdapter.from_pretrained({location})
+text = load_text_encoder({text}).encode(["a red apple"])
+image_embeds = adapter.embed(text.embeds, text.states, text.mask)
+```
+"""
+
 
 def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> str:
     """Markdown with licence, what the adapter maps, metrics and usage code that runs.
@@ -15,76 +61,27 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
             are shown when present.
         location: What the usage code loads: `"."` (run it inside the folder) or a Hub id.
     """
-    text, image = metadata.get("text_encoder") or {}, metadata.get("image_encoder") or {}
-    config = adapter.config
-    header = {
-        "license": metadata.get("license") or "apache-2.0",
-        "library_name": "csdiff",
-        "tags": ["csdiff", "diffusers", "unclip", "prior", type(adapter).__name__],
-    }
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {type(adapter).__name__}", ""]
-    lines += [
-        f"Maps {config.text_dim}-dimensional text embeddings of {_name(text)} to {config.embedding_dim}-dimensional "
-        f"image embeddings of {_name(image)}, raw (not normalised), as unCLIP-style decoders want them.",
-        "",
-        f"- Trainable parameters: {sum(p.numel() for p in adapter.parameters() if p.requires_grad):,}",
-        f"- Licence: {header['license']}",
+    kind, license = type(adapter).__name__, metadata.get("license") or "apache-2.0"
+    header = {"license": license, "library_name": "csdiff", "tags": ["csdiff", "diffusers", "unclip", "prior", kind]}
+    ids = {tower: (metadata.get(f"{tower}_encoder") or {}).get("id") for tower in ("text", "image")}
+    names = {tower: f"`{id}`" if id else "an encoder that is not recorded" for tower, id in ids.items()}
+    rows = [
+        f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+        for name, value in flatten(metadata.get("metrics") or {}).items()
     ]
-    if objective := metadata.get("objective"):
-        lines.append(f"- Objective: `{objective}`")
-    lines += ["", "## Metrics", ""]
-    rows = list(_flat(metadata.get("metrics") or {}))
-    if rows:
-        lines += ["| metric | value |", "| --- | --- |", *(f"| {name} | {_value(value)} |" for name, value in rows)]
-    else:
-        lines.append("Not measured.")
-    lines += ["", "## Usage", "", *_usage(adapter, text, location), ""]
-    return "\n".join(lines)
-
-
-def _usage(adapter: Any, text: dict[str, Any], location: str) -> list[str]:
-    where = "inside this folder" if location == "." else "anywhere"
-    lines = [
-        f"Run {where}:",
-        "",
-        "```python",
-        "import torch",
-        "",
-        "from csdiff import AutoAdapter",
-        "",
-        f"adapter = AutoAdapter.from_pretrained({json.dumps(location)})",
-        *adapter.usage_inputs(),
-        "print(image_embeds.shape)",
-        "```",
-    ]
-    if text.get("id") and not adapter.uses_input_ids:
-        lines += [
-            "",
-            "With captions:",
-            "",
-            "```python",
-            "from csdiff import AutoAdapter",
-            "from csdiff.embeddings import load_text_encoder",
-            "",
-            f"adapter = AutoAdapter.from_pretrained({json.dumps(location)})",
-            f'text = load_text_encoder({json.dumps(text["id"])}).encode(["a red apple"])',
-            "image_embeds = adapter.embed(text.embeds, text.states, text.mask)",
-            "```",
-        ]
-    return lines
-
-
-def _name(encoder: dict[str, Any]) -> str:
-    return f"`{encoder['id']}`" if encoder.get("id") else "an encoder that is not recorded"
-
-
-def _flat(metrics: dict[str, Any], prefix: str = ""):
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), value
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    card = _CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        kind=kind,
+        config=adapter.config,
+        **names,
+        parameters=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+        license=license,
+        objective=f"`{metadata['objective']}`" if metadata.get("objective") else "not recorded",
+        metrics="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "Not measured.",
+        where="Inside this folder:" if location == "." else "Anywhere:",
+        location=json.dumps(location),
+        inputs="\n".join(adapter.usage_inputs()),
+    )
+    if ids["text"] and not adapter.uses_input_ids:
+        card += _CAPTIONS.format(location=json.dumps(location), text=json.dumps(ids["text"]))
+    return card

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csdiff.adapters.base import Adapter
-from csdiff.adapters.checks import require_positive, require_states
 from csdiff.errors import CSDiffError
 
 Condition = tuple[Tensor, Tensor | None, Tensor | None]
@@ -81,9 +80,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     ):
         text_dim = embedding_dim if text_dim is None else text_dim
         states_dim = embedding_dim if states_dim is None else states_dim
-        require_positive(embedding_dim=embedding_dim, text_dim=text_dim, states_dim=states_dim, num_layers=num_layers)
-        if not 0 <= condition_dropout <= 1:
-            raise CSDiffError(f"`condition_dropout` must lie in [0, 1], found {condition_dropout!r}.")
+        self._check_options()
         if embedding_proj_dim not in (None, text_dim) or clip_embed_dim not in (None, embedding_dim):
             raise CSDiffError(
                 f"`embedding_proj_dim` and `clip_embed_dim` follow text_dim {text_dim} and embedding_dim "
@@ -208,7 +205,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     def _condition(self, text_embeds, text_states, text_mask) -> list[Tensor | None]:
         if not self.uses_text_states:
             return [text_embeds.to(self.dtype), None, None]
-        text_states = require_states(text_states, self.config.states_dim, type(self).__name__)
+        text_states = self._check_states(text_states)
         if text_states.shape[1] != self.config.num_embeddings:
             raise CSDiffError(
                 f"{type(self).__name__} takes exactly {self.config.num_embeddings} text tokens, found "

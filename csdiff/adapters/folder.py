@@ -1,21 +1,21 @@
-"""The adapter folder on disk: written whole, and checked before anything in it is loaded.
+"""The files of an adapter folder, checked before anything in it is loaded.
 
-`config.json`, `*.safetensors`, `csdiff.json` and `README.md`. Weights are recognised by their content, so that a
-pickle under any name is refused; no file is ever executed.
+`config.json`, `*.safetensors`, `csdiff.json` and `README.md`. No file is ever executed.
 """
 
+from __future__ import annotations
+
 import inspect
-import json
-import os
-from contextlib import contextmanager
+import re
 from importlib import metadata as distributions
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from csdiff.errors import CSDiffError
-from csdiff.files import writing_folder
+from csdiff.files import read_json, read_safetensors_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 METADATA = "csdiff.json"
@@ -23,8 +23,28 @@ CARD = "README.md"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
 
+Header = dict[str, tuple[str, tuple[int, ...], Path]]
+
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_PARTS = (
+    "text_encoder", "image_encoder", "tokenizer", "preprocessing", "statistics", "objective", "data", "training",
+    "metrics", "versions",
+)  # fmt: skip
+# What the entries of csdiff.json must be where they are known; null and absent mean that they are not.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(_PARTS, dict),
+    **{
+        f"{t}_encoder.{key}": str for t in ("text", "image") for key in ("id", "revision", "weights_sha256", "pooling")
+    },
+    "tokenizer.max_length": int,
+    "data.train": str,
+    "training.weights": str,
+    "training.steps": int,
+    "normalized": bool,
+    "license": str,
+}
+_TYPE_NAMES = {dict: "an object", str: "a string", int: "a whole number", bool: "true or false"}
 
 
 def complete_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -38,29 +58,6 @@ def complete_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return {**metadata, "format": FORMAT, "kind": "adapter", "versions": {**metadata.get("versions", {}), **versions}}
 
 
-@contextmanager
-def written_whole(directory: str | os.PathLike):
-    """Yields a fresh folder beside or inside `directory` and moves what was written there into place at the end.
-
-    A new folder appears by one rename. In a folder that exists, each file is replaced by one rename, weights of an
-    earlier save that the new one does not have are removed, and files of others stay.
-
-    Raises:
-        CSDiffError: The place cannot be written.
-    """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise CSDiffError(f"Cannot save the adapter to {target}: it is a file; name a folder.")
-    try:
-        with writing_folder(target) as aside:
-            yield aside
-    except OSError as error:
-        raise CSDiffError(
-            f"Cannot save the adapter to {target}: {error.strerror or error}; choose a folder that can be written "
-            "and has room."
-        ) from error
-
-
 def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
     """Reads and checks `config.json`; with `cls`, it must be a config of that class.
 
@@ -71,7 +68,7 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
         raise CSDiffError(f"Adapter folder {path} does not exist; give a folder saved by `save_pretrained`.")
     if not path.is_dir():
         raise CSDiffError(f"{path} is a file; give the adapter folder (with {CONFIG}, *.safetensors and {METADATA}).")
-    config = read_json(path / CONFIG)
+    config = read_part(path / CONFIG)
     found = config.get("_class_name")
     if not isinstance(found, str):
         raise CSDiffError(f"{path / CONFIG} names no class (`_class_name`); it is not the config of an adapter.")
@@ -91,32 +88,61 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads and checks `csdiff.json` of an adapter folder."""
-    metadata = read_json(path / METADATA)
+    """Reads `csdiff.json` of an adapter folder and checks the types of what is read from it.
+
+    Raises:
+        CSDiffError: No file, no JSON object, of another kind, or an entry of another type (named).
+    """
+    metadata = read_part(path / METADATA)
     if metadata.get("format") != FORMAT or metadata.get("kind") != "adapter":
         raise CSDiffError(
             f'{path / METADATA} must say "format": {FORMAT} and "kind": "adapter"; found '
             f"{metadata.get('format')!r} and {metadata.get('kind')!r}."
         )
+    for name, expected in _TYPES.items():
+        part, _, key = name.rpartition(".")
+        value = (metadata.get(part) or {}).get(key) if part else metadata.get(key)
+        if value is not None and type(value) is not expected:
+            raise CSDiffError(
+                f"{path / METADATA}: {name} must be {_TYPE_NAMES[expected]}, found a {type(value).__name__}; copy or "
+                "save the adapter again."
+            )
     return metadata
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object, or raises a `CSDiffError` that names the file."""
-    if not file.is_file():
-        if (file.parent / "model_index.json").is_file():
-            raise CSDiffError(f"{file.parent} is a diffusers pipeline, not an adapter; a decoder goes to --decoder.")
-        raise CSDiffError(
-            f"Adapter folder {file.parent} is incomplete: {file.name} is missing; it needs {CONFIG}, *.safetensors "
-            f"and {METADATA}."
-        )
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise CSDiffError(f"{file} cannot be read as JSON ({error}); copy or save the adapter again.") from error
-    if not isinstance(content, dict):
-        raise CSDiffError(f"{file} must hold a JSON object, found {type(content).__name__}.")
-    return content
+def read_part(file: Path) -> dict[str, Any]:
+    """Reads a JSON file of an adapter folder.
+
+    Raises:
+        CSDiffError: No such file (and what the folder lacks, or is instead), or no JSON object in it.
+    """
+    if file.is_file():
+        return read_json(file)
+    if (file.parent / "model_index.json").is_file():
+        raise CSDiffError(f"{file.parent} is a diffusers pipeline, not an adapter; a decoder goes to --decoder.")
+    raise CSDiffError(
+        f"Adapter folder {file.parent} is incomplete: {file.name} is missing; it needs {CONFIG}, *.safetensors "
+        f"and {METADATA}."
+    )
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """The name of a weights file with a variant, as diffusers makes it: `model.fp16.safetensors`."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def variant_of(file: str) -> str | None:
+    """The variant in the name of a weights file, of a shard or an index too."""
+    return re.sub(r"^[^.]*(\.safetensors\.index)?|(-\d+-of-\d+)?\.(safetensors|json)$", "", file).strip(".") or None
+
+
+def find_variant(path: Path, variant: str | None = None, name: str = WEIGHTS) -> str | None:
+    """`variant`; without one, that of a folder which holds no other weights."""
+    if variant is None and path.is_dir():
+        found = {variant_of(file.name) for file in path.glob(f"{name.partition('.')[0]}*.safetensors")}
+        return found.pop() if len(found) == 1 else None
+    return variant
 
 
 def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) -> list[Path]:
@@ -125,10 +151,8 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
     Raises:
         CSDiffError: None there (and whether a pickle is there instead), or a shard is missing.
     """
-    stem = name.removesuffix(".safetensors")
-    suffix = f".{variant}" if variant else ""
-    index = path / f"{stem}.safetensors.index{suffix}.json"
-    single = path / f"{stem}{suffix}.safetensors"
+    index = path / with_variant(f"{name}.index.json", variant)
+    single = path / with_variant(name, variant)
     if single.is_file():
         return [single]
     if index.is_file():
@@ -140,86 +164,72 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
             if shard.parent != path or shard.suffix != ".safetensors" or not shard.is_file():
                 raise CSDiffError(f"{index} lists {shard.name!r}, which is not a safetensors file in {path}.")
         return shards
+    others = sorted(file.name for file in path.glob(f"{name.partition('.')[0]}*.safetensors"))
     pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICKLE_SUFFIXES)
-    if pickles:
-        raise CSDiffError(
-            f"{path} holds {pickles[0]}, a pickle, where {single.name} is expected; pickles are never loaded, "
-            "because they can run code: ask for safetensors."
-        )
-    raise CSDiffError(f"Adapter folder {path} is incomplete: {single.name} is missing.")
+    found = f"; there is {others[0]}, of another `variant`" if others else ""
+    if pickles and not others:
+        found = f"; {pickles[0]} is a pickle, which can run code and is never loaded: ask for safetensors"
+    raise CSDiffError(f"Adapter folder {path} is incomplete: {single.name} is missing{found}.")
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor names to `{"dtype", "shape", "data_offsets"}`, from a safetensors header that agrees with the file size.
-
-    Raises:
-        CSDiffError: A pickle or zip archive by content, something else, or a truncated file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not (2 <= length <= 100_000_000 and stream.read(1) == b"{"):
-            stream.seek(0)
-            start = stream.read(512)
-            # Zip archives (torch.save), pickles by protocol mark, tar archives (oldest torch.save).
-            if start[:2] == b"PK" or start[:1] == b"\x80" or b"ustar" in start:
-                raise CSDiffError(
-                    f"{file} is a pickle or an archive, expected safetensors; pickles are never loaded, because they "
-                    "can run code: ask for safetensors."
-                )
-            raise CSDiffError(f"{file} is not a safetensors file ({size} bytes, no header); copy it again.")
-        if 8 + length > size:
-            raise CSDiffError(
-                f"{file} is truncated: its header takes {8 + length} bytes, found {size}; copy it again."
-            )
-        stream.seek(8)
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes_known = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise CSDiffError(f"{file} has a damaged safetensors header; copy it again.") from error
-    if not shapes_known or end != size:
-        state = "truncated" if end > size else "damaged"
-        raise CSDiffError(f"{file} is {state}: its header promises {end} bytes, found {size}; copy it again.")
-    return header
+def read_header(files: list[Path]) -> Header:
+    """Dtype, shape and file of every tensor in safetensors files; no tensor is read."""
+    return {name: (*entry, file) for file in files for name, entry in read_safetensors_header(file).items()}
 
 
-def check_weights(path: Path, cls: type, config: dict[str, Any], variant: str | None = None) -> None:
+def check_weights(path: Path, cls: type, config: dict[str, Any], found: Header) -> None:
     """Compares the tensors of the weight files with those the config asks for, without loading any.
 
     Raises:
         CSDiffError: A config the class refuses, or tensors missing, left over, of another shape or dtype.
     """
-    files = weight_files(path, variant)
-    found = {name: (entry, file) for file in files for name, entry in read_header(file).items()}
+    import torch
+
+    # Every layer has a tensor: a config that asks for more would take minutes to build, even without memory.
+    layers = config.get("num_layers")
+    if isinstance(layers, int) and layers > len(found):
+        raise CSDiffError(
+            f"{path / CONFIG} asks for {layers} layers, but its weights hold {len(found)} tensors in all; copy both "
+            "files from one adapter."
+        )
     try:
         with torch.device("meta"):
             expected = cls.from_config(dict(config)).state_dict()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CSDiffError(f"{path / CONFIG} does not describe a {cls.__name__}: {error}") from error
-    compare_tensors(files[0], {name: tuple(t.shape) for name, t in expected.items()}, found)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise CSDiffError(f"{path / CONFIG} does not describe a {cls.__name__}: {reason}") from error
+    compare_tensors(path, expected, found)
 
 
-def compare_tensors(file: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[dict, Path]]) -> None:
-    """Raises a `CSDiffError` that names the first differences between expected shapes and found header entries."""
+def compare_tensors(path: Path, expected: dict[str, Tensor], found: Header) -> None:
+    """Raises a `CSDiffError` that names the first difference between expected tensors and those in the files."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
-        raise CSDiffError(f"{file} lacks {len(missing)} of {len(expected)} tensors, among them {missing[:3]}.")
+        raise CSDiffError(f"The weights in {path} lack {missing[:3]}, {len(missing)} of {len(expected)} tensors.")
     if extra:
-        raise CSDiffError(f"{file} has {len(extra)} tensors that its config does not ask for, among them {extra[:3]}.")
-    for name, shape in expected.items():
-        entry, where = found[name]
-        if tuple(entry["shape"]) != shape:
-            raise CSDiffError(f"{where}: tensor {name} must have shape {shape}, found {tuple(entry['shape'])}.")
-        if entry["dtype"] not in _DTYPES:
-            raise CSDiffError(f"{where}: tensor {name} must hold floats {sorted(_DTYPES)}, found {entry['dtype']}.")
+        raise CSDiffError(
+            f"The weights in {path} have {extra[:3]}, {len(extra)} tensors that {CONFIG} has no use for."
+        )
+    for name, tensor in expected.items():
+        dtype, shape, file = found[name]
+        if shape != tuple(tensor.shape) or dtype not in _FLOATS:
+            raise CSDiffError(
+                f"{file}: tensor {name} must hold floats of shape {list(tensor.shape)}, found {dtype}, {list(shape)}."
+            )
 
 
-def check_finite(path: Path, adapter: torch.nn.Module) -> None:
-    """Raises a `CSDiffError` when a tensor of the adapter holds NaN or infinity."""
-    for name, tensor in adapter.state_dict().items():
-        if not tensor.is_meta and not tensor.isfinite().all():
+def check_values(path: Path, tensors: dict[str, Tensor], found: Header | None = None) -> None:
+    """Raises a `CSDiffError` that names file and tensor when a value is not finite, or a deviation not positive."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        file = found[name][2] if found and name in found else path
+        if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
-            raise CSDiffError(f"{path}: tensor {name} holds {count} values that are NaN or infinite; train again.")
+            raise CSDiffError(f"{file}: tensor {name} holds {count} values that are NaN or infinite; train again.")
+        if name in ("clip_std", "text_std") and not (tensor > 0).all():
+            count = int((tensor <= 0).sum())
+            raise CSDiffError(
+                f"{file}: tensor {name} holds {count} deviations that are zero or negative, where all must be "
+                "positive; set them by `set_statistics` and save the adapter again."
+            )

@@ -1,30 +1,29 @@
 """Adapters on the Hugging Face Hub: an adapter-only repository is an adapter folder."""
 
+from __future__ import annotations
+
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from csdiff.errors import CSDiffError
 from csdiff.hub import unreachable
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_FILES = ["*.json", "*.safetensors", "README.md"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ("*.json", "*.safetensors", "README.md")
 
 
-def locate(
-    name_or_path: str | os.PathLike,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool | None = False,
-    force_download: bool = False,
-) -> Path:
+def locate(name_or_path: str | os.PathLike, *, subfolder: str | None = None, **options: Any) -> Path:
     """The folder of an adapter: a local one as it is, a Hub repository's downloaded snapshot.
+
+    Args:
+        name_or_path: A folder, or `"owner/name"`.
+        subfolder: Of either.
+        **options: `OPTIONS`, as `huggingface_hub.snapshot_download` takes them.
 
     Raises:
         CSDiffError: Neither a folder here nor a repository that can be reached.
@@ -32,41 +31,46 @@ def locate(
     path = Path(name_or_path)
     is_id = isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) is not None
     # `runs/adapter` looks like an id too: where `runs` is a folder here, a missing `adapter` is meant.
-    if path.exists() or not is_id or path.parent.is_dir():
-        return path / subfolder if subfolder else path
+    if not path.exists() and is_id and not path.parent.is_dir():
+        from huggingface_hub import snapshot_download
 
-    from huggingface_hub import snapshot_download
-
-    silent = None if local_files_only else unreachable()
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        snapshot = snapshot_download(
-            name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=bool(local_files_only or silent),
-            force_download=force_download,
-            allow_patterns=[prefix + pattern for pattern in _FILES],
-        )
-    except Exception as error:
-        raise CSDiffError(
-            f"Adapter {name_or_path!r} is no folder here, and could not be fetched from the Hub "
-            f"({silent or _reason(error)}); check the name, or fetch it once while online."
-        ) from error
-    return Path(snapshot) / subfolder if subfolder else Path(snapshot)
+        silent = None if options.get("local_files_only") else unreachable()
+        options["local_files_only"] = bool(options.get("local_files_only") or silent)
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
+        try:
+            path = Path(snapshot_download(name_or_path, allow_patterns=patterns, **options))
+        # every reason (no network, no such repository, no permission) has one cure
+        except Exception as error:
+            raise CSDiffError(
+                f"Adapter {name_or_path!r} is no folder here, and could not be fetched from the Hub "
+                f"({silent or _reason(error)}); check the name, or fetch it once while online."
+            ) from error
+    return path / subfolder if subfolder else path
 
 
-def push(adapter: Any, repo_id: str, *, commit_message, private, token, create_pr, variant, subfolder, **save) -> str:
-    """Saves `adapter` to a temporary folder, creates `repo_id` where it does not exist, and commits the folder."""
+def push(
+    repo_id: str,
+    save: Callable[[Path], object],
+    *,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    """Has `save` fill a temporary folder, creates `repo_id` where it does not exist, and commits the folder.
+
+    Raises:
+        CSDiffError: The Hub cannot be reached or refuses.
+    """
     from huggingface_hub import create_repo, upload_folder
 
     with tempfile.TemporaryDirectory() as directory:
-        aside = Path(directory) / "adapter"
-        adapter.save_pretrained(aside, variant=variant, card_location=repo_id, **save)
+        aside = Path(directory) / "folder"
+        save(aside)
         try:
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            commit = upload_folder(
+            return upload_folder(
                 repo_id=repo_id,
                 folder_path=aside,
                 path_in_repo=subfolder,
@@ -76,10 +80,9 @@ def push(adapter: Any, repo_id: str, *, commit_message, private, token, create_p
             )
         except Exception as error:
             raise CSDiffError(
-                f"The adapter could not be pushed to {repo_id!r} ({_reason(error)}); check the network, the name and "
+                f"The folder could not be pushed to {repo_id!r} ({_reason(error)}); check the network, the name and "
                 "the token (`hf auth login`)."
             ) from error
-    return commit
 
 
 def _reason(error: Exception) -> str:

@@ -164,24 +164,37 @@ def _accumulate(data, holdout, batch_size):
 def _best_penalty(fitted: PairedMoments, held: PairedMoments, penalties: Sequence[float]) -> float:
     if held.count == 0:
         return float(sorted(penalties)[len(penalties) // 2])
-    values, vectors = torch.linalg.eigh(fitted.cov_xx)
-    projected = vectors.T @ fitted.cov_xy
     errors = {}
     for penalty in penalties:
-        weight = (vectors @ (projected / (values.clamp_min(0) + penalty * values.mean())[:, None])).T
+        weight = ridge(fitted.cov_xx, fitted.cov_xy, penalty).T
         errors[float(penalty)] = held.squared_error(weight, fitted.mean_y - weight @ fitted.mean_x)
     return min(errors, key=errors.get)
 
 
+def ridge(cov_xx: Tensor, cov_xy: Tensor, penalty: float) -> Tensor:
+    """Ridge regression in closed form, `(Cxx + penalty * mean(diag Cxx) I)^-1 Cxy`.
+
+    Args:
+        cov_xx: Covariance (Dt, Dt) of the centred inputs `x`, or their products `x^T x`: any common factor cancels.
+        cov_xy: The same with the centred targets, (Dt, D).
+        penalty: Relative to the mean variance of the inputs.
+
+    Returns:
+        `(Dt, D)`: the prediction of a centred row is `x @ weight`.
+
+    Source: Hoerl and Kennard 1970.
+    """
+    scale = (penalty * cov_xx.diagonal().mean()).clamp_min(torch.finfo(cov_xx.dtype).tiny)
+    return torch.linalg.solve(cov_xx + scale * torch.eye(len(cov_xx)).to(cov_xx), cov_xy)
+
+
 def _solve(moments: PairedMoments, method: str, penalty: float | None) -> tuple[Tensor, Tensor]:
-    text_dim, image_dim = moments.cov_xy.shape
     if method == "mean_shift":
-        weight = torch.eye(image_dim).double()
+        weight = torch.eye(len(moments.mean_y)).double()
     elif method == "whiten":
         weight = torch.diag(_deviations(moments.cov_yy) / _deviations(moments.cov_xx).clamp_min(1e-12))
     elif method == "ridge":
-        ridge = penalty * moments.cov_xx.diagonal().mean() * torch.eye(text_dim).double()
-        weight = torch.linalg.solve(moments.cov_xx + ridge, moments.cov_xy).T
+        weight = ridge(moments.cov_xx, moments.cov_xy, penalty).T
     elif method == "procrustes":
         left, _, right = torch.linalg.svd(moments.cov_xy.T, full_matrices=False)
         weight = left @ right

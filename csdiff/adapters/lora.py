@@ -1,20 +1,24 @@
 """Low-rank adaptation of the text encoder itself: its projected text embedding becomes the image embedding."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up here when it reloads a pipeline
 from diffusers.configuration_utils import register_to_config
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
 from csdiff.adapters import folder
 from csdiff.adapters.base import Adapter
-from csdiff.adapters.checks import check_dropout, require_positive
 from csdiff.adapters.linear import LinearAdapter
+from csdiff.embeddings.encoders import encoder_files, find_encoder, load_weights
 from csdiff.errors import CSDiffError
+from csdiff.files import absolute
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -67,15 +71,15 @@ class LoRAAdapter(Adapter):
         base_model: nn.Module | None = None,
     ):
         super().__init__()
-        from peft import LoraConfig, get_peft_model
-
         text_dim = self._init_contract(embedding_dim, text_dim)
-        require_positive(rank=rank)
-        check_dropout(dropout)
         target_modules = list(target_modules)
-        self._record(target_modules=target_modules)
+        # Where it is from any directory.
+        text_encoder = str(absolute(text_encoder)) if Path(text_encoder).is_dir() else text_encoder
+        self._record(target_modules=target_modules, text_encoder=text_encoder)
         if base_model is None:
-            base_model = _load_text_encoder(text_encoder)
+            # float32 whatever the folder holds: updates of half-precision weights would be lost in their rounding
+            files = encoder_files(text_encoder, "text")
+            base_model = load_weights(CLIPTextModelWithProjection, files, text_encoder, None, torch.float32)
         found = base_model.config.projection_dim
         if not found == embedding_dim == text_dim:
             raise CSDiffError(
@@ -84,7 +88,10 @@ class LoRAAdapter(Adapter):
             )
         check_targets(base_model, target_modules, text_encoder)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none")
-        self.peft_model = get_peft_model(base_model, config)
+        with warnings.catch_warnings():
+            # PEFT reads an attribute that transformers renames.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.peft_model = get_peft_model(base_model, config)
         self.peft_model.peft_config["default"].base_model_name_or_path = text_encoder
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_allow_frozen_missing)
@@ -114,9 +121,12 @@ class LoRAAdapter(Adapter):
         output = self.peft_model(input_ids=input_ids, attention_mask=attention_mask)
         return output.text_embeds, output.last_hidden_state
 
-    def embed_input_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids (B, L) to raw image embeddings (B, D); differentiable with respect to the LoRA weights."""
-        return self.embed(self.encode(input_ids, attention_mask)[0])
+    def embed_input_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Token ids (B, L) to raw image embeddings (B, D); differentiable with respect to the LoRA weights.
+
+        `options` are `spread` and `generator` of `embed`.
+        """
+        return self.embed(self.encode(input_ids, attention_mask)[0], **options)
 
     def predict(
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
@@ -141,44 +151,35 @@ class LoRAAdapter(Adapter):
             "image_embeds = adapter.embed_input_ids(input_ids)",
         ]
 
-    def _write_folder(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
-        from accelerate.utils.modeling import convert_file_size_to_int
-        from safetensors.torch import save_file
-
-        _refuse_variant(variant)
-        size = sum(p.numel() * p.element_size() for n, p in self.named_parameters() if ".lora_" in n)
-        if size > convert_file_size_to_int(max_shard_size):
-            raise CSDiffError(
-                f"max_shard_size: a LoRA adapter is one PEFT file, here of {size} bytes, found {max_shard_size!r}; "
-                "leave it at its default."
-            )
+    def _write_weights(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
         self.peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+        (directory / PEFT_WEIGHTS).rename(directory / folder.with_variant(PEFT_WEIGHTS, variant))
         self.save_config(directory)
         statistics = {name: getattr(self, name).contiguous() for name in self._STATISTICS}
-        save_file(statistics, directory / folder.WEIGHTS, metadata={"format": "pt"})
+        save_file(statistics, directory / folder.with_variant(folder.WEIGHTS, variant), metadata={"format": "pt"})
 
     @classmethod
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]):
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-        _refuse_variant(options.get("variant"))
+        variant = options.get("variant")
         values = {name: value for name, value in config.items() if not name.startswith("_")}
-        statistics_file, peft_file = (folder.weight_files(path, name=n)[0] for n in (folder.WEIGHTS, PEFT_WEIGHTS))
-        headers = {file: folder.read_header(file) for file in (statistics_file, peft_file)}
-        _check_peft_config(path, values)
+        files = [folder.weight_files(path, variant, name)[0] for name in (folder.WEIGHTS, PEFT_WEIGHTS)]
+        found = [folder.read_header([file]) for file in files]
+        _check_peft_config(path, values, found[1])
+        if options.get("base_model") is None:
+            find_encoder({"id": values.get("text_encoder")}, "text", of=f"the adapter {path}")
         try:
             adapter = cls(**values, base_model=options.get("base_model"))
         except TypeError as error:
             raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {error}") from error
         lora = get_peft_model_state_dict(adapter.peft_model, save_embedding_layers=False)
         statistics = {name: getattr(adapter, name) for name in cls._STATISTICS}
-        for file, expected in ((statistics_file, statistics), (peft_file, lora)):
-            shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-            folder.compare_tensors(file, shapes, {name: (entry, file) for name, entry in headers[file].items()})
-        set_peft_model_state_dict(adapter.peft_model, load_file(peft_file))
-        adapter.load_state_dict(load_file(statistics_file), strict=False)
-        if options.get("torch_dtype") is not None:
-            nn.Module.to(adapter, options["torch_dtype"])
+        for file, header, expected in zip(files, found, (statistics, lora), strict=True):
+            folder.compare_tensors(path, expected, header)
+            folder.check_values(path, load_file(file), header)
+        set_peft_model_state_dict(adapter.peft_model, load_file(files[1]))
+        adapter.load_state_dict(load_file(files[0]), strict=False)
+        for dtype in filter(None, (options.get("dtype"), options.get("torch_dtype"))):
+            nn.Module.to(adapter, dtype)
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return adapter.eval(), info
 
@@ -194,37 +195,24 @@ def check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> N
         )
 
 
-def _refuse_variant(variant: str | None) -> None:
-    if variant is not None:
-        raise CSDiffError(
-            f"variant: a LoRA adapter has the file names that PEFT knows ({PEFT_WEIGHTS}), found {variant!r}; use a "
-            "folder for each variant."
+def _check_peft_config(path: Path, values: dict[str, Any], weights: folder.Header) -> None:
+    """Refuses files of two adapters in one folder, before a rank of thousands takes the memory it asks for."""
+    peft_config = folder.read_part(path / PEFT_CONFIG)
+    found, expected = (
+        {"rank": rank, "target_modules": sorted(map(str, targets)) if isinstance(targets, list) else targets}
+        for rank, targets in (
+            (peft_config.get("r"), peft_config.get("target_modules")),
+            (values.get("rank"), values.get("target_modules")),
         )
-
-
-def _check_peft_config(path: Path, values: dict[str, Any]) -> None:
-    peft_config = folder.read_json(path / PEFT_CONFIG)
-    found = {"rank": peft_config.get("r"), "target_modules": sorted(peft_config.get("target_modules") or [])}
-    expected = {"rank": values.get("rank"), "target_modules": sorted(values.get("target_modules") or [])}
+    )
     if peft_config.get("peft_type") != "LORA" or found != expected:
         raise CSDiffError(
             f"{path / PEFT_CONFIG} must be a LORA config with {expected} as in {folder.CONFIG}, found "
             f"{peft_config.get('peft_type')} with {found}; save the adapter again."
         )
-
-
-def _load_text_encoder(name: str) -> nn.Module:
-    from transformers import CLIPTextModelWithProjection
-
-    from csdiff.embeddings import resolve_encoder
-
-    try:
-        return CLIPTextModelWithProjection.from_pretrained(
-            resolve_encoder(name), dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CSDiffError(f"Text encoder {name!r} of the LoRA adapter could not be loaded: {reason}") from error
+    ranks = {shape[0] for name, (_, shape, _) in weights.items() if ".lora_A." in name}
+    if ranks != {expected["rank"]}:
+        raise CSDiffError(f"{path / PEFT_CONFIG} has rank {expected['rank']}, the weights beside it {sorted(ranks)}.")
 
 
 def _is_frozen(name: str) -> bool:

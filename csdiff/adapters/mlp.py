@@ -6,7 +6,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from csdiff.adapters.base import Adapter
-from csdiff.adapters.checks import check_dropout, require_positive
 from csdiff.adapters.linear import LinearAdapter
 
 
@@ -60,8 +59,6 @@ class MLPAdapter(Adapter):
         super().__init__()
         text_dim = self._init_contract(embedding_dim, text_dim)
         width = embedding_dim if width is None else width
-        require_positive(width=width, num_layers=num_layers, expansion=expansion)
-        check_dropout(dropout)
 
         self.skip = nn.Linear(text_dim, embedding_dim)
         self.proj_in = nn.Linear(text_dim, width)

@@ -1,5 +1,7 @@
 """Saving adapters to folders, loading them back, and the Hub."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
@@ -9,7 +11,9 @@ import torch
 
 from csdiff.adapters import folder, hub
 from csdiff.adapters.card import model_card
+from csdiff.embeddings.encoders import find_encoder
 from csdiff.errors import CSDiffError
+from csdiff.files import writing_folder
 
 
 class Persistent:
@@ -17,7 +21,7 @@ class Persistent:
 
     metadata: dict[str, Any]
 
-    def _write_folder(self, directory: os.PathLike, max_shard_size: int | str, variant: str | None) -> None:
+    def _write_weights(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
         super().save_pretrained(directory, max_shard_size=max_shard_size, variant=variant)
 
     def save_pretrained(
@@ -35,6 +39,7 @@ class Persistent:
 
         Everything is written aside first and moved into place when whole, so that an interrupted save leaves what was
         there before. Arguments are those of diffusers' `ModelMixin.save_pretrained`; only the main process writes.
+        Weights of other variants in the folder stay.
 
         Raises:
             CSDiffError: The folder cannot be written, or `safe_serialization=False` (no pickle is ever written).
@@ -43,74 +48,85 @@ class Persistent:
             raise CSDiffError("Adapters are saved as safetensors only; leave `safe_serialization` at True.")
         if not is_main_process:
             return
+        target, location = Path(save_directory), kwargs.pop("card_location", ".")
+        if target.exists() and not target.is_dir():
+            raise CSDiffError(f"Cannot save the adapter to {target}: it is a file; name a folder.")
         metadata = folder.complete_metadata(self.metadata)
-        with folder.written_whole(save_directory) as aside:
-            self._write_folder(aside, max_shard_size, variant)
-            (aside / folder.METADATA).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", "utf-8")
-            (aside / folder.CARD).write_text(model_card(self, metadata, kwargs.pop("card_location", ".")), "utf-8")
+        try:
+            with writing_folder(target, lambda name: folder.variant_of(name) == variant) as aside:
+                self._write_weights(aside, max_shard_size, variant)
+                (aside / folder.METADATA).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", "utf-8")
+                (aside / folder.CARD).write_text(model_card(self, metadata, location), "utf-8")
+        except OSError as error:
+            raise CSDiffError(
+                f"Cannot save the adapter to {target}: {error.strerror or error}; choose a folder that can be written "
+                "and has room."
+            ) from error
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(repo_id, variant=variant, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", target.resolve().name), variant=variant, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, variant: str | None = None, **options: Any) -> str:
         """Creates the repository `repo_id` if need be and commits the adapter folder to it; returns the commit's URL.
 
+        Args:
+            repo_id (`str`): `"owner/name"`.
+            variant (`str`, *optional*): As in `save_pretrained`.
+            **options: `commit_message`, `private`, `token`, `create_pr` and `subfolder`, as in diffusers.
+
         Raises:
-            CSDiffError: The Hub cannot be reached or refuses.
+            CSDiffError: The Hub cannot be reached or refuses, or `safe_serialization=False`.
         """
+        save = {"safe_serialization": options.pop("safe_serialization", True), "variant": variant}
         return hub.push(
-            self,
             repo_id,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            private=private,
-            token=token,
-            create_pr=create_pr,
-            variant=variant,
-            subfolder=subfolder,
-            safe_serialization=safe_serialization,
+            lambda aside: self.save_pretrained(aside, card_location=repo_id, **save),
+            **{"commit_message": f"Upload {type(self).__name__}", **options},
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "Persistent":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Persistent:
         """Loads an adapter folder, or a repository of the Hub by its id. Nothing in it is executed.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"owner/name"`.
-            **kwargs: `torch_dtype` of the weights (the statistics stay float32); `subfolder`, `variant`, `revision`,
-                `token`, `cache_dir`, `local_files_only`, `force_download`, `device_map`, `output_loading_info` as in
-                diffusers' `ModelMixin.from_pretrained`.
+            **kwargs: `text_encoder` and `image_encoder`, where the encoders that `csdiff.json` names went: a folder, a
+                Hub id, or a preset's name; `dtype` (or `torch_dtype`) of the weights, float32 by default (the
+                statistics stay float32); `subfolder`, `variant`, `revision`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`, `device_map`, `output_loading_info` as in diffusers'
+                `ModelMixin.from_pretrained`. A folder that holds one variant alone needs no `variant`.
 
         Raises:
-            CSDiffError: A missing or incomplete folder, a pickle, a truncated file, a config of another class,
-                tensors missing, left over or of another shape, weights that are not finite.
+            CSDiffError: A missing or incomplete folder, a pickle, a truncated file, a config of another class, entries
+                of `csdiff.json` of another type, tensors missing, left over or of another shape, weights that are not
+                finite, deviations that are not positive, an encoder with other weights than the adapter's.
         """
         hub_options = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
         path = hub.locate(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **hub_options)
         config = folder.read_config(path, cls)
         metadata = folder.read_metadata(path)
+        for tower in ("text", "image"):
+            given = kwargs.pop(f"{tower}_encoder", None)
+            if given is not None:
+                known = find_encoder(metadata.get(f"{tower}_encoder"), tower, given, f"the adapter {path}")
+                metadata[f"{tower}_encoder"] = known
+                if f"{tower}_encoder" in config:
+                    config[f"{tower}_encoder"] = known["id"]
+        kwargs["variant"] = folder.find_variant(path, kwargs.get("variant"))
         adapter, info = cls._load_folder(path, config, kwargs)
-        folder.check_finite(path, adapter)
         adapter.metadata = metadata
         adapter.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return (adapter, info) if kwargs.get("output_loading_info") else adapter
 
     @classmethod
-    def _load_folder(cls, path, config: dict[str, Any], options: dict[str, Any]):
+    def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]) -> tuple[Persistent, dict]:
         """Builds the adapter from a folder whose config is checked; returns it with diffusers' loading info."""
-        folder.check_weights(path, cls, config, options.get("variant"))
-        dtype = options.get("torch_dtype")
-        options = {k: v for k, v in options.items() if k not in ("torch_dtype", "use_safetensors", "use_flashpack")}
-        options["output_loading_info"] = True
+        found = folder.read_header(folder.weight_files(path, options["variant"]))
+        folder.check_weights(path, cls, config, found)
+        dtypes = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
+        options = {k: v for k, v in options.items() if k not in ("use_safetensors", "use_flashpack")}
         # Loaded in float32 and cast here, where `_apply` keeps the statistics exact.
-        adapter, info = super().from_pretrained(path, use_safetensors=True, **options)
-        return (adapter if dtype is None else torch.nn.Module.to(adapter, dtype)), info
+        adapter, info = super().from_pretrained(path, use_safetensors=True, **{**options, "output_loading_info": True})
+        folder.check_values(path, adapter.state_dict(), found)
+        for dtype in filter(None, dtypes):
+            torch.nn.Module.to(adapter, dtype)
+        return adapter, info

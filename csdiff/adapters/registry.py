@@ -1,26 +1,44 @@
-"""The adapters by name, and loading any of them from a folder."""
+"""The adapters by name, and loading any of them from a folder. Names alone are known without importing torch."""
 
+from __future__ import annotations
+
+import importlib
 import inspect
 import os
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from csdiff.adapters import folder, hub
-from csdiff.adapters.base import Adapter
-from csdiff.adapters.diffusion import DiffusionAdapter
-from csdiff.adapters.linear import LinearAdapter
-from csdiff.adapters.lora import LoRAAdapter
-from csdiff.adapters.mlp import MLPAdapter
-from csdiff.adapters.transformer import TransformerAdapter
 from csdiff.errors import CSDiffError
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "mlp": MLPAdapter,
-    "transformer": TransformerAdapter,
-    "linear": LinearAdapter,
-    "lora": LoRAAdapter,
-    "diffusion": DiffusionAdapter,
+if TYPE_CHECKING:
+    from csdiff.adapters.base import Adapter
+
+# One line an adapter: this makes it known to training, loading, the command line and the shared tests.
+PLACES = {
+    "mlp": "mlp:MLPAdapter",
+    "transformer": "transformer:TransformerAdapter",
+    "linear": "linear:LinearAdapter",
+    "lora": "lora:LoRAAdapter",
+    "diffusion": "diffusion:DiffusionAdapter",
 }
-"""Adapter classes by name. Adding one here makes it known to training, loading and the shared tests."""
+CLASS_NAMES = {place.partition(":")[2]: name for name, place in PLACES.items()}
+"""Names by the class that `config.json` states."""
+
+
+class _Adapters(Mapping[str, "type[Adapter]"]):
+    def __getitem__(self, name: str) -> type[Adapter]:
+        module, _, cls = PLACES[name].partition(":")
+        return getattr(importlib.import_module(f"csdiff.adapters.{module}"), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+
+ADAPTERS = _Adapters()
+"""Adapter classes by name; a class is imported when it is asked for."""
 
 
 def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None, **options: Any) -> Adapter:
@@ -30,11 +48,11 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
     Raises:
         CSDiffError: An unknown name or option (the known ones are listed), or a value the class refuses.
     """
-    if name not in ADAPTERS:
-        raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(ADAPTERS)}.")
+    if name not in PLACES:
+        raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(PLACES)}.")
     cls = ADAPTERS[name]
     known = list(inspect.signature(cls.__init__).parameters)[1:]
-    preset = options.pop("preset", None) if cls is TransformerAdapter else None
+    preset = options.pop("preset", None) if hasattr(cls, "from_preset") else None
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}.")
@@ -55,13 +73,14 @@ class AutoAdapter:
         Raises:
             CSDiffError: As `Adapter.from_pretrained`, and when the config names a class that is not an adapter here.
         """
+        from csdiff.adapters import folder, hub
+
         where = {name: kwargs.pop(name) for name in ("subfolder", *hub.OPTIONS) if name in kwargs}
         path = hub.locate(pretrained_model_name_or_path, **where)
         found = folder.read_config(path)["_class_name"]
-        by_class = {cls.__name__: cls for cls in ADAPTERS.values()}
-        if found not in by_class:
+        if found not in CLASS_NAMES:
             raise CSDiffError(
-                f"{path / folder.CONFIG} is the config of {found}, expected one of {', '.join(by_class)}; "
+                f"{path / folder.CONFIG} is the config of {found}, expected one of {', '.join(CLASS_NAMES)}; "
                 "give the folder of a csdiff adapter."
             )
-        return by_class[found].from_pretrained(path, **kwargs)
+        return ADAPTERS[CLASS_NAMES[found]].from_pretrained(path, **kwargs)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csdiff.adapters.base import Adapter
-from csdiff.adapters.checks import check_dropout, require_positive, require_states
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.errors import CSDiffError
 
@@ -109,14 +108,6 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         text_dim = self._init_contract(embedding_dim, text_dim)
         states_dim = text_dim if states_dim is None else states_dim
         self._record(states_dim=states_dim)
-        require_positive(
-            states_dim=states_dim,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            num_embeddings=num_embeddings,
-        )
-        check_dropout(dropout)
         width = num_attention_heads * attention_head_dim
 
         self.encoder_hidden_states_proj = nn.Linear(states_dim, width)
@@ -172,7 +163,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
     ) -> Tensor:
         """The last block's output (B, l + 3, width), for the l text states that are not padding in every row."""
-        text_states = require_states(text_states, self.config.states_dim, type(self).__name__)
+        text_states = self._check_states(text_states)
         if text_states.shape[1] > self.config.num_embeddings:
             raise CSDiffError(
                 f"{type(self).__name__} takes at most {self.config.num_embeddings} text tokens, found "
@@ -181,8 +172,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         text_states, text_mask = self._without_padding(text_states, text_mask)
         start = text
         if self.config.noise_token:
-            shape = (len(text), self.config.embedding_dim)
-            start = torch.randn(shape, dtype=text.dtype, device=text.device) if latents is None else latents
+            start = self._noise(text, None) if latents is None else latents
         hidden_states = torch.cat(
             [
                 self.encoder_hidden_states_proj(text_states.to(self.dtype)),
@@ -232,20 +222,6 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         oneself = torch.eye(length, dtype=torch.bool, device=seen.device)
         return (causal & (seen | oneself))[:, None]
 
-    def embed(
-        self,
-        text_embeds: Tensor,
-        text_states: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """As `Adapter.embed`; with a noise token, `generator` draws the noise (one sample a row)."""
-        self._check_text(text_embeds)
-        noise = self._noise(text_embeds, generator)
-        whitened = self(noise, 0, text_embeds, text_states, text_mask).predicted_image_embedding
-        return self.post_process_latents(whitened)
-
     def embed_with_tokens(
         self,
         text_embeds: Tensor,
@@ -263,7 +239,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         """
         self._check_text(text_embeds)
         text = self._whiten_text(text_embeds)
-        states = self._last_states(text, text_states, text_mask, self._noise(text_embeds))
+        noise = self._noise(text_embeds, None) if self.samples else None
+        states = self._last_states(text, text_states, text_mask, noise)
         expected = (*text_states.shape[:2], self.config.text_dim)
         if token_embeds.shape != expected:
             raise CSDiffError(
@@ -276,13 +253,6 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         embeds, tokens = map(self.post_process_latents, whitened)
         # Columns that were cut come back, so that micro-batches of other lengths can be joined.
         return embeds, F.pad(tokens, (0, 0, 0, expected[1] - length))
-
-    def _noise(self, text_embeds: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        if not self.config.noise_token:
-            return None
-        device = text_embeds.device if generator is None else generator.device
-        noise = torch.randn(len(text_embeds), self.config.embedding_dim, generator=generator, device=device)
-        return noise.to(text_embeds.device)
 
     @torch.no_grad()
     def init_from(self, linear: LinearAdapter) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, check_same_encoder, weights_sha256
 from csdiff.errors import CSDiffError
+from csdiff.files import absolute
 from csdiff.hub import unreachable
 from csdiff.resources import assets_dir
 
@@ -129,6 +131,51 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
             f"{id}: expected a model folder with config.json, found none in {folder}; check the {tower} encoder."
         )
     return EncoderFiles(folder, folder, commit)
+
+
+def find_encoder(known: dict | None, tower: Tower, given: str | Path | None = None, of: str = "the adapter") -> dict:
+    """Where an encoder is that a `csdiff.json` names; what the user names instead must have the same weights.
+
+    A record comes from whoever made the folder. So a hub repository that only the record names is not fetched, unless
+    it is one of the published encoders: it must be here already, or be named by the user.
+
+    Args:
+        known: The encoder's part of a `csdiff.json`: `{"id", "revision", "weights_sha256", ...}`.
+        tower: "text" or "image".
+        given: The folder or hub id the user names, e.g. of an encoder that has moved.
+        of: Whose record it is, for the message.
+
+    Returns:
+        `known`, with "id" (of a folder, its absolute path), "revision" and "weights_sha256" of what the user names.
+
+    Raises:
+        CSDiffError: Nothing known and nothing given, nothing there, or another encoder than the one known.
+    """
+    known, option = known or {}, f"name it with --{tower}_encoder (in Python {tower}_encoder=)"
+    if given is not None:
+        files = encoder_files(given, tower)
+        id = str(absolute(given)) if Path(given).is_dir() else str(given)
+        found = {"id": id, "revision": files.revision, "weights_sha256": weights_sha256(files.model, tower)}
+        check_same_encoder(known, found, tower, of, str(given))
+        return {**known, **found}
+    id = known.get("id")
+    if not id:
+        raise CSDiffError(f"{of} names no {tower} encoder; {option}.")
+    if Path(resolve_encoder(id)).is_dir() or any(id in names[tower] for names in PUBLISHED.values()):
+        return known
+    if not HUB_ID.fullmatch(id):
+        raise CSDiffError(f"{of} names the {tower} encoder {id}, which is no folder here; {option} where it is now.")
+    from huggingface_hub import try_to_load_from_cache
+
+    if not any(
+        isinstance(try_to_load_from_cache(id, file, revision=known.get("revision")), str)
+        for file in ("config.json", "model_index.json")
+    ):
+        raise CSDiffError(
+            f"{of} names the {tower} encoder {id}, which is none of the published ones and not on this machine; to "
+            f"have it fetched from the hub, {option}."
+        )
+    return known
 
 
 @contextmanager

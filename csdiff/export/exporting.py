@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from csdiff.adapters.base import Adapter
-from csdiff.adapters.folder import check_finite
+from csdiff.adapters.folder import check_values
 from csdiff.errors import CSDiffError
 from csdiff.export import sources
 from csdiff.export.config import ExportConfig
-from csdiff.files import writing_folder
 from csdiff.pipelines.decoders import resolve_decoder
 from csdiff.pipelines.pairing import AdapterCard
+from csdiff.training.checkpoint import write_folder
 from csdiff.training.run_folder import CONFIG_NAME
 
 DTYPES = {
@@ -77,8 +77,7 @@ def export(config: ExportConfig) -> ExportResult:
     else:
         write, push = _pipeline_writer(config, adapter, dtype, Path(output or config.push_to_hub))
     if output is not None:
-        with writing_folder(output, whole=True) as aside:
-            write(aside)
+        write_folder(output, write)
     url = None
     if config.push_to_hub:
         url = push(config.push_to_hub, config.private)
@@ -123,7 +122,7 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
 def _cast(adapter: Adapter, dtype: torch.dtype, source: str | Path) -> None:
     torch.nn.Module.to(adapter, dtype)
     try:
-        check_finite(Path(source), adapter)
+        check_values(Path(source), adapter.state_dict())
     except CSDiffError as error:
         # they were finite when they were loaded
         raise CSDiffError(

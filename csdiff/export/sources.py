@@ -10,7 +10,9 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.folder import read_header
 from csdiff.errors import CSDiffError
 from csdiff.export.config import ExportConfig
-from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME, ONLINE, Checkpoints
+from csdiff.training.checkpoint import Checkpoints
+from csdiff.training.export import ONLINE
+from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME
 
 _STATE = "state"
 _PREFIX = "online.embedder.adapter."
@@ -41,12 +43,12 @@ def locate(config: ExportConfig) -> str | Path:
 
 
 def _checkpoint(run: Path, wanted: str) -> Path:
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(run / "checkpoints", 0)
     steps = checkpoints.steps()
     if wanted in ("best", "latest"):
-        found = checkpoints.latest() if wanted == "latest" else checkpoints.named(wanted)
+        found = checkpoints.latest() if wanted == "latest" else checkpoints.folder / wanted
         if found is not None and found.is_dir():
-            return found
+            return found.resolve()
     else:
         number = wanted.removeprefix("step-")
         if not number.isdecimal():
@@ -86,7 +88,7 @@ def load(folder: str | Path, weights: str) -> Adapter:
 def _take_online(adapter: Adapter, state: Path) -> None:
     from safetensors.torch import load_file
 
-    read_header(state)
+    read_header([state])
     found = {
         name.removeprefix(_PREFIX): tensor for name, tensor in load_file(state).items() if name.startswith(_PREFIX)
     }

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 
 import pytest
 import torch
@@ -33,11 +34,13 @@ def lora(saved, tmp_path):
     return shutil.copytree(saved / "lora", tmp_path / "lora")
 
 
-def refused(folder, match, loader=AutoAdapter):
-    with pytest.raises(CSDiffError, match=match) as error:
-        loader.from_pretrained(folder)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refused(folder, *facts, loader=AutoAdapter, **options):
+    """The folder is refused in one sentence that holds the facts."""
+    with pytest.raises(CSDiffError) as error:
+        loader.from_pretrained(folder, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    assert [fact for fact in facts if fact not in message] == [], message
 
 
 def edit(file, **changes):
@@ -52,22 +55,21 @@ def edit_weights(file, change):
 
 
 def test_missing_folder_and_file_in_its_place(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere does not exist")
-    refused(str(tmp_path / "nowhere"), "nowhere does not exist")
+    refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is a file; give the adapter folder")
-    refused(tmp_path, "incomplete: config.json is missing")
+    refused(tmp_path / "file", "is a file")
+    refused(tmp_path, "incomplete", "config.json")
 
 
 def test_decoder_folder_is_told_from_an_adapter(tiny_decoder):
-    refused(tiny_decoder, "is a diffusers pipeline, not an adapter")
+    refused(tiny_decoder, "is a diffusers pipeline", "--decoder")
 
 
 @pytest.mark.parametrize("file", ["config.json", "csdiff.json", WEIGHTS])
 def test_incomplete_folder_names_the_file(mlp, file):
     (mlp / file).unlink()
     refused(mlp, f"{file} is missing")
-    refused(mlp, f"{file} is missing", MLPAdapter)
+    refused(mlp, f"{file} is missing", loader=MLPAdapter)
 
 
 @pytest.mark.parametrize("file", [PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS])
@@ -76,68 +78,108 @@ def test_incomplete_lora_folder_names_the_file(lora, file):
     refused(lora, f"{file} is missing")
 
 
+DEEP = b'{"a":' * 5000 + b"1" + b"}" * 5000
+
+
 @pytest.mark.parametrize("file", ["config.json", "csdiff.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}", b"{}", DEEP])
 def test_damaged_json_is_named(mlp, file, content):
     (mlp / file).write_bytes(content)
     refused(mlp, file)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text_encoder", "tiny-clip"),
+        ("text_encoder", {"id": 5}),
+        ("training", [1]),
+        ("metrics", "good"),
+        ("versions", 3),
+        ("tokenizer", {"max_length": "77"}),
+        ("normalized", "no"),
+    ],
+)
+def test_entries_of_another_type_are_named(mlp, name, value):
+    edit(mlp / "csdiff.json", **{name: value})
+    refused(mlp, "csdiff.json", name)
+
+
 def test_config_of_another_class(mlp):
-    refused(mlp, "is the config of MLPAdapter, expected LinearAdapter", LinearAdapter)
+    refused(mlp, "MLPAdapter", "LinearAdapter", loader=LinearAdapter)
     edit(mlp / "config.json", _class_name="UNet2DConditionModel")
-    refused(mlp, "is the config of UNet2DConditionModel, expected one of MLPAdapter, TransformerAdapter")
+    refused(mlp, "UNet2DConditionModel", "MLPAdapter, TransformerAdapter")
 
 
-def test_config_with_unknown_key_or_bad_value(mlp):
-    edit(mlp / "config.json", depth=3)
-    refused(mlp, r"has keys \['depth'\] that MLPAdapter does not know")
-    edit(mlp / "config.json", depth=None, num_layers="two")
-    refused(mlp, "does not describe a MLPAdapter: `num_layers` must be a positive whole number, found 'two'")
-    edit(mlp / "config.json", num_layers=2, embedding_dim=None)
-    refused(mlp, "does not describe a MLPAdapter: .*embedding_dim")
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"depth": 3}, ["depth", "num_layers"]),
+        ({"num_layers": "two"}, ["num_layers", "'two'"]),
+        ({"embedding_dim": None}, ["embedding_dim"]),
+        ({"width": 10**30}, ["config.json"]),
+        ({"dropout": "much"}, ["dropout", "'much'"]),
+    ],
+)
+def test_config_with_unknown_key_or_bad_value(mlp, changes, facts):
+    edit(mlp / "config.json", **changes)
+    refused(mlp, *facts)
+
+
+def test_layers_that_the_weights_do_not_have_are_never_built(mlp):
+    edit(mlp / "config.json", num_layers=10**9)
+    refused(mlp, "config.json", str(10**9))
+    edit(mlp / "config.json", num_layers=3)
+    refused(mlp, "blocks.2")
 
 
 def test_metadata_of_another_kind(mlp):
     edit(mlp / "csdiff.json", kind="store")
-    refused(mlp, """must say "format": 1 and "kind": "adapter"; found 1 and 'store'""")
+    refused(mlp, "csdiff.json", "'store'")
 
 
 def test_tensors_missing_left_over_or_of_another_shape(mlp):
     file = mlp / WEIGHTS
     edit_weights(file, lambda tensors: tensors.update(extra=torch.zeros(2)))
-    refused(mlp, r"has 1 tensors that its config does not ask for, among them \['extra'\]")
+    refused(mlp, "['extra']")
     edit_weights(file, lambda tensors: (tensors.pop("extra"), tensors.pop("skip.bias")))
-    refused(mlp, r"lacks 1 of \d+ tensors, among them \['skip.bias'\]")
+    refused(mlp, "['skip.bias']")
     edit_weights(file, lambda tensors: tensors.update({"skip.bias": torch.zeros(3)}))
-    refused(mlp, r"tensor skip.bias must have shape \(16,\), found \(3,\)")
+    refused(mlp, "skip.bias", "[16]", "[3]")
     edit_weights(file, lambda tensors: tensors.update({"skip.bias": torch.zeros(16, dtype=torch.int64)}))
-    refused(mlp, "tensor skip.bias must hold floats .* found I64")
+    refused(mlp, "skip.bias", "I64")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(mlp, lora, value):
     edit_weights(mlp / WEIGHTS, lambda tensors: tensors["skip.bias"][:2].fill_(value))
-    refused(mlp, "tensor skip.bias holds 2 values that are NaN or infinite")
+    refused(mlp, WEIGHTS, "skip.bias", " 2 values")
     edit_weights(lora / PEFT_WEIGHTS, lambda tensors: next(iter(tensors.values())).fill_(value))
-    refused(lora, "values that are NaN or infinite")
+    refused(lora, PEFT_WEIGHTS, "lora_A")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lora"])
+@pytest.mark.parametrize("name", ["text_std", "clip_std"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_deviations_that_are_not_positive(kind, name, value, mlp, lora):
+    folder = {"mlp": mlp, "lora": lora}[kind]
+    edit_weights(folder / WEIGHTS, lambda tensors: tensors[name][:, :3].fill_(value))
+    refused(folder, WEIGHTS, name, " 3 ")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 9, 200, -1])
 def test_truncated_weights(mlp, lora, kept):
     for file in (mlp / WEIGHTS, lora / PEFT_WEIGHTS):
         file.write_bytes(file.read_bytes()[:kept])
-        refused(file.parent, f"{file.name} is (truncated|not a safetensors file)")
+        refused(file.parent, file.name)
 
 
-def test_damaged_weights_header(mlp):
-    file = mlp / WEIGHTS
-    content = bytearray(file.read_bytes())
-    content[20] = 0xFF
-    file.write_bytes(content)
-    refused(mlp, "damaged safetensors header")
-    file.write_bytes((10**15).to_bytes(8, "little") + b"{}")
-    refused(mlp, "is not a safetensors file")
+@pytest.mark.parametrize("header", [b'\xff{"', b"{" * 9, DEEP, b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[]}}'])
+def test_damaged_weights_header(mlp, header):
+    (mlp / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(mlp, WEIGHTS)
+    (mlp / WEIGHTS).write_bytes((10**15).to_bytes(8, "little") + b"{}")
+    refused(mlp, WEIGHTS)
 
 
 def test_damaged_shard_index(mlp, tmp_path):
@@ -148,32 +190,32 @@ def test_damaged_shard_index(mlp, tmp_path):
     first = sorted(set(content["weight_map"].values()))[0]
     for wrong in ("gone.safetensors", "../outside.safetensors", "config.json"):
         index.write_text(json.dumps({**content, "weight_map": {**content["weight_map"], "skip.bias": wrong}}))
-        refused(mlp, f"lists '{wrong.rpartition('/')[2]}', which is not a safetensors file")
+        refused(mlp, index.name, wrong.rpartition("/")[2])
     index.write_text(json.dumps({"weight_map": []}))
-    refused(mlp, "has no `weight_map`")
+    refused(mlp, index.name, "weight_map")
     index.write_text(json.dumps(content))
     (mlp / first).unlink()
-    refused(mlp, f"lists '{first}'")
+    refused(mlp, first)
 
 
 def test_lora_targets_that_do_not_exist(lora):
     targets = ["q_proj", "to_q"]
     edit(lora / "config.json", target_modules=targets)
-    refused(lora, f"{PEFT_CONFIG} must be a LORA config")
+    refused(lora, PEFT_CONFIG, "to_q")
     edit(lora / PEFT_CONFIG, target_modules=targets)
-    message = refused(lora, r"LoRA targets \['to_q'\] do not exist in text encoder")
-    assert "out_proj" in message
+    refused(lora, "['to_q']", "out_proj")
 
 
-def test_lora_of_another_rank(lora):
-    edit(lora / "config.json", rank=4)
-    edit(lora / PEFT_CONFIG, r=4)
-    refused(lora, "must have shape .*4.* found .*2")
+def test_lora_of_another_rank_is_never_built(lora):
+    edit(lora / "config.json", rank=10**9)
+    refused(lora, PEFT_CONFIG, str(10**9))
+    edit(lora / PEFT_CONFIG, r=10**9)
+    refused(lora, str(10**9), "[2]")
 
 
 def test_lora_without_its_text_encoder(lora, tmp_path):
     edit(lora / "config.json", text_encoder=str(tmp_path / "gone"))
-    refused(lora, "Text encoder '.*gone' of the LoRA adapter could not be loaded")
+    refused(lora, str(tmp_path / "gone"), "text_encoder")
 
 
 class Trap:
@@ -197,17 +239,9 @@ def pickles(trap):
 
 
 NAMES = [
-    WEIGHTS,
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-    "adapter.pt",
-    "adapter.pth",
-    "adapter.ckpt",
-    "adapter.pkl",
-    "config.json",
-    "csdiff.json",
-    f"{WEIGHTS}.index.json",
-]
+    WEIGHTS, "diffusion_pytorch_model.bin", "pytorch_model.bin", "adapter.pt", "adapter.pth", "adapter.ckpt",
+    "adapter.pkl", "config.json", "csdiff.json", f"{WEIGHTS}.index.json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,8 +252,7 @@ def test_a_malicious_pickle_is_refused_and_never_run(mlp, tmp_path, name):
     for content in pickles(trap):
         (mlp / name).write_bytes(content)
         for loader in (AutoAdapter, MLPAdapter):
-            message = refused(mlp, r"pickle|not a safetensors file|cannot be read as JSON", loader)
-            assert name in message
+            refused(mlp, name, loader=loader)
     assert not trap.file.exists()
 
 
@@ -230,7 +263,7 @@ def test_a_malicious_pickle_among_lora_files_is_refused(lora, tmp_path, name):
         (lora / PEFT_WEIGHTS).unlink()
     for content in pickles(trap):
         (lora / name).write_bytes(content)
-        refused(lora, r"pickle|not a safetensors file|cannot be read as JSON")
+        refused(lora, name)
     assert not trap.file.exists()
 
 
@@ -240,7 +273,7 @@ def test_a_pickle_in_a_shard_is_refused(mlp, tmp_path):
     trap = Trap(tmp_path / "sprung")
     for content in pickles(trap):
         shard.write_bytes(content)
-        refused(mlp, f"{shard.name} is")
+        refused(mlp, shard.name)
     assert not trap.file.exists()
 
 

@@ -1,5 +1,9 @@
 """LoRA in the text encoder: sizes, plain PEFT, merging, and the two parts a pipeline takes."""
 
+import json
+import logging
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.adapters import LoRAAdapter
+from csdiff.embeddings.fingerprint import weights_sha256
 from tests.adapters.adapter_tester import DIM, make_adapter, token_ids
 
 
@@ -91,6 +96,77 @@ def test_training_leaves_the_frozen_encoder_alone(adapter, text_encoder):
             assert torch.equal(parameter, plain[name.replace(".base_layer", "")])
 
 
+def test_half_precision_weights_on_disk_train_in_float32(text_encoder, tmp_path):
+    """A float16 folder gives what a float32 folder of the same values gives, bit for bit, after a step of training."""
+    half = CLIPTextModelWithProjection.from_pretrained(text_encoder).half()
+    half.save_pretrained(tmp_path / "half")
+    half.float().save_pretrained(tmp_path / "full")
+    trained = []
+    for name in ("half", "full"):
+        adapter = make_adapter("lora", str(tmp_path / name))
+        assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+        optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=1e-4)
+        adapter.embed_input_ids(token_ids()).square().mean().backward()
+        optimizer.step()
+        adapter.save_pretrained(tmp_path / f"{name}-adapter")
+        trained.append(AutoAdapter.from_pretrained(tmp_path / f"{name}-adapter").embed_input_ids(token_ids()))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_says_nothing(tiny_clip, tmp_path):
+    """A folder with both towers: transformers reports the tensors of the other one, in colour, to a pipe too."""
+    LoRAAdapter(embedding_dim=DIM, text_encoder=str(tiny_clip), rank=2).save_pretrained(tmp_path)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        CLIPTextModelWithProjection.from_pretrained(tiny_clip)
+        assert records
+        records.clear()
+        AutoAdapter.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not records
+
+
+def test_a_relative_or_moved_encoder_is_found(text_encoder, tmp_path, monkeypatch):
+    """Named relatively, loaded from another directory; moved, named again; another model in its place is refused."""
+    shutil.copytree(text_encoder, tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    adapter = make_adapter("lora", "clip")
+    weights = {"weights_sha256": weights_sha256("clip", "text")}
+    adapter.metadata["text_encoder"] = {"id": str(tmp_path / "clip"), **weights}
+    adapter.save_pretrained("runs/l")
+    expected = adapter.embed_input_ids(token_ids())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(AutoAdapter.from_pretrained("../runs/l").embed_input_ids(token_ids()), expected)
+    (tmp_path / "clip").rename(tmp_path / "moved")
+    with pytest.raises(CSDiffError, match=r"clip.*text_encoder="):
+        AutoAdapter.from_pretrained("../runs/l")
+    loaded = AutoAdapter.from_pretrained("../runs/l", text_encoder="../moved")
+    assert torch.equal(loaded.embed_input_ids(token_ids()), expected)
+    assert loaded.metadata["text_encoder"] == {"id": str(tmp_path / "moved"), "revision": None, **weights}
+    other = CLIPTextModelWithProjection.from_pretrained("../moved")
+    other.text_projection.weight.data += 1
+    other.save_pretrained("../other")
+    with pytest.raises(CSDiffError, match="other"):
+        AutoAdapter.from_pretrained("../runs/l", text_encoder="../other")
+
+
+def test_an_encoder_that_only_the_folder_names_is_not_fetched(text_encoder, tmp_path, monkeypatch):
+    make_adapter("lora", text_encoder).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_encoder": "stranger/clip"}))
+    monkeypatch.setattr("csdiff.embeddings.encoders._download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(CSDiffError, match=r"stranger/clip.*--text_encoder"):
+        AutoAdapter.from_pretrained(tmp_path)
+    loaded = AutoAdapter.from_pretrained(tmp_path, text_encoder=text_encoder)
+    assert loaded.config.text_encoder == text_encoder
+
+
 def test_an_encoder_in_memory_is_used(adapter, text_encoder, tmp_path):
     adapter.save_pretrained(tmp_path)
     base = CLIPTextModelWithProjection.from_pretrained(text_encoder)
@@ -108,5 +184,5 @@ def test_wrong_targets_and_widths_are_one_sentence(text_encoder, tmp_path):
         LoRAAdapter(embedding_dim=DIM, text_encoder=text_encoder, target_modules=[])
     with pytest.raises(CSDiffError, match=f"projects to {DIM}, found text_dim 8 and embedding_dim 8"):
         LoRAAdapter(embedding_dim=8, text_encoder=text_encoder)
-    with pytest.raises(CSDiffError, match="could not be loaded"):
+    with pytest.raises(CSDiffError, match="gone: "):
         LoRAAdapter(embedding_dim=8, text_encoder=str(tmp_path / "gone"))

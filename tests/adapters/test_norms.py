@@ -5,7 +5,7 @@ import torch
 
 from csdiff import CSDiffError
 from csdiff.adapters import MLPAdapter
-from tests.adapters.adapter_tester import DIM, embed, text_inputs
+from tests.adapters.adapter_tester import DIM, embed, make_adapter, text_inputs
 
 
 def lognormal(count, mean, spread, seed):
@@ -109,3 +109,38 @@ def test_bad_norms_are_refused(norms):
     for arguments in ((norms, [1.0, 2.0]), ([1.0, 2.0], norms)):
         with pytest.raises(CSDiffError, match="at least two positive finite norms"):
             adapter.calibrate_norm(*(torch.tensor(a) for a in arguments))
+
+
+@pytest.mark.parametrize("amount", [0.2, 0.5, 1.0])
+def test_spread_keeps_the_spread_of_images(amount):
+    """Whitened answers with unit variance keep it, and lie at the stated cosine from what they were."""
+    adapter = MLPAdapter(embedding_dim=DIM)
+    adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5, torch.zeros(DIM), torch.ones(DIM))
+    text = torch.randn(4000, DIM, generator=torch.Generator().manual_seed(0))
+    plain = adapter.embed(text)
+    spread = adapter.embed(text, spread=amount, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(spread.std(0), plain.std(0), rtol=0.1, atol=0)
+    whitened = [(rows - adapter.clip_mean) / adapter.clip_std for rows in (plain, spread)]
+    cosine = torch.cosine_similarity(whitened[0].flatten(), whitened[1].flatten(), dim=0)
+    assert cosine.item() == pytest.approx((1 - amount**2) ** 0.5, abs=0.02)
+    again = adapter.embed(text, spread=amount, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again, spread)
+
+
+def test_spread_is_off_by_default_and_bounded(adapter, name):
+    whitened = torch.ones(2, DIM)
+    assert torch.equal(adapter.spread(whitened, 0.0), whitened)
+    for amount in (-0.1, 1.1, float("nan")):
+        with pytest.raises(CSDiffError, match="spread"):
+            adapter.spread(whitened, amount)
+    if name == "diffusion":
+        with pytest.raises(CSDiffError, match="draws its own"):
+            adapter.spread(whitened, 0.5)
+    else:
+        assert not torch.equal(adapter.spread(whitened, 0.5), whitened)
+
+
+def test_an_adapter_with_a_noise_token_has_its_own_spread(text_encoder):
+    adapter = make_adapter("transformer", text_encoder, noise_token=True)
+    with pytest.raises(CSDiffError, match="draws its own"):
+        adapter.embed(*text_inputs("transformer"), spread=0.5)

@@ -9,7 +9,6 @@ import pytest
 from pages import code_blocks
 
 from csdiff import cli
-from csdiff.options import option_types
 
 PAGE = "docs/quickstart.md"
 
@@ -48,6 +47,6 @@ def test_every_command_is_one_of_ours(commands: list[list[str]]):
     for words in commands:
         assert words[0] == "csdiff"
         command = cli.COMMANDS[words[1]]
-        known = {"config", *option_types(cli.import_object(command.config))}
+        known = {"config", *cli.option_types(cli.import_object(command.config))}
         named = {word[2:] for word in words if word.startswith("--")}
         assert named <= known, words

@@ -1,3 +1,0 @@
-"""The adapters' names, importable without torch (the command line's help lists them)."""
-
-ADAPTER_NAMES = ("mlp", "transformer", "linear", "lora", "diffusion")
