@@ -17,9 +17,9 @@ from csdiff.app.uploads import gather
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, read_pairs
 from csdiff.evaluation.embedding_metrics import cross_fitted_predictions, embedding_metrics
+from csdiff.evaluation.metrics import BASELINES, metric_rows
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities
 from csdiff.evaluation.predictions import predict
-from csdiff.evaluation.table import BASELINES, BETTER, ROWS, lookup, number
 from csdiff.info import InfoConfig, as_text, inspect_path
 from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
@@ -187,11 +187,9 @@ def metrics_table(columns: Mapping[str, Mapping]) -> str:
     """Metrics by column as an HTML table."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     lines = [f"<thead><tr><th>metric</th><th>better</th>{head}</tr></thead>"]
-    for label, key, good in ROWS:
-        values = [lookup(metrics, key) for metrics in columns.values()]
-        if any(value is not None for value in values):
-            cells = "".join(f"<td>{html.escape(number(value))}</td>" for value in values)
-            lines.append(f"<tr><th>{html.escape(label.strip())}</th><td>{BETTER[good]}</td>{cells}</tr>")
+    for label, better, *values in metric_rows(columns):
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        lines.append(f"<tr><th>{html.escape(label)}</th><td>{better}</td>{cells}</tr>")
     return f"<div class='metrics'><table>{''.join(lines)}</table></div>"
 
 

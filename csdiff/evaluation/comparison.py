@@ -1,6 +1,6 @@
-"""Adapters side by side: which differences are real, by a paired bootstrap over pictures.
+"""Adapters side by side: which differences are real, by a paired bootstrap over images.
 
-Frechet distances have no interval: a resample holds a picture several times, which lowers the rank of its covariance
+Frechet distances have no interval: a resample holds an image several times, which lowers the rank of its covariance
 and moves the distance by more than the difference that is asked for. Kernel distances answer the same question.
 """
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from csdiff.evaluation.distances import unit
 from csdiff.evaluation.embedding_metrics import BANDWIDTH
+from csdiff.evaluation.metrics import metric
 from csdiff.evaluation.retrieval import first_rows, retrieval_ranks
 
-HIGHER = ("r@1", "r@5", "r@10", "cosine.paired")
-KERNEL_PICTURES = 1500
-"""Kernel metrics are resampled on so many pictures at most, one caption each: wider intervals, bounded memory."""
+IMAGES = 5000
+"""So many images are resampled at most, drawn evenly; what their captions search in is every image."""
+KERNEL_IMAGES = 1500
+"""Kernel metrics are resampled on so many at most, one caption each: wider intervals, bounded memory."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,16 @@ class Difference:
     """One metric of two adapters.
 
     Attributes:
-        metric: Dotted name; of `norm.*` it is the distance of the ratio from 1 that is compared.
+        metric: Dotted key.
         first: Name of one adapter.
         second: Name of the other.
-        difference: Value of the first minus value of the second.
+        difference: Value of the first minus value of the second. Of a metric that is best near some value
+            (`csdiff.evaluation.metrics`) it is the distances from that value that are compared; what lies below the
+            best value of an unbiased estimate has none.
         low: Lower end of the 95% interval of the difference.
         high: Upper end.
-        real: The interval leaves 0 out.
-        better: Name of the better one, where the difference is real; none for the cosine to the own caption, of which
-            neither more nor less is better.
+        real: The interval leaves 0 out; never of a difference of 0.
+        better: Name of the better one, where the difference is real and one of the two can be better.
     """
 
     metric: str
@@ -52,29 +55,39 @@ def compare(
     image_ids: Tensor,
     resamplings: int = 1000,
     seed: int = 0,
+    limit: int | None = IMAGES,
 ) -> dict:
     """Intervals of every metric of every adapter, and of the difference of every pair of adapters.
 
-    All adapters see the same resamples of the pictures (with all their captions), so that what is hard for all of them
+    All adapters see the same resamples of the images (with all their captions), so that what is hard for all of them
     cancels out of the difference. Intervals are the 2.5% and 97.5% quantiles of the resampled values, moved so that
-    their mean is the value of the whole sample. Pairs of a picture with itself are counted once however often a
-    resample holds it: distances of resamples are not biased by repeats.
+    their mean is the value of the whole sample (medians, which move in jumps, are not moved), and reach to that value.
+    Pairs of an image with itself are counted once however often a resample holds it: distances of resamples are not
+    biased by repeats.
 
     Args:
         predictions: `(N, D)` of each adapter, by name.
         image: `(N, D)` real image embeddings.
         text: `(N, Dt)` raw text embeddings.
-        image_ids: `(N,)` picture of each row.
-        resamplings: Of the pictures.
+        image_ids: `(N,)` image of each row.
+        resamplings: Of the images.
         seed: Of the resamples.
+        limit: Images that are resampled; None for all.
 
     Returns:
-        `{"resamplings", "level": 0.95, "intervals": {adapter: {metric: [low, high]}}, "differences": [...]}` with the
-        fields of :class:`Difference`.
+        `{"resamplings", "images", "level": 0.95, "intervals": {adapter: {metric: [low, high]}}, "differences": [...]}`
+        with the fields of :class:`Difference`.
     """
     first = first_rows(image_ids)
+    gallery, gallery_ids = image[first], image_ids[first]
+    if limit is not None and len(first) > limit:
+        chosen = torch.linspace(0, len(first) - 1, limit).round().long()
+        rows = torch.isin(image_ids, gallery_ids[chosen])
+        predictions = {name: prediction[rows] for name, prediction in predictions.items()}
+        image, text, image_ids = image[rows], text[rows], image_ids[rows]
+        first = first_rows(image_ids)
     _, order = image_ids[first].sort()
-    _, picture = image_ids.unique(return_inverse=True)
+    _, of_image = image_ids.unique(return_inverse=True)
     first = first[order]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(first), (resamplings, len(first)), generator=generator)
@@ -84,57 +97,76 @@ def compare(
         1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
     )
     values = {
-        name: _values(prediction, image, text, image_ids, first, picture, weights)
+        name: _values(prediction, image, text, image_ids, first, of_image, weights, (gallery, gallery_ids))
         for name, prediction in predictions.items()
     }
     intervals = {
-        name: {metric: list(_interval(v)) for metric, v in metrics.items()} for name, metrics in values.items()
+        name: {key: list(_interval(v, key)) for key, v in metrics.items()} for name, metrics in values.items()
     }
     differences = []
     for a, b in combinations(values, 2):
-        for metric in values[a]:
-            one, other = values[a][metric], values[b][metric]
-            if metric.startswith("norm."):
-                one, other = (one - 1).abs(), (other - 1).abs()
-            low, high = _interval(one - other)
-            real = not low <= 0 <= high
+        for key in values[a]:
+            kind = metric(key)
+            one, other = values[a][key], values[b][key]
+            if kind.better.startswith("near"):
+                one, other = (torch.tensor([kind.loss(v) for v in z.tolist()], dtype=z.dtype) for z in (one, other))
+            low, high = _interval(one - other, key)
             difference = (one - other)[0].item()
-            judged = real and metric != "cosine.text"
-            better = (a if (difference > 0) == metric.endswith(HIGHER) else b) if judged else None
-            differences.append(asdict(Difference(metric, a, b, difference, low, high, real, better)))
-    return {"resamplings": resamplings, "level": 0.95, "intervals": intervals, "differences": differences}
+            # Equal values summed in another order differ in their last bits.
+            equal = abs(difference) <= 1e-9 * max(1.0, one[0].abs().item())
+            real = not equal and not low <= 0 <= high
+            better = None
+            if real and kind.better:
+                better = a if (difference > 0) == (kind.better == "higher") else b
+            differences.append(asdict(Difference(key, a, b, difference, low, high, real, better)))
+    return {
+        "resamplings": resamplings,
+        "images": len(first),
+        "level": 0.95,
+        "intervals": intervals,
+        "differences": differences,
+    }
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
+def _interval(values: Tensor, key: str) -> tuple[float, float]:
+    """The middle 95% of the resampled values `values[1:]` about that of the sample, `values[0]`."""
     resampled = values[1:]
     quantiles = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype))
-    low, high = (quantiles - resampled.mean() + values[0]).tolist()
-    return low, high
+    if not key.endswith("median_rank"):
+        quantiles += values[0] - resampled.mean()
+    return min(quantiles[0].item(), values[0].item()), max(quantiles[1].item(), values[0].item())
 
 
 def _values(
-    prediction: Tensor, image: Tensor, text: Tensor, ids: Tensor, first: Tensor, picture: Tensor, weights: Tensor
+    prediction: Tensor,
+    image: Tensor,
+    text: Tensor,
+    ids: Tensor,
+    first: Tensor,
+    of_image: Tensor,
+    weights: Tensor,
+    gallery: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:
-    """Every metric `(B,)` under every row of weights `(B, P)` of the pictures."""
-    pictures = image[first]
-    rows = weights[:, picture]
+    """Every metric `(B,)` under every row of weights `(B, P)` of the images."""
+    images = image[first]
+    rows = weights[:, of_image]
     total = rows.sum(1)
 
     result: dict[str, Tensor] = {}
-    forward = retrieval_ranks(prediction, pictures, ids, ids[first])
-    backward = retrieval_ranks(pictures, prediction, ids[first], ids)
+    forward = retrieval_ranks(prediction, gallery[0], ids, gallery[1])
+    backward = retrieval_ranks(images, prediction, ids[first], ids)
     for name, ranks, weight in (("text_to_image", forward, rows), ("image_to_text", backward, weights)):
         for k in (1, 5, 10):
             result[f"{name}.r@{k}"] = _mean(ranks.hits(k), weight)
         result[f"{name}.median_rank"] = _median(ranks.expected(), weight)
-    p, y = unit(prediction), unit(pictures)
+    p, y = unit(prediction), unit(images)
     gap = rows @ p / total[:, None] - weights @ y / weights.sum(1, keepdim=True)
     result["centroid_gap"] = gap.norm(dim=1)
     result |= _kernel_values(p[first], y, weights)
     result["cosine.paired"] = _mean((p * unit(image)).sum(1), rows)
     if text.shape[1] == prediction.shape[1]:
         result["cosine.text"] = _mean((p * unit(text)).sum(1), rows)
-    n, r = prediction.double().norm(dim=1), pictures.double().norm(dim=1)
+    n, r = prediction.double().norm(dim=1), images.double().norm(dim=1)
     predicted, real = _moments(n, rows), _moments(r, weights)
     result["norm.mean_ratio"] = predicted[0] / real[0]
     if (real[1] > 1e-6 * real[0]).all():
@@ -162,7 +194,7 @@ def _median(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _kernel_values(p: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    chosen = torch.linspace(0, len(p) - 1, min(len(p), KERNEL_PICTURES)).long().unique()
+    chosen = torch.linspace(0, len(p) - 1, min(len(p), KERNEL_IMAGES)).long().unique()
     p, y, w = p[chosen].float(), y[chosen].float(), weights[:, chosen].float()
     products = {"pp": p @ p.T, "yy": y @ y.T, "py": p @ y.T}
     cubic = {pair: _quadratic((z + 1).pow(3), w) for pair, z in products.items()}

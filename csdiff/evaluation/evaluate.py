@@ -18,8 +18,8 @@ from csdiff.evaluation.config import PICTURE_BASELINES, EvaluateConfig
 from csdiff.evaluation.data import HeldOutPairs, check_fits, check_source, open_store, read_pairs, trained_on
 from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.held_out import held_out_metrics, real_metrics, require_classifier
+from csdiff.evaluation.metrics import BASELINES
 from csdiff.evaluation.predictions import check_encoder_is_known, predict
-from csdiff.evaluation.table import BASELINES
 from csdiff.pipelines.generate import open_device
 from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 from csdiff.plain import plain

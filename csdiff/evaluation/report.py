@@ -10,8 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.metrics import BASELINES
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
-from csdiff.evaluation.table import BASELINES, columns, number, picture_rows, rows
+from csdiff.evaluation.table import Shown, tables
+from csdiff.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222;
@@ -25,6 +27,10 @@ img { max-width: 100%; } .sheet td { padding: .15rem; border: 0; text-align: cen
 .sheet img { width: 96px; height: 96px; object-fit: cover; image-rendering: auto; } .wide { overflow-x: auto; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; } p.note { color: #555; }
 """
+
+_NOTE = """Real against real compares one half of the images with the other: independent images, but half as many,
+which raises all distances but the kernel distance; compare Frechet distances of halves. A difference is real when its
+interval leaves 0 out; about one in twenty of those that are not would still be called so."""
 
 
 def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predictions=None, baselines=None) -> None:
@@ -41,11 +47,12 @@ def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predi
     Raises:
         CSDiffError: the file cannot be written.
     """
-    parts = []
+    parts = [part for shown in tables(result) for part in (f"<h2>{html.escape(shown.title)}</h2>", _table(shown))]
+    parts.append(f"<p class=note>{_NOTE}</p>")
     if pairs is not None:
-        parts += _embedding_parts(result, pairs, predictions, baselines)
+        parts += _plots(pairs, predictions, baselines)
     if drawing is not None:
-        parts += _picture_parts(result, drawing)
+        parts += _sheet(drawing)
     manifest = json.dumps(result["manifest"], indent=2, ensure_ascii=False)
     parts += ["<h2>Manifest</h2>", f"<pre>{html.escape(manifest)}</pre>"]
     names = ", ".join(result["manifest"]["adapters"])
@@ -54,26 +61,14 @@ def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predi
         f"<title>csdiff evaluate: {html.escape(names)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>How good is {html.escape(names)}?</h1>" + "\n".join(parts) + "</body></html>\n"
     )
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        write_text(path, page)
     except OSError as error:
         raise CSDiffError(f"--report {path} cannot be written ({error.strerror}).") from error
 
 
-def _embedding_parts(result: Mapping, pairs, predictions: Mapping, baselines: Mapping) -> list[str]:
-    parts = [
-        "<h2>Embeddings</h2>",
-        f"<p class=note>{result['count']} captions of {pairs.pictures} pictures in {html.escape(pairs.source)}. Real "
-        "against real compares one half of the pictures with the other: independent pictures, but half as many, which "
-        "raises all distances but the kernel distance; compare Frechet distances of halves.</p>",
-        _table(
-            ["metric", "better", *columns(result)], [[label, good, *values] for label, good, values in rows(result)]
-        ),
-    ]
-    if "comparison" in result:
-        parts += _comparison_parts(result["comparison"])
+def _plots(pairs, predictions: Mapping, baselines: Mapping) -> list[str]:
+    parts = []
     # Adapters that are compared get a projection and a histogram each, baselines a line in the curves.
     for name, prediction in predictions.items():
         title = f": {html.escape(name)}" if len(predictions) > 1 else ""
@@ -89,34 +84,8 @@ def _embedding_parts(result: Mapping, pairs, predictions: Mapping, baselines: Ma
     return parts
 
 
-def _comparison_parts(comparison: Mapping) -> list[str]:
-    level = f"{comparison['level']:.0%}"
-    body = []
-    for entry in comparison["differences"]:
-        interval = f"{number(entry['low'])} to {number(entry['high'])}"
-        real = "yes" if entry["real"] else "no"
-        cells = [entry["metric"], entry["first"], entry["second"], number(entry["difference"]), interval, real]
-        body.append([*cells, entry["better"] or ""])
-    head = ["metric", "first", "second", "difference", f"{level} interval", "real", "better"]
-    return [
-        "<h2>Differences</h2>",
-        f"<p class=note>First minus second, with {level} intervals of a paired bootstrap over the pictures "
-        f"({comparison['resamplings']} resamples). A difference is real when its interval leaves 0 out; about one in "
-        "twenty of those that are not would still be called so.</p>",
-        _table(head, body, marked=[entry["real"] for entry in comparison["differences"]]),
-    ]
-
-
-def _picture_parts(result: Mapping, drawing) -> list[str]:
-    pictures = result["pictures"]
-    shown = {**pictures["adapters"], "real vs real": pictures["real"]}
-    parts = [
-        "<h2>Pictures</h2>",
-        f"<p class=note>{len(drawing.jobs)} pictures of {len(drawing.prompts)} prompts each, against "
-        f"{result['manifest']['pictures']['references']['count']} reference pictures.</p>",
-        _table(["metric", "better", *shown], [[label, good, *values] for label, good, values in picture_rows(shown)]),
-        "<h2>Contact sheet</h2>",
-    ]
+def _sheet(drawing) -> list[str]:
+    parts = ["<h2>Contact sheet</h2>"]
     head = "".join(f"<td>{html.escape(name)}</td>" for name in drawing.sheet)
     body = []
     for place, prompt in enumerate(drawing.sheet_prompts):
@@ -139,9 +108,10 @@ def _image(figure, alt: str) -> str:
     return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{png_base64(figure)}"></p>'
 
 
-def _table(head: list[str], body: list[list[str]], marked: list[bool] | None = None) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for place, cells in enumerate(body):
+def _table(shown: Shown) -> str:
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in shown.head) + "</tr>"]
+    real = shown.head.index("real") if "real" in shown.head else None
+    for cells in shown.rows:
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr{' class=real' if marked and marked[place] else ''}>{row}</tr>")
+        lines.append(f"<tr{' class=real' if real is not None and cells[real] == 'yes' else ''}>{row}</tr>")
     return f"<div class=wide><table>{''.join(lines)}</table></div>"

@@ -5,6 +5,9 @@ import time
 
 from tqdm import tqdm
 
+from csdiff.evaluation.metrics import main_metrics, metric_rows
+from csdiff.tables import text_table
+
 
 class Console:
     """Lines, a progress bar on a terminal, plain progress lines in a log file.
@@ -58,25 +61,10 @@ class Console:
 
     def table(self, title: str, columns: dict[str, dict]) -> None:
         """Metrics side by side, one column a model; `columns` holds nested metrics by name."""
-        rows = {
-            "text -> image R@1": ("text_to_image", "r@1"),
-            "text -> image R@10": ("text_to_image", "r@10"),
-            "image -> text R@1": ("image_to_text", "r@1"),
-            "centroid gap": ("centroid_gap",),
-            "distribution gap": ("distribution_gap",),
-            "kernel distance": ("kernel_distance",),
-            "CS divergence": ("cs_divergence",),
-            "cosine to the image": ("cosine", "paired"),
-            "norm, mean ratio": ("norm", "mean_ratio"),
-            "norm, spread ratio": ("norm", "std_ratio"),
-        }
-        width = max(len(label) for label in rows)
-        self.say("")
-        self.say(f"{title:<{width}}" + "".join(f"{name:>12}" for name in columns))
-        for label, path in rows.items():
-            cells = "".join(f"{_number(metrics, path):>12}" for metrics in columns.values())
-            self.say(f"{label:<{width}}{cells}")
-        self.say("")
+        shown = main_metrics("cs_divergence", "norm.mean_ratio", "norm.std_ratio")
+        count = max(metrics.get("count", 0) for metrics in columns.values())
+        head = [f"{title}, {count:,} rows", "better", *columns]
+        self.say(f"\n{text_table(head, metric_rows(columns, shown))}\n")
 
 
 def duration(seconds: float) -> str:
@@ -86,9 +74,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def _number(metrics: dict, path: tuple[str, ...]) -> str:
-    for key in path:
-        metrics = metrics.get(key) if isinstance(metrics, dict) else None
-    return "-" if metrics is None else f"{metrics:.3f}"

@@ -16,8 +16,8 @@ from csdiff.evaluation.comparison import compare
 from csdiff.evaluation.data import open_store, read_pairs
 from csdiff.evaluation.evaluate import short_names
 from csdiff.evaluation.predictions import predict
-from csdiff.evaluation.table import number
 from csdiff.pipelines.pairing import read_adapter_card
+from csdiff.tables import number
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*csdiff.json.*")
 
@@ -102,6 +102,44 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
                 missed[entry["metric"]] += entry["real"]
     # 1.5 of 30 are expected; 7 and more happen about once in a thousand.
     assert all(count < 7 for count in missed.values()), missed
+
+
+def differences(first, second, image, ids, **options):
+    found = compare({"a": first, "b": second}, image, image, ids, resamplings=200, **options)["differences"]
+    assert all(entry["low"] <= entry["difference"] <= entry["high"] for entry in found)
+    return {entry["metric"]: entry for entry in found}
+
+
+def test_a_zero_difference_is_never_real_and_every_interval_holds_its_estimate():
+    """Identical adapters, predictions that are all tied, and medians, which jump by whole ranks between resamples."""
+    generator = torch.Generator().manual_seed(3)
+    image, ids = torch.randn(41, 6, generator=generator), torch.arange(41)
+    noisy, other = (image + torch.randn(41, 6, generator=generator) for _ in range(2))
+    assert not any(entry["real"] for entry in differences(noisy, noisy.clone(), image, ids).values())
+    tied = torch.ones(41, 6)
+    assert not any(
+        entry["real"] for entry in differences(tied, 2 * tied, image, ids).values() if "norm" not in entry["metric"]
+    )
+    for seed in range(20):
+        for entry in differences(noisy, other, image, ids, seed=seed).values():
+            assert entry["difference"] or not entry["real"]
+    # One caption of 41 in another place: the median of some resamples moves, that of the sample does not.
+    moved = noisy.clone()
+    moved[0] = -image[0]
+    assert not differences(noisy, moved, image, ids)["text_to_image.median_rank"]["real"]
+
+
+def test_more_images_than_are_resampled_keep_the_whole_gallery():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(60, 4, generator=generator)
+    near, far = (image + s * torch.randn(60, 4, generator=generator) for s in (0.3, 3.0))
+    ids = torch.arange(60)
+    whole, part = (compare({"a": near, "b": far}, image, image, ids, 200, limit=n) for n in (None, 30))
+    assert (whole["images"], part["images"]) == (60, 30)
+    value = [next(d for d in r["differences"] if d["metric"] == "text_to_image.median_rank") for r in (whole, part)]
+    assert all(entry["better"] == "a" for entry in value)
+    # Among 30 images no median rank could be as bad.
+    assert value[1]["difference"] < -15 / 2
 
 
 @pytest.fixture

@@ -1,0 +1,56 @@
+"""Tables for the terminal, for log files and for Markdown pages; the one way they are drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+
+def number(value: object) -> str:
+    """Four significant places, without an exponent where that can be read; text as it is, nothing for None."""
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else "" if value is None else str(value)
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:.1e}"
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> str:
+    """A table as wide as its content is: cut numbers would be wrong ones.
+
+    Args:
+        head: Names of the columns; those of numbers only stand to the right.
+        rows: Cells; numbers are written by :func:`number`.
+        title: Above it.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    cells = [[number(cell) for cell in row] for row in rows]
+    table = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(head):
+        right = place > 0 and all(_numeric(row[place]) for row in cells)
+        # Text, not markup: a name may hold brackets.
+        table.add_column(_text(name), justify="right" if right else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*map(_text, row))
+    out = io.StringIO()
+    Console(file=out, width=10_000, force_terminal=False, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The same for a Markdown page: the first column to the left, all others to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *([number(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _text(cell: str):
+    from rich.text import Text
+
+    return Text(cell)
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or (cell[0] in "-+." and len(cell) > 1) or cell in ("inf", "nan")
