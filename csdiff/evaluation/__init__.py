@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "comparison": ["compare"],
+        "concepts": ["ConceptRate", "concept_rate", "group_agreement"],
         "config": ["EvaluateConfig"],
         "distances": [
             "TwoSampleTest",
@@ -29,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluate": ["evaluate"],
         "extractors": ["Extractor", "load_extractor"],
         "held_out": ["held_out_metrics", "linear_separability", "real_metrics"],
+        "metrics": ["METRICS", "Metric", "metric"],
         "retrieval": ["Ranks", "image_identities", "retrieval", "retrieval_ranks"],
     },
 )
