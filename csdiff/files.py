@@ -79,7 +79,9 @@ def write_json(path: Path, content: object, indent: int | None = 2) -> None:
 
 
 @contextmanager
-def writing_folder(target: Path, stale: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+def writing_folder(
+    target: Path, stale: Callable[[str], bool] = lambda name: True, whole: bool = False
+) -> Iterator[Path]:
     """A fresh folder to fill; at the end its files are flushed to the disk and moved into place.
 
     A new folder appears by one rename. In a folder that exists each entry is replaced by one rename, `*.safetensors`
@@ -89,8 +91,9 @@ def writing_folder(target: Path, stale: Callable[[str], bool] = lambda name: Tru
     Args:
         target: The folder.
         stale: Which of the earlier weights' names the new save stands in for; by default all.
+        whole: Replace a folder that exists as a whole: nothing of it stays.
     """
-    fresh = not target.exists()
+    fresh = whole or not target.exists()
     parent = target.parent if fresh else target
     parent.mkdir(parents=True, exist_ok=True)
     remove_partial(parent, target.name)
@@ -103,7 +106,12 @@ def writing_folder(target: Path, stale: Callable[[str], bool] = lambda name: Tru
             for name in names:
                 fsync(Path(folder, name))
             fsync(Path(folder))
-        if fresh:
+        if whole and target.exists():
+            replaced = parent / f"{PARTIAL}{os.getpid()}-replaced-{target.name}"
+            target.rename(replaced)
+            aside.rename(target)
+            shutil.rmtree(replaced)
+        elif fresh:
             aside.rename(target)
         else:
             _replace_entries(aside, target, stale)

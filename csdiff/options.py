@@ -46,6 +46,8 @@ NonEmpty = restricted_string_type("NonEmpty", r"^.*\S.*$", docstring="Text that 
 def check_options(config: Any) -> None:
     """Check every field of a configuration dataclass against its type, those of nested dataclasses too.
 
+    What the command line has parsed are instances of the types above: they become plain numbers and texts, in place.
+
     Raises:
         CSDiffError: naming the option, what it takes and what was found.
     """
@@ -55,3 +57,13 @@ def check_options(config: Any) -> None:
         parser.parse_object(dataclasses.asdict(config))
     except (ArgumentError, TypeError, ValueError) as error:
         raise CSDiffError(" ".join(str(error).split())) from error
+    _make_plain(config)
+
+
+def _make_plain(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _make_plain(value)
+        elif isinstance(value, (int, float, str)) and type(value) not in (bool, int, float, str):
+            setattr(config, field.name, next(kind(value) for kind in (int, float, str) if isinstance(value, kind)))

@@ -157,6 +157,13 @@ class EmbeddingStore:
                 for key in (self.keys if keys is None else keys)
             }
 
+    def place(self, key: str, row: int) -> str:
+        """Where a row of a column is on the disk, for messages: "row 3 of img_emb/img_emb_0.npy"."""
+        column = self._column(key)
+        number = int(np.searchsorted(column.starts, row, side="right")) - 1
+        file = column.shards[number].path
+        return f"row {row - int(column.starts[number])} of {file.parent.name}/{file.name}"
+
     def captions(self, indices: Indices) -> list[str]:
         """Captions of these rows.
 

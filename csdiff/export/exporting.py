@@ -14,9 +14,9 @@ from csdiff.adapters.folder import check_values
 from csdiff.errors import CSDiffError
 from csdiff.export import sources
 from csdiff.export.config import ExportConfig
+from csdiff.files import writing_folder
 from csdiff.pipelines.decoders import resolve_decoder
 from csdiff.pipelines.pairing import AdapterCard
-from csdiff.training.checkpoint import write_folder
 from csdiff.training.run_folder import CONFIG_NAME
 
 DTYPES = {
@@ -77,7 +77,8 @@ def export(config: ExportConfig) -> ExportResult:
     else:
         write, push = _pipeline_writer(config, adapter, dtype, Path(output or config.push_to_hub))
     if output is not None:
-        write_folder(output, write)
+        with writing_folder(output, whole=True) as aside:
+            write(aside)
     url = None
     if config.push_to_hub:
         url = push(config.push_to_hub, config.private)

@@ -10,9 +10,7 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.folder import read_header
 from csdiff.errors import CSDiffError
 from csdiff.export.config import ExportConfig
-from csdiff.training.checkpoint import Checkpoints
-from csdiff.training.export import ONLINE
-from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME
+from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME, ONLINE, Checkpoints
 
 _STATE = "state"
 _PREFIX = "online.embedder.adapter."
@@ -43,12 +41,12 @@ def locate(config: ExportConfig) -> str | Path:
 
 
 def _checkpoint(run: Path, wanted: str) -> Path:
-    checkpoints = Checkpoints(run / "checkpoints", 0)
+    checkpoints = Checkpoints(run / "checkpoints")
     steps = checkpoints.steps()
     if wanted in ("best", "latest"):
-        found = checkpoints.latest() if wanted == "latest" else checkpoints.folder / wanted
+        found = checkpoints.latest() if wanted == "latest" else checkpoints.named(wanted)
         if found is not None and found.is_dir():
-            return found.resolve()
+            return found
     else:
         number = wanted.removeprefix("step-")
         if not number.isdecimal():

@@ -9,8 +9,7 @@ import yaml
 
 from csdiff.info.adapters import describe_adapter, is_adapter
 from csdiff.info.files import header, read_json
-from csdiff.training.checkpoint import Checkpoints
-from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME
+from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME, Checkpoints
 
 
 def is_run(folder: Path) -> bool:
@@ -26,7 +25,7 @@ def is_checkpoint(folder: Path) -> bool:
 def describe_run(folder: Path, problems: list[str], check: bool) -> dict:
     """Progress, checkpoints, and the adapter: the finished one, else that of the newest checkpoint."""
     config = _config(folder, problems)
-    checkpoints = Checkpoints(folder / "checkpoints", 0)
+    checkpoints = Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()
     finished = is_adapter(folder)
     newest = checkpoints.latest()
@@ -40,10 +39,10 @@ def describe_run(folder: Path, problems: list[str], check: bool) -> dict:
     if newest is not None:
         facts["progress"] = progress(newest, problems)
         for name in ("best", "latest"):
-            if (link := checkpoints.folder / name).is_symlink():
-                facts[name] = link.readlink().name
-                if not link.exists():
-                    problems.append(f"{link} points to {facts[name]}, which is missing")
+            if (named := checkpoints.named(name)) is not None:
+                facts[name] = named.name
+                if not named.is_dir():
+                    problems.append(f"{checkpoints.folder / name} names {facts[name]}, which is missing")
     where = folder if finished else newest
     if where is None:
         problems.append(f"{folder}: the run has left no checkpoint yet; the same command starts it anew")

@@ -4,8 +4,8 @@ import json
 from math import ceil
 from pathlib import Path
 
-from csdiff.training.checkpoint import replace_file
-from csdiff.training.run_folder import METRICS_NAME, flatten
+from csdiff.files import flatten, writing
+from csdiff.training.run_folder import METRICS_NAME
 
 CURVES_NAME = "curves.png"
 _COLUMNS = 3
@@ -91,7 +91,8 @@ def draw_curves(folder: Path) -> Path | None:
         names = list(legend)
         figure.legend(list(legend.values()), names, loc="upper right", ncols=len(names), fontsize=9, frameon=False)
     target = folder / CURVES_NAME
-    replace_file(target, lambda aside: figure.savefig(aside, format="png", dpi=100))
+    with writing(target, "wb") as file:
+        figure.savefig(file, format="png", dpi=100)
     return target
 
 

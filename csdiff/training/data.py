@@ -1,5 +1,6 @@
 """The rows a run trains on and is measured on."""
 
+import warnings
 import zlib
 from collections.abc import Sequence
 from functools import reduce
@@ -33,6 +34,7 @@ class Pairs:
         self.store = store
         self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
         self.groups: ImageGroups | None = None
+        self._statistics: dict[str, EmbeddingStatistics] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,13 +64,41 @@ class Pairs:
         return Pairs(self.store, self.rows[positions])
 
     def statistics(self, key: str) -> EmbeddingStatistics:
-        """Mean, deviation and norms of a column, from at most 131,072 rows."""
-        rows = self.sample(_STATISTICS_ROWS)
-        parts = [
-            Moments.of(rows.read(range(start, min(start + 4096, len(rows))), [key])[key])
-            for start in range(0, len(rows), 4096)
-        ]
-        return reduce(Moments.merge, parts).statistics()
+        """Mean, deviation and norms of a column, from at most 131,072 rows.
+
+        Raises:
+            CSDiffError: one of these rows has NaN, infinity, or only zeros; named by file and row.
+        """
+        if key not in self._statistics:
+            rows = self.sample(_STATISTICS_ROWS)
+            parts = []
+            for start in range(0, len(rows), 4096):
+                part = rows.read(range(start, min(start + 4096, len(rows))), [key])[key]
+                self._check(rows.rows[start:], key, part)
+                parts.append(Moments.of(part))
+            self._statistics[key] = reduce(Moments.merge, parts).statistics()
+        return self._statistics[key]
+
+    def _check(self, rows: np.ndarray, key: str, values: Tensor) -> None:
+        norms = values.norm(dim=1)
+        for what, wrong in (("NaN or infinity", ~norms.isfinite()), ("only zeros", norms == 0)):
+            if wrong.any():
+                first = self.store.place(key, int(rows[int(wrong.nonzero()[0])]))
+                raise CSDiffError(
+                    f"{self.store.path}: {first} has {what} ({int(wrong.sum())} of {len(values)} rows looked at): "
+                    "embed these again, or leave them out."
+                )
+
+    def warn_of_constants(self) -> None:
+        """Warn of a column whose rows are all the same, of which nothing can be learned."""
+        for key in ("text_embeds", "image_embeds"):
+            found = self.statistics(key)
+            if found.std.max() <= 1e-6 * found.norm_mean:
+                warnings.warn(
+                    f"{self.store.path}: all {len(self)} {key.replace('_', ' ')} are the same, nothing can be learned "
+                    "from them: look at how they were made.",
+                    stacklevel=2,
+                )
 
 
 def held_out_split(store: EmbeddingStore, fraction: float) -> tuple[np.ndarray, np.ndarray]:

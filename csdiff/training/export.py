@@ -18,7 +18,6 @@ from csdiff.training.task import AlignmentTask
 _CALIBRATION_ROWS = 4096
 _HELD_OUT_ROWS = 256
 IMAGE_ADAPTER = "image_adapter"
-ONLINE = "online"
 
 
 class Exporter:
@@ -128,6 +127,7 @@ class Exporter:
                 "batch_size": config.batch_size,
                 "learning_rate": config.learning_rate,
                 "seed": config.seed,
+                "threads": config.threads,
                 "weights": "average" if averaged else "online",
                 "ema_decay": config.ema.decay,
                 "norm_calibration": "none" if not self.calibrates else "held-out" if self.held_out else "training",

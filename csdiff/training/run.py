@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
+from csdiff.files import flatten
 from csdiff.training.console import Console, duration
 from csdiff.training.curves import CURVES_NAME, draw_curves
-from csdiff.training.export import ONLINE, Exporter
+from csdiff.training.export import Exporter
 from csdiff.training.interrupts import Interrupt, Stopped
 from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
 from csdiff.training.recipe import run_options
-from csdiff.training.run_folder import RunFolder, flatten
+from csdiff.training.run_folder import ONLINE, RunFolder
 from csdiff.training.samples import Samples, draw_sheet
 from csdiff.training.state import load_state, save_state, state_bytes
 from csdiff.training.validation import Validator

@@ -1,36 +1,134 @@
-"""The output folder of a run: whose it is, where to continue, and its record of numbers."""
+"""The output folder of a run: whose it is, where to continue, its checkpoints and its record of numbers.
+
+Everything appears whole or not at all. Names are absolute here; see `csdiff.training.config.absolute_places`.
+"""
 
 import json
 import math
 import os
+import re
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from csdiff.errors import CSDiffError
-from csdiff.training.checkpoint import Checkpoints, write_file
-from csdiff.training.config import TrainConfig
+from csdiff.files import (
+    PARTIAL,
+    FolderLock,
+    disk_full,
+    flatten,
+    move,
+    read_jsonl,
+    remove_partial,
+    write_text,
+    writing_folder,
+)
+from csdiff.training.config import TrainConfig, resolved
 
 CONFIG_NAME = "training.yaml"
 METRICS_NAME = "metrics.jsonl"
 ADAPTER_CONFIG = "config.json"
+ONLINE = "online"
+STATE = "state"
 
+_STEP = re.compile(r"step-(\d+)")
 # What may change between two launches of one run without making it another run.
-_FREE = ("output_dir", "resume", "max_steps", "micro_batch_size", "gradient_checkpointing", "compile", "export")
+_FREE = (
+    *("output_dir", "resume", "max_steps", "micro_batch_size"),
+    *("gradient_checkpointing", "compile", "export", "threads"),
+)
 _FREE_SECTIONS = ("logging.", "checkpoint.", "validation.")
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dict to dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+class Checkpoints:
+    """The checkpoint folder of a run: `step-00000100/`, ..., and the files `latest` and `best` that name two of them.
+
+    Args:
+        folder: `OUTPUT_DIR/checkpoints`.
+        keep: Newest checkpoints to keep beside the best one; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0):
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending; what was being written when a run died is not among them."""
+        if not self.folder.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """Newest whole checkpoint."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def named(self, name: str) -> Path | None:
+        """The checkpoint that `latest` or `best` names, whole or gone; None when nothing is named.
+
+        They are text files, since not every file system has links; earlier versions made links.
+        """
+        marker = self.folder / name
+        if marker.is_symlink():
+            return self.folder / marker.readlink().name
+        if not marker.is_file():
+            return None
+        match = _STEP.fullmatch(marker.read_text(encoding="utf-8", errors="replace").strip())
+        return self.folder / match[0] if match else None
+
+    def save(self, step: int, write: Callable[[Path], None], size: int, best: int | None) -> Path:
+        """Write a checkpoint, name it, drop what retention no longer keeps.
+
+        Args:
+            step: Updates done.
+            write: Fills an empty folder.
+            size: Bytes it will take, for the message when the disk is full.
+            best: Step of the best checkpoint so far; kept, and named by `best`.
+
+        Raises:
+            CSDiffError: if the disk is full; nothing of the new checkpoint remains and the older ones are intact.
+        """
+        target = self.path(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing_folder(target, whole=True) as aside:
+                write(aside)
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            what = f"checkpoint {target.name} needs about {size / 1e6:.1f} MB in {self.folder}"
+            raise CSDiffError(self.full_message(what)) from error
+        write_text(self.folder / "latest", f"{target.name}\n")
+        if best is not None and self.path(best).is_dir():
+            write_text(self.folder / "best", f"{self.path(best).name}\n")
+        for old in self.steps()[: -self.keep] if self.keep else ():
+            if old != best:
+                # Renamed first: a checkpoint that is half removed is none.
+                gone = self.folder / f"{PARTIAL}{os.getpid()}-{self.path(old).name}"
+                move(self.path(old), gone)
+                shutil.rmtree(gone)
+        return target
+
+    def full_message(self, what: str) -> str:
+        """One sentence for a full disk.
+
+        Args:
+            what: What could not be written, and where.
+        """
+        last = self.latest()
+        kept = f"the last checkpoint, {last}, is intact" if last else "there is no earlier checkpoint"
+        free = shutil.disk_usage(self.folder.parent).free
+        return (
+            f"The disk is full: {what} and {free / 1e6:.1f} MB could be used; {kept}. Free some space and run the "
+            "same command again to continue."
+        )
 
 
 class RunFolder:
@@ -38,12 +136,19 @@ class RunFolder:
 
     `config.json`, `*.safetensors`, `csdiff.json`, `README.md`: the finished adapter; `training.yaml`: the resolved
     configuration; `metrics.jsonl`: every logged number; `checkpoints/`; `logs/`: trackers.
+
+    Args:
+        config: The run, its places absolute.
     """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.path = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.checkpoint.keep)
+
+    def lock(self) -> FolderLock:
+        """Keeps a second run out of an existing folder."""
+        return FolderLock(self.path, "a training run")
 
     def start_from(self) -> Path | None:
         """The checkpoint to continue from, or None for a new run. Reads only.
@@ -53,7 +158,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CSDiffError(f"--output_dir {self.path} is a file, expected a folder: give another --output_dir.")
-        writable = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        writable = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not writable.is_dir() or not os.access(writable, os.W_OK):
             raise CSDiffError(f"--output_dir {self.path} cannot be written: {writable} is not a folder to write into.")
         if self.config.resume == "never":
@@ -67,52 +172,66 @@ class RunFolder:
         return latest
 
     def _given(self, path: Path) -> Path:
-        for candidate in (path, path / "checkpoints" / "latest"):
-            if (candidate / "state" / "state.json").is_file():
-                return candidate.resolve()
+        for candidate in (path, Checkpoints(path / "checkpoints").latest()):
+            if candidate is not None and (candidate / STATE / "state.json").is_file():
+                return candidate
         raise CSDiffError(
             f"--resume {path}: expected auto, never, or a checkpoint folder such as {self.checkpoints.path(500)}, "
-            "found no state/state.json there."
+            f"found no {STATE}/state.json there."
         )
 
     def _check_same_run(self) -> None:
-        saved_path = self.path / CONFIG_NAME
         hint = "give another --output_dir, or --resume never to set what is there aside and start anew"
-        if not saved_path.is_file():
+        saved, mine = self.saved_options(), flatten(asdict(self.config))
+        if not saved:
             raise CSDiffError(f"--output_dir {self.path} holds an adapter but no {CONFIG_NAME} of a run: {hint}.")
-        saved = flatten(yaml.safe_load(saved_path.read_text(encoding="utf-8")))
-        mine = flatten(asdict(self.config))
-        absent = object()
-        differences = [
-            f"{key} was {saved.get(key, 'unset')!r}, is {mine.get(key, 'unset')!r}"
-            for key in sorted(saved.keys() | mine.keys())
-            if saved.get(key, absent) != mine.get(key, absent)
-            and key not in _FREE
-            and not key.startswith(_FREE_SECTIONS)
-        ]
+        # An option that the earlier launch did not know had its default.
+        saved, default = ({k: v for k, v in o.items() if v != {}} for o in (saved, flatten(asdict(TrainConfig()))))
+        differences = []
+        for key in sorted(saved.keys() | {k for k, v in mine.items() if v != {}}):
+            was, now = saved.get(key, default.get(key, "unset")), mine.get(key, default.get(key, "unset"))
+            if was != now and key not in _FREE and not key.startswith(_FREE_SECTIONS):
+                differences.append(f"{key} was {was!r}, is {now!r}")
         if differences:
             raise CSDiffError(
                 f"--output_dir {self.path} holds a run with another configuration ({'; '.join(differences)}): {hint}."
             )
 
+    def saved_options(self) -> dict:
+        """The options of the run that is there, by dotted name, places resolved; empty without one."""
+        path = self.path / CONFIG_NAME
+        if not path.is_file():
+            return {}
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, dict):
+            raise CSDiffError(f"{path} is no configuration of a run: restore it, or give another --output_dir.")
+        return resolved(flatten(content))
+
     def open(self, start: Path | None, step: int) -> None:
-        """Create the folder, or make an existing one ready to go on after `step`."""
-        own = start is not None and start.parent == self.checkpoints.folder.resolve()
-        if own:
+        """Make the folder ready to go on after `step`; it exists, and is locked."""
+        if start is not None and start.parent == self.checkpoints.folder:
             later = [self.checkpoints.path(other) for other in self.checkpoints.steps() if other > step]
+        elif self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists():
+            later = list(self.path.iterdir())
         else:
-            later = list(self.path.iterdir()) if self._occupied() else []
+            later = []
         if later:
             self._set_aside(later)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.clean()
-        for leftover in self.path.glob(".partial-*"):
-            leftover.unlink()
-        write_file(self.path / CONFIG_NAME, yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True))
-        self._forget_after(step)
+        for folder in (self.path, self.checkpoints.folder, self.path / ONLINE):
+            remove_partial(folder)
+        write_text(self.path / CONFIG_NAME, yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True))
+        if (self.path / METRICS_NAME).is_file():
+            kept = [json.dumps(row) + "\n" for row in read_jsonl(self.path / METRICS_NAME) if self._stays(row, step)]
+            write_text(self.path / METRICS_NAME, "".join(kept))
 
-    def _occupied(self) -> bool:
-        return self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists()
+    def _stays(self, row: dict, step: int) -> bool:
+        """Whether a line of `metrics.jsonl` is not written again after going on at `step`."""
+        # A run that has made its last step measures once more.
+        again = row.get("kind") == "validation" and step == self.config.max_steps
+        return row.get("step", step) < step + (not again)
 
     def _set_aside(self, paths: list[Path]) -> None:
         number = 1
@@ -121,22 +240,8 @@ class RunFolder:
         aside.mkdir()
         for path in paths:
             # Embeddings made for the earlier run serve the new one; they carry their own fingerprint.
-            if not path.name.startswith("previous-") and path.name != "store":
+            if not path.name.startswith("previous-") and path.name not in ("store", ".lock"):
                 path.rename(aside / path.name)
-
-    def _forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a killed run had logged beyond its last checkpoint."""
-        path = self.path / METRICS_NAME
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:
-                continue  # The last line of a killed run may be cut short.
-        write_file(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, step: int, kind: str, numbers: dict) -> None:
         """Append one line to `metrics.jsonl`."""

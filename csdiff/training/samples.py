@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from csdiff.errors import CSDiffError
+from csdiff.files import writing
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.training.checkpoint import replace_file
 from csdiff.training.config import TrainConfig
 from csdiff.training.export import Exporter
 
@@ -116,7 +116,8 @@ def draw_sheet(folder: Path, prompts: list[str], seed: int) -> Path | None:
                 with Image.open(file) as picture:
                     sheet.paste(ImageOps.contain(picture.convert("RGB"), (_CELL, _CELL)), (x, y))
     target = folder / SHEET_NAME
-    replace_file(target, lambda aside: sheet.save(aside, format="PNG"))
+    with writing(target, "wb") as file:
+        sheet.save(file, format="PNG")
     return target
 
 

@@ -74,6 +74,12 @@ def open_sources(config: TrainConfig, embed: Callable[[str, str], EmbeddingStore
     elif data.validation_fraction > 0:
         rows, held_out = held_out_split(store, data.validation_fraction)
         train, validation = Pairs(store, rows), Pairs(store, held_out)
+    if len(train) < 2:
+        raise CSDiffError(f"--data.train {data.train} has {len(train)} row to train on, expected at least 2.")
+    train.warn_of_constants()
+    if validation is not None:
+        for key in ("text_embeds", "image_embeds"):
+            validation.statistics(key)
     if data.one_caption_per_image:
         train.group_by_image()
     if train.groups is not None and config.batch_size > len(train.groups):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from csdiff.errors import CSDiffError
 from csdiff.training.ema import EMA
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
 
@@ -142,8 +143,11 @@ class AlignmentTask:
                 "text_mask": pairs["text_mask"],
             }
         image = embedded.get("image", pairs["image_embeds"])
-        with torch.autocast(embedded["prediction"].device.type, enabled=False):
-            return self.objective(embedded["prediction"], image, **inputs)
+        try:
+            with torch.autocast(embedded["prediction"].device.type, enabled=False):
+                return self.objective(embedded["prediction"], image, **inputs)
+        except ValueError as error:
+            raise CSDiffError(f"--objective: {type(self.objective).__name__} refuses these rows: {error}") from error
 
     def trained_rows(self, batch: Rows) -> Rows:
         """The groups of a batch that pass through trainable weights."""

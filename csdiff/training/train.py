@@ -1,33 +1,40 @@
 """A training run from start to finish: `train(config)`."""
 
 import os
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from csdiff.errors import CSDiffError
+from csdiff.files import disk_full, flatten
+from csdiff.options import check_options
 from csdiff.training.assembly import (
     build_embedder,
     build_task,
     check_names,
     check_objective,
 )
-from csdiff.training.checkpoint import disk_full
-from csdiff.training.config import TrainConfig, check
+from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
+from csdiff.training.denoising import DIFFUSION
 from csdiff.training.embedding import embed_dataset
 from csdiff.training.export import Exporter
 from csdiff.training.feeding import build_inputs, caches_states, check_named_encoders, open_text_side, wants_tokens
 from csdiff.training.interrupts import Interrupt
 from csdiff.training.loop import Loop, make_optimizer
 from csdiff.training.run import Run
-from csdiff.training.run_folder import RunFolder, flatten
+from csdiff.training.run_folder import RunFolder
 from csdiff.training.sources import open_sources
 from csdiff.training.state import load_state
 
@@ -52,17 +59,51 @@ def train(config: TrainConfig) -> TrainResult:
         CSDiffError: on bad input, before anything is written; on a full disk; when training has broken down.
         SystemExit: with 128 + signal after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    check(config)
+    check_options(config)
+    if not config.data.train:
+        raise CSDiffError(
+            "--data.train is missing: give an embedding store or a captioned dataset, for example "
+            "--data.train runs/my-store (`csdiff embed` makes one)."
+        )
+    config = absolute_places(config)
     check_names(config)
     folder = RunFolder(config)
-    start = folder.start_from()
+    with ExitStack() as stack:
+        if folder.path.is_dir() and os.environ.get("RANK", "0") == "0":
+            stack.enter_context(folder.lock())
+        start = folder.start_from()
+        stack.enter_context(_threads(config, folder))
+        try:
+            return _train(config, folder, start, stack)
+        except CSDiffError:
+            raise
+        except Exception as error:
+            if disk_full(error):
+                what = f"nothing can be added to {folder.path}"
+                raise CSDiffError(folder.checkpoints.full_message(what)) from error
+            if _lost_a_peer(error):
+                raise CSDiffError(
+                    "Another process of this run has died or cannot be reached "
+                    f"({' '.join(str(error).split())[:200]}): see what it said last, then start all of them again "
+                    "with the same command to continue."
+                ) from error
+            raise
+
+
+def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: ExitStack) -> TrainResult:
     accelerator = _accelerator(config, folder)
     if config.batch_size < accelerator.num_processes:
         raise CSDiffError(
             f"--batch_size {config.batch_size} leaves some of the {accelerator.num_processes} processes without a "
             "row: raise it."
         )
+    if config.batch_size < 2 and config.objective not in ("mse", DIFFUSION):
+        raise CSDiffError(
+            f"--batch_size {config.batch_size}: the objective {config.objective} compares the pairs of a batch with "
+            "each other, expected at least 2."
+        )
     console = Console(accelerator.is_main_process, config.logging.progress)
+    _say_how_many(console, accelerator.num_processes)
 
     states, tokens = caches_states(config), wants_tokens(config) and config.data.image != "online"
     with warnings.catch_warnings(record=True) as caught:
@@ -91,6 +132,11 @@ def train(config: TrainConfig) -> TrainResult:
             scaler.load_state_dict(scaler_state)
         best = loop.progress.best_step
         if best is not None and not folder.checkpoints.path(best).is_dir():
+            if config.export == "best" and loop.progress.step >= config.max_steps:
+                raise CSDiffError(
+                    f"--export best: the best checkpoint, {folder.checkpoints.path(best)}, is not there any more: "
+                    "use --export last."
+                )
             # Of another run, or deleted: this one has to find its own.
             loop.progress.best_step = loop.progress.best_value = None
         if loop.progress.step > config.max_steps:
@@ -104,6 +150,9 @@ def train(config: TrainConfig) -> TrainResult:
     run.prepare()
 
     if accelerator.is_main_process:
+        if not folder.path.is_dir():
+            folder.path.mkdir(parents=True)
+            stack.enter_context(folder.lock())
         folder.open(start, loop.progress.step)
     accelerator.wait_for_everyone()
     accelerator.init_trackers(config.logging.project, config=_plain(flatten(asdict(config))))
@@ -111,16 +160,43 @@ def train(config: TrainConfig) -> TrainResult:
         run.announce(start)
         run.go()
         metrics = run.finish()
-    except CSDiffError:
-        raise
-    except Exception as error:
-        if not disk_full(error):
-            raise
-        what = f"nothing can be added to {folder.path}"
-        raise CSDiffError(folder.checkpoints.full_message(what)) from error
     finally:
         accelerator.end_training()
     return TrainResult(folder.path, metrics)
+
+
+@contextmanager
+def _threads(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
+    """Compute on as many threads as the run was started with, or as are configured.
+
+    Launchers set OMP_NUM_THREADS each in their own way, and sums depend on it in the last bits.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fresh = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    config.threads = config.threads or folder.saved_options().get("threads") or fresh
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether an error of a collective says that another process has gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm"))
+
+
+def _say_how_many(console: Console, found: int) -> None:
+    """`accelerate launch --cpu --num_processes N` starts one process, and leaves a trace in its command line only."""
+    with suppress(psutil.Error):
+        command = " ".join(psutil.Process(os.getppid()).cmdline())
+        asked = re.search(r"\blaunch\b.* --num[_-]processes[= ](\d+)", command)
+        if asked and int(asked[1]) > found:
+            console.say(
+                f"WARNING: the launcher was asked for {asked[1]} processes and started {found}: on processors start "
+                f"them with torchrun --standalone --nproc_per_node {asked[1]} train_adapter.py ..."
+            )
 
 
 def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.embedding_metrics import baseline_metrics, embedding_metrics
-from csdiff.training.run_folder import flatten
+from csdiff.files import flatten
 from csdiff.training.task import AlignmentTask
 
 _LOWER_IS_BETTER = ("gap", "distance", "divergence", "median_rank")

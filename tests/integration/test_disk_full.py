@@ -6,6 +6,7 @@ import pytest
 import training_processes as processes
 
 from csdiff.adapters.registry import AutoAdapter
+from csdiff.training.run_folder import Checkpoints
 
 
 def train_with_little_space(made, size, said, checkpoints=1):
@@ -45,7 +46,7 @@ def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size):
     for expected in ("disk is full", "step-00000008 needs about", "MB", f"{folder / 'step-00000004'}, is intact"):
         assert expected in message
     assert {path.name for path in folder.iterdir()} == {"step-00000004", "latest"}
-    AutoAdapter.from_pretrained(folder / "latest")
+    AutoAdapter.from_pretrained(Checkpoints(folder).named("latest"))
     assert processes.finish(processes.start(processes.train, made)) == [0]
     AutoAdapter.from_pretrained(tmp_path / "out")
 

@@ -1,7 +1,8 @@
-"""Killed at any moment and started again, a run ends with the bits of one that was never disturbed."""
+"""Killed at any moment and started again, from anywhere, a run ends with the bits of one that was never disturbed."""
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,20 +11,23 @@ import training_processes as processes
 
 from csdiff.adapters.registry import AutoAdapter
 from csdiff.embeddings import EmbeddingStore, write_store
+from csdiff.errors import CSDiffError
+from csdiff.export import export
+from csdiff.export.config import ExportConfig
 
 PLACES = [
     ("after a step", 3),
-    ("after a step", 7),
     ("while a checkpoint is written", 2),
-    ("before a checkpoint is renamed", 2),
-    ("before the link to it is moved", 3),
+    ("before a checkpoint is renamed", 1),
+    ("before it is named", 3),
+    ("after the last checkpoint", 1),
     ("while the finished adapter is written", 1),
 ]
 
 
 @pytest.fixture(scope="module")
 def store(plain_store, tmp_path_factory):
-    """Thirty-two pictures with two captions each, of which an epoch has one."""
+    """Thirty-two images with two captions each, of which an epoch has one."""
     with pytest.warns(UserWarning, match=r"has no csdiff\.json"):
         plain = EmbeddingStore.open(plain_store)
     path = tmp_path_factory.mktemp("store") / "store"
@@ -33,51 +37,85 @@ def store(plain_store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(store, tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed")
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
     assert processes.finish(processes.start(processes.train, processes.config(store, output))) == [0]
     return processes.everything(output)
 
 
 @pytest.mark.parametrize(("where", "count"), PLACES)
 def test_killed_and_resumed(store, tmp_path, undisturbed, where, count):
-    made = processes.config(store, tmp_path)
-    killed = processes.start(processes.train_and_die, made, where, count)
+    made = processes.config(store, "run")
+    killed = processes.start(processes.train_and_die, made, where, count, cwd=tmp_path)
     assert processes.finish(killed) == [-signal.SIGKILL]
-    for folder in (tmp_path / "checkpoints").glob("step-*"):
+    for folder in (tmp_path / "run/checkpoints").glob("step-*"):
         AutoAdapter.from_pretrained(folder)
-    assert processes.finish(processes.start(processes.train, made)) == [0]
-    assert processes.everything(tmp_path) == undisturbed
-    assert not list((tmp_path / "checkpoints").glob(".partial*"))
-    steps = [line["step"] for line in log(tmp_path) if line["kind"] == "train"]
-    assert steps == list(range(1, 13))
+    assert processes.finish(processes.start(processes.train, made, cwd=tmp_path)) == [0]
+    assert processes.everything(tmp_path / "run") == undisturbed
+    processes.traces(tmp_path / "run")
 
 
-def test_killed_from_outside(store, tmp_path, undisturbed):
-    made = processes.config(store, tmp_path)
+def test_started_four_times_under_four_names(store, tmp_path, undisturbed):
+    """Relative from two folders, absolute, and moved; with kills between, and the best exported at the end."""
+    shutil.copytree(store, tmp_path / "a/store")
+    runs = tmp_path / "a/runs"
+    runs.mkdir()
+    best = {"validation.metric": "count", "checkpoint.keep": 1}
+
+    def go(target, data, output, cwd, *place, **more):
+        made = processes.config(data, output, **{**best, **more})
+        return processes.finish(processes.start(target, made, *place, cwd=cwd))
+
+    killed = [-signal.SIGKILL]
+    assert go(processes.train_and_die, "store", "runs/r1", tmp_path / "a", "after a step", 7) == killed
+    assert go(processes.train_and_die, "a/store", "a/runs/r1", tmp_path, "before it is named", 1) == killed
+    assert go(processes.train, "../store", str(runs / "r1"), runs) == [0]
+    assert processes.everything(runs / "r1") == undisturbed
+    processes.traces(runs / "r1")
+    (runs / "r1").rename(runs / "moved")
+    assert go(processes.train, "../store", "moved", runs, export="best") == [0]
+    processes.traces(runs / "moved")
+    weights = "diffusion_pytorch_model.safetensors"
+    first = (runs / "moved/checkpoints/step-00000005" / weights).read_bytes()
+    assert (runs / "moved" / weights).read_bytes() == first
+    export(ExportConfig(source=str(runs / "moved"), checkpoint="best", output=str(tmp_path / "exported")))
+    assert (tmp_path / "exported" / weights).read_bytes() == first
+
+
+def test_two_runs_in_one_folder(plain_store, tmp_path):
+    made = processes.config(plain_store, tmp_path / "out", **{"checkpoint.every": 0, "validation.every": 0})
+    made.max_steps = 100_000
     running = processes.start(processes.train, made)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: log(tmp_path / "out"))
+    before = (tmp_path / "out/training.yaml").read_bytes()
+    made.max_steps, made.seed = 2, 1
+    with pytest.raises(CSDiffError, match="another process"):
+        processes.train(made)
+    assert (tmp_path / "out/training.yaml").read_bytes() == before
     os.kill(running.pid, signal.SIGKILL)
     processes.finish(running)
-    assert processes.finish(processes.start(processes.train, made)) == [0]
-    assert processes.everything(tmp_path) == undisturbed
+    assert (tmp_path / "out/.lock").exists()
+    processes.train(made)
+    assert not (tmp_path / "out/.lock").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
     made = processes.config(plain_store, tmp_path, max_steps=100_000, **{"checkpoint.every": 0, "validation.every": 0})
     running = processes.start(processes.train, made, said=tmp_path / "said")
-    deadline = time.monotonic() + 60
-    while not log(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: log(tmp_path))
     os.kill(running.pid, number)
     assert processes.finish(running) == [128 + number]
-    latest = (tmp_path / "checkpoints" / "latest").resolve()
+    latest = processes.Checkpoints(tmp_path / "checkpoints").named("latest")
     said = (tmp_path / "said").read_text()
-    for expected in (f"Stopped by {number.name}", latest.name, "run the same command"):
-        assert expected in said
+    for expected in (number.name, latest.name, "the same command"):
+        assert expected in " ".join(said.split())
     AutoAdapter.from_pretrained(latest)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def log(output):

@@ -1,6 +1,7 @@
 """Two real processes on gloo: the objective is that of the whole batch, and a run may change its process count."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -94,9 +95,13 @@ def test_a_run_continues_on_another_process_count(plain_store, tmp_path):
 
 
 def test_killed_and_resumed_with_two_processes(plain_store, tmp_path):
+    """The process that is left says in a sentence that its peer is gone."""
     made = processes.config(plain_store, tmp_path / "undisturbed")
     assert processes.group(processes.train, made) == [0, 0]
-    made = processes.config(plain_store, tmp_path / "killed")
-    assert all(processes.group(processes.train_and_die, made, "after a step", 7))
+    made, said = processes.config(plain_store, tmp_path / "killed"), tmp_path / "said"
+    codes = processes.group(processes.train_and_die, made, "after a step", 7, "1", said=said)
+    assert codes == [2, -signal.SIGKILL]
+    assert "Another process of this run has died" in said.read_text()
     assert processes.group(processes.train, made) == [0, 0]
     assert processes.everything(tmp_path / "killed") == processes.everything(tmp_path / "undisturbed")
+    processes.traces(tmp_path / "killed")

@@ -11,8 +11,10 @@ from tiny import make_plain_store
 
 from csdiff.embeddings import write_store
 from csdiff.errors import CSDiffError
+from csdiff.options import check_options
 from csdiff.training import train
-from csdiff.training.config import TrainConfig, check
+from csdiff.training.config import TrainConfig
+from csdiff.training.run_folder import Checkpoints
 
 
 def refused(made, *words):
@@ -28,12 +30,10 @@ def refused(made, *words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_steps": -1}, ["--max_steps", "-1"]),
-        ({"batch_size": 0}, ["--batch_size", "0"]),
-        ({"learning_rate": 0.0}, ["--learning_rate"]),
-        ({"micro_batch_size": 0}, ["--micro_batch_size"]),
-        ({"ema.decay": 1.0}, ["--ema.decay", "[0, 1)"]),
-        ({"data.validation_fraction": 1.0}, ["--data.validation_fraction"]),
+        ({"max_steps": -1}, ["max_steps", "-1"]),
+        ({"learning_rate": 0.0}, ["learning_rate"]),
+        ({"ema.decay": 1.0}, ["ema.decay", "1"]),
+        ({"batch_size": 1}, ["--batch_size 1", "at least 2"]),
         ({"data.train": ""}, ["--data.train", "missing"]),
         ({"adapter": "mpl"}, ["--adapter mpl", "mlp"]),
         ({"objective": "cs-aligner"}, ["--objective cs-aligner", "cs_aligner"]),
@@ -155,12 +155,38 @@ def test_an_interrupted_run_is_not_shortened(plain_store, tmp_path):
 
 def test_a_damaged_checkpoint_is_named(plain_store, tmp_path):
     train(training_runs.config(plain_store, tmp_path, max_steps=4))
-    weights = (tmp_path / "checkpoints" / "latest").resolve() / "state" / "weights.safetensors"
+    weights = Checkpoints(tmp_path / "checkpoints").latest() / "state" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     refused(training_runs.config(plain_store, tmp_path, max_steps=6), "step-00000004", "cannot be read")
 
 
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (np.inf, "infinity"), (0.0, "only zeros")])
+def test_a_damaged_row_is_named(tmp_path, value, what):
+    store = make_plain_store(tmp_path / "store")
+    shard = store / "img_emb" / "img_emb_0.npy"
+    rows = np.load(shard)
+    rows[5] = value
+    np.save(shard, rows)
+    made = training_runs.config(store, tmp_path / "out", **{"data.validation_fraction": 0.0})
+    refused(made, "row 5 of img_emb/img_emb_0.npy", what, str(store))
+    refused(training_runs.config(store, tmp_path / "out"), "row 5 of img_emb/img_emb_0.npy")
+
+
+def test_constants_are_warned_of(tmp_path, capsys):
+    store = tmp_path / "store"
+    write_store(store, text_embeds=torch.ones(20, 16), image_embeds=torch.ones(20, 16))
+    train(training_runs.config(store, tmp_path / "out", batch_size=8, max_steps=1, **{"data.validation_fraction": 0}))
+    said = capsys.readouterr().out
+    assert "20 text embeds are the same" in said
+    assert "20 image embeds are the same" in said
+
+
+def test_one_row(tmp_path):
+    store = tmp_path / "store"
+    write_store(store, text_embeds=torch.ones(1, 16), image_embeds=torch.ones(1, 16))
+    made = training_runs.config(store, tmp_path / "out", batch_size=2, **{"data.validation_fraction": 0})
+    refused(made, str(store), "1 row", "at least 2")
+
+
 def test_every_default_passes_the_checks():
-    config = TrainConfig()
-    config.data.train = "somewhere"
-    check(config)
+    check_options(TrainConfig())

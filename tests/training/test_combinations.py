@@ -11,6 +11,7 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.training import train
+from csdiff.training.run_folder import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
@@ -86,7 +87,7 @@ def test_lora_is_saved_and_loaded(pooled_store, tiny_clip, tmp_path):
     made.adapter_options = {"rank": 2}
     train(made)
     loaded = AutoAdapter.from_pretrained(tmp_path / "online")
-    saved = load_file((tmp_path / "checkpoints/latest").resolve() / "state" / "weights.safetensors")
+    saved = load_file(Checkpoints(tmp_path / "checkpoints").named("latest") / "state" / "weights.safetensors")
     weights = {name: value for name, value in saved.items() if name.startswith("online.") and "lora_B" in name}
     assert any(value.abs().max() > 0 for value in weights.values())
     parameters = dict(loaded.named_parameters())

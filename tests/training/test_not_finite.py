@@ -10,6 +10,7 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.errors import CSDiffError
 from csdiff.training import train
 from csdiff.training.loop import Loop
+from csdiff.training.run_folder import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
@@ -52,4 +53,4 @@ def test_stops_when_nothing_is_finite_any_more(plain_store, tmp_path, monkeypatc
     made = training_runs.config(plain_store, tmp_path, max_steps=50, max_skipped_steps=4)
     with pytest.raises(CSDiffError, match=r"4 steps in a row were skipped.*last good checkpoint is .*step-00000005"):
         train(made)
-    AutoAdapter.from_pretrained(tmp_path / "checkpoints" / "latest")
+    AutoAdapter.from_pretrained(Checkpoints(tmp_path / "checkpoints").named("latest"))

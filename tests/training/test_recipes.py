@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(root: Path, store, tmp_path, name):
-    small = {"max_steps": 2, "batch_size": 16, "output_dir": str(tmp_path), "data.train": str(store)}
+    small = {"max_steps": 2, "batch_size": 16, "output_dir": str(tmp_path), "threads": 1, "data.train": str(store)}
     arguments = [f"--{key}={value}" for key, value in small.items()]
     if "gpu" in name:
         arguments += ["--adapter_options.num_layers=1", "--adapter_options.num_attention_heads=2"]

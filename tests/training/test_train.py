@@ -17,6 +17,7 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.embeddings import load_text_encoder, write_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
+from csdiff.training.run_folder import Checkpoints
 from csdiff.training.samples import draw_sheet
 from csdiff.training.validation import Validator
 
@@ -49,7 +50,7 @@ def test_leaves_a_complete_adapter_folder(plain_store, tmp_path):
     store = EmbeddingStore.open(plain_store)
     text = store.read(range(8))["text_embeds"]
     final = AutoAdapter.from_pretrained(tmp_path)
-    last = AutoAdapter.from_pretrained(tmp_path / "checkpoints" / "latest")
+    last = AutoAdapter.from_pretrained(Checkpoints(tmp_path / "checkpoints").named("latest"))
     assert final.embed(text).shape == (8, 16)
     assert torch.equal(final.embed(text), last.embed(text))
     assert not torch.equal(final.embed(text), AutoAdapter.from_pretrained(tmp_path / "online").embed(text))
@@ -101,8 +102,8 @@ def test_keeps_the_newest_and_the_best(plain_store, tmp_path):
     best = 1 + values.index(max(values))
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest", "best", f"step-{best:08d}", "step-00000011", "step-00000012"}
-    assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
-    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000012"
+    assert Checkpoints(tmp_path / "checkpoints").named("best").name == f"step-{best:08d}"
+    assert Checkpoints(tmp_path / "checkpoints").named("latest").name == "step-00000012"
 
 
 def test_the_best_checkpoint_is_exported(plain_store, tmp_path):
@@ -245,7 +246,7 @@ def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, 
     with pytest.raises(SystemExit) as caught:
         train(made)
     assert caught.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000005"
+    assert Checkpoints(tmp_path / "checkpoints").named("latest").name == "step-00000005"
     assert not training_runs.log(tmp_path, "validation")
     train(made)
     there, here = (training_runs.log(path, "validation") for path in (tmp_path / "undisturbed", tmp_path))

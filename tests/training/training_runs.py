@@ -10,7 +10,7 @@ SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
 def config(store, output, **changes) -> TrainConfig:
     """A run of a dozen steps with dropout on a store of 64 pairs; dotted names as on the command line."""
-    made = TrainConfig(output_dir=str(output), max_steps=12, batch_size=24, learning_rate=3e-3)
+    made = TrainConfig(output_dir=str(output), max_steps=12, batch_size=24, learning_rate=3e-3, threads=1)
     made.data.train = str(store)
     made.adapter_options = {"width": 16, "num_layers": 1, "dropout": 0.2}
     made.checkpoint.every, made.validation.every, made.logging.every = 4, 5, 1
