@@ -23,7 +23,13 @@ def test_three_ways_to_start(root: Path, tmp_path: Path):
     weights, said = set(), {}
     for name, (command, changes) in ways.items():
         script = [] if name == "command" else ["train_adapter.py"]
-        options = {"output_dir": name, "max_steps": 3, "batch_size": 1900, "adapter_options.num_layers": 1, "validation.every": 0}
+        options = {
+            "output_dir": name,
+            "max_steps": 3,
+            "batch_size": 1900,
+            "adapter_options.num_layers": 1,
+            "validation.every": 0,
+        }
         options |= {"data.train": "store", "data.validation_fraction": 0.02, "logging.trackers": "none"}
         arguments = [f"--{key}={value}" for key, value in options.items()]
         environment = {k: v for k, v in {**os.environ, "PYTHONPATH": str(root), **changes}.items() if v}
