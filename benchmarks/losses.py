@@ -299,7 +299,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
-    today = datetime.datetime.now(datetime.timezone.utc).date()
+    today = datetime.datetime.now(datetime.UTC).date()
     print(f"Losses, {today}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}.", end=" ")
     print(f"Median of {args.rounds} rounds; {args.clock} time.")
     f32, bf16 = torch.float32, torch.bfloat16

@@ -7,6 +7,10 @@ checked by hand where the configuration is used.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
+import types
+import typing
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -34,6 +38,8 @@ __all__ = [
     "Seed",
     "Steps",
     "check_options",
+    "explain",
+    "option_types",
 ]
 
 Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)], docstring="A number from 0 to below 1.")
@@ -41,6 +47,16 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)], docstring=
 Steps = restricted_number_type("Steps", int, [(">=", 1), ("<=", 1000)], docstring="A whole number from 1 to 1000.")
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)], docstring="A whole number from 0 to 65535.")
 NonEmpty = restricted_string_type("NonEmpty", r"^.*\S.*$", docstring="Text that is not blank.")
+
+
+def option_types(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted option names of a configuration dataclass and their annotations; sections stand before their options."""
+    annotations: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(config_class).items():
+        annotations[prefix + name] = annotation
+        if dataclasses.is_dataclass(annotation):
+            annotations |= option_types(annotation, f"{prefix}{name}.")
+    return annotations
 
 
 def check_options(config: Any) -> None:
@@ -56,7 +72,7 @@ def check_options(config: Any) -> None:
     try:
         parser.parse_object(dataclasses.asdict(config))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise CSDiffError(" ".join(str(error).split())) from error
+        raise CSDiffError(explain(type(config), str(error))) from error
     _make_plain(config)
 
 
@@ -67,3 +83,43 @@ def _make_plain(config: Any) -> None:
             _make_plain(value)
         elif isinstance(value, (int, float, str)) and type(value) not in (bool, int, float, str):
             setattr(config, field.name, next(kind(value) for kind in (int, float, str) if isinstance(value, kind)))
+
+
+def explain(config_class: type, message: str) -> str:
+    """What jsonargparse complains of, with the option first and, for a value, what the option takes."""
+    message, known = " ".join(message.split()), option_types(config_class)
+    if bare := re.search(r"unrecognized arguments: ([^-]\S*)", message):
+        return f"{bare[1]}: expected options (--name value) and nothing between them; quote a value that has spaces."
+    if unknown := re.search(r"unrecognized arguments: -+([\w.]+)|Option '([\w.]+)'", message):
+        found = unknown[1] or unknown[2]
+        near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+        return f"{found}: expected a known option, " + (f"did you mean {near[0]}?" if near else "--help lists them.")
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    if key is None or key[1] not in known or "File does not exist" in message:
+        return message
+    # Of a union each member complains; the last word is the value.
+    found = re.search(r"(?:[Gg]ot value|Given value): ((?:(?!Given value).)*)$", message)
+    found = found or re.search(r"Not of type \w+: (.*?) (?:does not|not a)|literal for .*?: (.*)$", message)
+    value = "" if found is None else f", found {next(filter(None, found.groups()))}"
+    return f"--{key[1]}: expected {describe(known[key[1]])}{value}."
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words: `PositiveInt | None` is "a whole number >0 or null"."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(map(describe, typing.get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if hasattr(annotation, "_restrictions") or hasattr(annotation, "_regex"):
+        text = (
+            annotation.__doc__.removesuffix(".")
+            .replace("int restricted to be", "a whole number")
+            .replace("float restricted to be", "a number")
+        )
+        return text[:1].lower() + text[1:]
+    if typing.get_args(annotation):
+        return str(annotation).replace("csdiff.options.", "").replace("jsonargparse.typing.", "")
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from csdiff import cli
+from csdiff.options import option_types
 
 SLOW = ("train", "embed", "evaluate", "app")
 
@@ -53,6 +54,6 @@ def test_options_named_there_exist(page):
     known = {"help", "version", "print_completion", "print_config", "config", "json", "no_grid", "num-images", "name"}
     known |= {"module"}
     for command in cli.COMMANDS.values():
-        known |= set(cli.option_types(cli.import_object(command.config)))
+        known |= set(option_types(cli.import_object(command.config)))
     found = set(re.findall(r"--([a-zA-Z][\w.-]*)", page))
     assert found <= known

@@ -69,7 +69,7 @@ def test_ctrl_c_is_one_line_and_leaves_whole_files(root, decoder, tmp_path):
 def test_sigterm_cleans_up(root, tmp_path):
     code = """
 import sys, time
-from csdiff.cli.running import run
+from csdiff.cli import run
 from pathlib import Path
 def action():
     try:

@@ -42,6 +42,7 @@ def test_generate_command_runs(checkout):
 def test_options_of_other_commands_exist():
     """What is too slow or needs a hub is at least parsed: every option it names is one we have."""
     from csdiff import cli
+    from csdiff.options import option_types
 
     for line in COMMANDS:
         words = shlex.split(line.split("#")[0])
@@ -52,7 +53,7 @@ def test_options_of_other_commands_exist():
             command = "train"
         else:
             continue
-        known = {"config", *cli.option_types(cli.import_object(cli.COMMANDS[command].config))}
+        known = {"config", *option_types(cli.import_object(cli.COMMANDS[command].config))}
         assert set(names) <= known, line
 
 

@@ -6,8 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "commands": ["COMMANDS", "Command", "import_object"],
-        "entry": ["main", "run_command"],
-        "options": ["build_parser", "option_types", "parse"],
-        "running": ["run"],
+        "entry": ["main", "run", "run_command"],
+        "parser": ["build_parser", "parse"],
     },
 )

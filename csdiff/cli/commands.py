@@ -18,19 +18,21 @@ class Command:
             not empty makes the exit code 2.
         help: One line for `csdiff --help`.
         group: Heading in `csdiff --help` under which it stands.
+        examples: Command lines for the help.
         show: Makes the text for stdout from the result, without `--json`; by default nothing is written there.
             What the function itself prints goes to stderr.
         positional: An option that may be given without its name.
-        examples: Command lines for the help.
+        first: Options that the help shows first.
     """
 
     config: str
     function: str
     help: str
     group: str
+    examples: tuple[str, ...]
     show: str | None = None
     positional: str | None = None
-    examples: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
 
 
 MAKE, USE, LOOK = "Make an adapter", "Use it", "See what it is worth"
@@ -39,77 +41,81 @@ COMMANDS = {
     "embed": Command(
         "csdiff.embeddings.config:EmbedConfig",
         "csdiff.embeddings:embed",
-        "captions and pictures to an embedding store",
+        "captions and images to an embedding store",
         MAKE,
-        "csdiff.cli.results:output_folder",
-        examples=(
-            "csdiff embed --source my-pictures --output my-store",
-            "csdiff embed --source my-pictures --output my-store --text_states --dtype float32",
+        (
+            "csdiff embed --source my-images --output my-store",
+            "csdiff embed --source my-images --output my-store --text_states --dtype float32",
         ),
+        "csdiff.cli.entry:output_folder",
     ),
     "train": Command(
         "csdiff.training.config:TrainConfig",
         "csdiff.training:train",
         "an embedding store to an adapter",
         MAKE,
-        "csdiff.cli.results:adapter_folder",
-        examples=(
+        (
             "csdiff train --config configs/tiny.yaml",
             "csdiff train --data.train my-store --output_dir runs/mine --max_steps 500",
+        ),
+        "csdiff.cli.entry:output_folder",
+        first=(
+            "data.train", "data.validation", "output_dir", "adapter", "objective", "objective_options", "max_steps",
+            "batch_size", "learning_rate", "seed", "resume", "export",
         ),
     ),
     "generate": Command(
         "csdiff.pipelines.config:GenerateConfig",
         "csdiff.pipelines:generate",
-        "prompts to pictures",
+        "prompts to images",
         USE,
-        "csdiff.cli.results:lines",
-        examples=(
+        (
             'csdiff generate --prompt "a red apple, 3d style"',
-            'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output pictures',
+            'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output images',
         ),
+        "csdiff.cli.entry:as_lines",
     ),
     "evaluate": Command(
         "csdiff.evaluation.config:EvaluateConfig",
         "csdiff.evaluation:evaluate",
         "how good an adapter is, in numbers",
         LOOK,
-        "csdiff.evaluation.table:as_text",
-        examples=(
+        (
             "csdiff evaluate --adapter runs/mine --data held-out-store --json scores.json --report scores.html",
             "csdiff evaluate --data held-out-store --compare runs/a runs/b runs/c",
             "csdiff evaluate --adapter runs/mine --decoder tiny --pictures held-out.parquet --num_images 2",
         ),
+        "csdiff.evaluation.table:as_text",
     ),
     "export": Command(
         "csdiff.export.config:ExportConfig",
         "csdiff.export:export",
         "an adapter of a training run to a folder of its own, a pipeline, or the hub",
         USE,
-        "csdiff.export.exporting:as_text",
-        "source",
         (
             "csdiff export runs/mine --checkpoint best --output my-adapter",
             "csdiff export runs/mine --format prior --dtype fp16 --output my-prior",
         ),
+        "csdiff.export.exporting:as_text",
+        "source",
     ),
     "app": Command(
         "csdiff.app.config:AppConfig",
         "csdiff.app:serve",
-        "a page in the browser: pictures, blends, a look inside adapters and stores",
+        "a page in the browser: images, blends, a look inside adapters and stores",
         USE,
-        examples=("csdiff app", "csdiff app --adapter runs/mine --port 8000"),
+        ("csdiff app", "csdiff app --adapter runs/mine --port 8000"),
     ),
     "info": Command(
         "csdiff.info.config:InfoConfig",
         "csdiff.info:inspect_path",
         "what is in an adapter, store, training run, pipeline or encoder folder",
         LOOK,
+        ("csdiff info runs/mine", "csdiff info my-store --check", "csdiff info assets/decoder --json"),
         "csdiff.info:as_text",
         "path",
-        ("csdiff info runs/mine", "csdiff info my-store --check", "csdiff info assets/decoder --json"),
     ),
-}
+}  # fmt: skip
 
 
 def import_object(path: str):

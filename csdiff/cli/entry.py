@@ -1,61 +1,71 @@
-"""The entry points: `csdiff`, and the scripts that stand for one subcommand."""
+"""The entry points: `csdiff`, and the scripts that stand for one command; exit codes, signals, stdout and stderr."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 
 import csdiff
 from csdiff.cli.commands import COMMANDS, import_object
-from csdiff.cli.running import run
 from csdiff.errors import CSDiffError
+from csdiff.plain import plain
 
-SHELLS = ("bash", "zsh", "fish")
+DONE, DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `csdiff`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in COMMANDS:
-        sys.exit(run_command(arguments[0], arguments[1:], prog=f"csdiff {arguments[0]}"))
-    if arguments[:1] == ["help"] and len(arguments) == 2 and arguments[1] in COMMANDS:
-        sys.exit(run_command(arguments[1], ["--help"], prog=f"csdiff {arguments[1]}"))
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:
+        sys.exit(run_command(name, arguments[1:], prog=f"csdiff {name}"))
     if not arguments:
         print(overview(), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     sys.exit(run(lambda: _general(arguments), "csdiff"))
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse the options of one subcommand and call its function; returns the exit code."""
+    """Parse the options of one command and call its function; returns the exit code."""
     command = COMMANDS[name]
 
     def action() -> None:
-        from csdiff.cli.options import parse_command
+        from csdiff.cli.parser import parse_command
 
-        config_class = import_object(command.config)
-        config, json = parse_command(config_class, arguments, prog, command.positional, command.examples)
+        config, as_json = parse_command(import_object(command.config), arguments, prog, command)
         _plain_output(config)
         # stdout is for results: whatever is said on the way is progress.
         with redirect_stdout(sys.stderr):
             result = import_object(command.function)(config)
         if os.environ.get("RANK", "0") == "0":
-            _write(command.show, result, json)
+            _write(result, as_json, command.show)
 
     return run(action, prog)
 
 
-def _write(show: str | None, result: object, json: bool) -> None:
-    from csdiff.cli.results import as_json
-
-    text = as_json(result) if json else show and import_object(show)(result)
-    if text:
+def _write(result: object, as_json: bool, show: str | None) -> None:
+    if as_json:
+        print(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    elif show and (text := import_object(show)(result)):
         print(text, flush=True)
     if problems := result.get("problems") if isinstance(result, Mapping) else getattr(result, "problems", None):
         raise CSDiffError(f"{len(problems)} problem{'s' * (len(problems) > 1)} found, listed above.")
+
+
+def as_lines(result: object) -> str:
+    """The text of a result that is a path, or a list of paths: one a line."""
+    return "\n".join(map(str, result)) if isinstance(result, list) else str(result)
+
+
+def output_folder(result) -> str:
+    """The text of a result that names the folder it made."""
+    return str(result.adapter_dir if hasattr(result, "adapter_dir") else result.output)
 
 
 def _plain_output(config: object) -> None:
@@ -64,8 +74,7 @@ def _plain_output(config: object) -> None:
         return
     if getattr(config, "progress", None) is True:
         config.progress = False
-    # the bars of libraries
-    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # the bars of libraries
         os.environ.setdefault(variable, "1")
 
 
@@ -77,19 +86,13 @@ def _general(arguments: Sequence[str]) -> None:
     elif option == "__version":
         print(csdiff.__version__)
     elif option == "__print_completion":
-        from csdiff.cli.completion import script
+        from csdiff.cli.parser import completion_script
 
-        print(script(value or next(iter(arguments[1:]), "")), end="")
+        print(completion_script(value or next(iter(arguments[1:]), ""), COMMANDS))
     else:
-        raise CSDiffError(_unknown(arguments[0]))
-
-
-def _unknown(found: str) -> str:
-    what = "option" if found.startswith("-") else "command"
-    known = ("--help", "--version", "--print_completion") if what == "option" else tuple(COMMANDS)
-    near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "`csdiff --help` tells more."
-    return f"Expected {'an' if what == 'option' else 'a'} {what} ({', '.join(known)}), found {found!r}: {hint}"
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "`csdiff --help` tells more."
+        raise CSDiffError(f"Expected a command ({', '.join(COMMANDS)}), found {arguments[0]!r}: {hint}")
 
 
 def overview() -> str:
@@ -98,16 +101,70 @@ def overview() -> str:
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]
         lines += [f"  {name:<10}{c.help}" for name, c in COMMANDS.items() if c.group == group]
-    lines += ["", "Examples:"]
-    lines += [f"  {command.examples[0]}" for command in COMMANDS.values() if command.examples]
-    lines += [
-        "",
-        "Options:",
-        "  --help                    this text; `csdiff COMMAND --help` lists the options of a command",
-        "  --version                 the version alone",
-        f"  --print_completion SHELL  a script that completes commands and options ({', '.join(SHELLS)})",
-        "",
-        "Results go to stdout (as JSON with --json), everything else to stderr.",
-        "Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 a defect.",
-    ]
-    return "\n".join(lines)
+    lines += ["", "Examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
+    return "\n".join(lines) + _CLOSING
+
+
+_CLOSING = """
+
+Options:
+  --help                    this text; `csdiff COMMAND --help` lists the options of a command
+  --version                 the version alone
+  --print_completion SHELL  a script that completes commands and options (bash, zsh, tcsh)
+
+Results go to stdout (as JSON with --json), everything else to stderr.
+Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
+
+
+def run(action: Callable[[], object], prog: str) -> int:
+    """Run `action` and return the exit code.
+
+    0: done. 2: bad input, one sentence on stderr. 130: Ctrl-C, 143: SIGTERM, one line on stderr; what was being
+    written is removed. 1: a defect, with its traceback.
+    """
+    try:
+        with _terminable():
+            action()
+    except (CSDiffError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone; stop without a second complaint at interpreter exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DEFECT
+        # Of the operating system: a file that is missing, damaged or not ours to write.
+        return _complain(prog, error, BAD_INPUT)
+    except _Terminated:
+        return _complain(prog, "terminated", TERMINATED)
+    except KeyboardInterrupt:
+        return _complain(prog, "interrupted", INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        return _complain(prog, "stopped by a defect; please report it with the lines above", DEFECT)
+    return DONE
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: files that are being written are cleaned up on the way out."""
+
+
+@contextmanager
+def _terminable():
+    def receive(number, frame):
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, receive)
+    except ValueError:
+        # Signals belong to the main thread; elsewhere they keep their meaning.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain(prog: str, message: object, code: int) -> int:
+    # One line above whatever a progress bar has left on the terminal.
+    start = "\n" if code in (INTERRUPTED, TERMINATED) and sys.stderr.isatty() else ""
+    print(f"{start}{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

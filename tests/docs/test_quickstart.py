@@ -9,6 +9,7 @@ import pytest
 from pages import code_blocks
 
 from csdiff import cli
+from csdiff.options import option_types
 
 PAGE = "docs/quickstart.md"
 
@@ -47,6 +48,6 @@ def test_every_command_is_one_of_ours(commands: list[list[str]]):
     for words in commands:
         assert words[0] == "csdiff"
         command = cli.COMMANDS[words[1]]
-        known = {"config", *cli.option_types(cli.import_object(command.config))}
+        known = {"config", *option_types(cli.import_object(command.config))}
         named = {word[2:] for word in words if word.startswith("--")}
         assert named <= known, words

@@ -25,7 +25,7 @@ from tiny_pipelines import (
 
 from csdiff import CSDiffError
 from csdiff.adapters import LoRAAdapter, TransformerAdapter
-from csdiff.cli.options import parse
+from csdiff.cli import parse
 from csdiff.pipelines import GenerateConfig, generate
 
 

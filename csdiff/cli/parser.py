@@ -1,0 +1,172 @@
+"""A parser from the fields of a configuration dataclass; jsonargparse parses, documents and complains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from csdiff.cli.commands import Command, import_object
+from csdiff.errors import CSDiffError
+from csdiff.options import explain, option_types
+
+# The comments under the fields are the help texts.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Anchors of a YAML file may be used so often; nested ones grow without bound when they are expanded.
+_MOST_ALIASES = 100
+# `--compare A B C`; not for prompts, whose words would each become one if the quotes were forgotten.
+_SEVERAL = {"compare", "extractors", "bandwidths"}
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one sentence, without the usage text in front of it."""
+
+    config_class: type
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise CSDiffError(explain(self.config_class, message))
+
+    def parse_path(self, path, *args, **kwargs):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader))
+        except UnicodeDecodeError:
+            raise CSDiffError(f"{path}: expected YAML, found a file that is not UTF-8 text.") from None
+        except yaml.YAMLError as error:
+            raise CSDiffError(
+                f"{path}: expected YAML, found a syntax error ({' '.join(str(error).split())})."
+            ) from None
+        if aliases > _MOST_ALIASES:
+            raise CSDiffError(f"{path}: expected at most {_MOST_ALIASES} YAML aliases, found {aliases}.")
+        return super().parse_path(path, *args, **kwargs)
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Leaves the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+def build_parser(config_class: type, prog: str, command: Command | None = None) -> ArgumentParser:
+    """A parser whose options, defaults, help and checks are the fields of `config_class`.
+
+    Args:
+        config_class: Dataclass of the options.
+        prog: Name in the help.
+        command: Its examples, its positional option, and the options that the help shows first.
+    """
+    positional = command.positional if command else None
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *([positional.upper()] if positional else []), "[OPTIONS]"]),
+        description=config_class.__doc__,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    parser.config_class = config_class
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    # A command may name a file for its JSON instead.
+    if "json" not in option_types(config_class):
+        parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
+    parser.add_class_arguments(config_class)
+    for group in parser._action_groups:
+        # jsonargparse heads them with the docstring, which is the description above, too.
+        group.title = "further options" if group.title == config_class.__doc__ else group.title
+        group._group_actions = [a for a in group._group_actions if type(a).__name__ != "_ActionConfigLoad"]
+    if command:
+        _show_first(parser, command.first)
+        parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in command.examples)])
+    return parser
+
+
+def _show_first(parser: ArgumentParser, names: Sequence[str]) -> None:
+    """Move the options that most people need to a group at the top of the help."""
+    if not names:
+        return
+    first = parser.add_argument_group("most used")
+    actions = {action.dest: action for action in parser._actions}
+    for group in parser._action_groups:
+        group._group_actions = [action for action in group._group_actions if action.dest not in names]
+    first._group_actions = [actions[name] for name in names]
+    parser._action_groups.insert(0, parser._action_groups.pop(parser._action_groups.index(first)))
+
+
+def normalize(config_class: type, arguments: Sequence[str], positional: str | None = None) -> list[str]:
+    """The command line as jsonargparse wants it: every option as `--name=value`.
+
+    `--num-images` means `--num_images`; `--grid` alone means `--grid=true` and `--no-grid` the opposite. A prompt is
+    text, whatever it looks like: `--prompt "3: [a]"` must not be read as YAML, so repeated texts are gathered as text.
+    """
+    known = option_types(config_class)
+    repeatable = {name for name, annotation in known.items() if annotation == list[str]}
+    gathered: dict[str, list[str]] = {}
+    rest: list[str] = []
+    pending = list(reversed(arguments))
+    while pending:
+        argument = pending.pop()
+        if not argument.startswith("--") or argument == "--":
+            if positional and not argument.startswith("-"):
+                rest.append(f"--{positional}={argument}")
+                positional = None
+            else:
+                rest.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in repeatable:
+            if not equals and not pending:
+                raise CSDiffError(f"--{name}: expected a text, found the end of the command.")
+            gathered.setdefault(name, []).append(value if equals else pending.pop())
+            while name in _SEVERAL and pending and not pending[-1].startswith("-"):
+                gathered[name].append(pending.pop())
+        elif equals or (name in ("json", "help", "print_config") and name not in known):
+            rest.append(f"--{name}{equals}{value}")
+        elif name.startswith("no_") and known.get(name[3:]) is bool:
+            rest.append(f"--{name[3:]}=false")
+        elif known.get(name) is bool and not (pending and pending[-1].lower() in ("true", "false")):
+            rest.append(f"--{name}=true")
+        elif pending and not pending[-1].startswith("--"):
+            rest.append(f"--{name}={pending.pop()}")
+        else:
+            rest.append(f"--{name}")
+    return rest + [f"--{name}={json.dumps(values, ensure_ascii=False)}" for name, values in gathered.items()]
+
+
+def parse_command(config_class: type, arguments: Sequence[str], prog: str, command: Command | None = None):
+    """Options from YAML and command line as an instance of `config_class`, and whether `--json` is given.
+
+    Raises:
+        CSDiffError: for an unknown option or config key, or a value that its type refuses.
+    """
+    parser = build_parser(config_class, prog, command)
+    values = parser.parse_args(normalize(config_class, arguments, command.positional if command else None))
+    values.pop("config", None)
+    as_json = values.pop("json") if "json" not in option_types(config_class) else False
+    return config_class(**vars(parser.instantiate(values))), as_json
+
+
+def parse(config_class: type, arguments: Sequence[str], prog: str):
+    """As `parse_command`, the options alone."""
+    return parse_command(config_class, arguments, prog)[0]
+
+
+def completion_script(shell: str, commands: dict[str, Command]) -> str:
+    """The script with which a shell completes commands and options, as shtab writes it.
+
+    Raises:
+        CSDiffError: shtab does not know the shell.
+    """
+    parser = ArgumentParser(prog="csdiff")
+    subcommands = parser.add_subcommands()
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, build_parser(import_object(command.config), name), help=command.help)
+    try:
+        return parser.get_completion_script(f"shtab-{shell}")
+    except ValueError as error:
+        raise CSDiffError(f"--print_completion: expected bash, zsh or tcsh, found {shell!r}.") from error
