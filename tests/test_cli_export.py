@@ -1,15 +1,18 @@
 """`csdiff export`: from a run to a folder of its own, whole and loadable by those it is for."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, KandinskyV22PriorPipeline
 from safetensors.torch import load_file
 
-from csdiff import AutoAdapter, CSDiffError
+import csdiff
+from csdiff import AutoAdapter, CSDiffError, CSDiffPriorPipeline
 from csdiff.adapters import LoRAAdapter, MLPAdapter
-from csdiff.export import ExportConfig, export
+from csdiff.cli.export import ExportConfig, export
+from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.training import train
 from tests.training.training_runs import config as run_config
 from tests.training.training_runs import log
@@ -135,7 +138,8 @@ def test_a_folder_in_the_way_stays_unless_told(run, tmp_path, text):
         ({"checkpoint": "6"}, ["6", "4, 8, 12"]),
         ({"checkpoint": "worst"}, ["best", "worst"]),
         ({"merge_lora": True}, ["LoRA", "MLPAdapter"]),
-        ({"format": "prior"}, ["text encoder", "--format adapter"]),
+        ({"format": "prior"}, ["text encoder", "--text_encoder"]),
+        ({"dtype": "float8"}, ["dtype", "float8"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, options, words):
@@ -169,6 +173,32 @@ def test_a_prior_loads_in_stock_diffusers(make, tiny_clip, tmp_path):
         else:
             expected = adapter.embed(pipe.text_encoder(**tokens).text_embeds)
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_half_precision_prior_takes_the_adapter_it_came_from(tiny_clip, tmp_path):
+    """The encoders in the folder keep their identity in another number format; other weights in it do not pass."""
+    adapter = random_mlp(tiny_clip)
+    for tower in ("text", "image"):
+        adapter.metadata[f"{tower}_encoder"]["weights_sha256"] = weights_sha256(tiny_clip, tower)
+    adapter.save_pretrained(tmp_path / "adapter")
+    options = {"format": "prior", "dtype": "float16"}
+    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), **options))
+    pipe = CSDiffPriorPipeline.from_pretrained(tmp_path / "prior")
+    loaded = csdiff.load_adapter(pipe, tmp_path / "adapter")
+    assert torch.equal(loaded.prior.skip.weight, adapter.skip.weight)
+    adapter.metadata["text_encoder"]["weights_sha256"] = "0" * 64
+    with pytest.raises(CSDiffError, match="text encoder"):
+        csdiff.load_adapter(pipe, adapter)
+
+
+def test_encoders_that_moved_are_named(tiny_clip, tmp_path):
+    moved = shutil.copytree(tiny_clip, tmp_path / "moved")
+    random_mlp(tmp_path / "gone").save_pretrained(tmp_path / "adapter")
+    options = {"source": str(tmp_path / "adapter"), "output": str(tmp_path / "prior"), "format": "prior"}
+    with pytest.raises(CSDiffError, match=r"gone.*--text_encoder"):
+        export(ExportConfig(**options))
+    export(ExportConfig(**options, text_encoder=str(moved), image_encoder=str(moved)))
+    assert (tmp_path / "prior" / "text_encoder").is_dir()
 
 
 def test_a_pipeline_draws_by_itself(tiny_clip, tiny_decoder, tmp_path):

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import make_pairs
 
 from csdiff import CSDiffError
-from csdiff.embeddings import write_store
-from csdiff.info import InfoConfig, as_text, inspect_path
+from csdiff.cli.info import InfoConfig, as_text, decoders, inspect_path
+from csdiff.embeddings import EmbedConfig, embed, write_store
 from csdiff.resources import assets_dir
 from csdiff.training import train
 from tests.training.training_runs import config as run_config
@@ -49,8 +50,26 @@ def test_an_adapter(adapter):
 
     loaded = AutoAdapter.from_pretrained(adapter)
     assert facts["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+    assert facts["decoders"]["tiny"] == "fits"
+    assert "1280" in facts["decoders"]["kandinsky22"]
     text = as_text(facts)
     assert all(word in text for word in ("Adapter", "MLPAdapter", "tiny-clip", "text_to_image.r@1", "no problems"))
+
+
+@pytest.mark.parametrize(
+    ("image_encoder", "dim", "fitting"),
+    [
+        ("openai/clip-vit-large-patch14", 768, {"karlo", "sd-unclip-s"}),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 1024, {"sd-unclip-h", "ip-adapter-sd15"}),
+        ("stranger/clip", 768, set()),
+    ],
+)
+def test_the_decoders_that_an_adapter_fits(image_encoder, dim, fitting):
+    verdicts = decoders({"embedding_dim": dim, "image_encoder": {"id": image_encoder}, "normalized": False})
+    assert fitting <= {name for name, verdict in verdicts.items() if verdict == "fits"}
+    assert "fits" not in {verdicts["kandinsky22"], verdicts["tiny"]}
+    normalized = decoders({"embedding_dim": dim, "image_encoder": {"id": image_encoder}, "normalized": True})
+    assert "fits" not in normalized.values()
 
 
 def test_a_broken_adapter(adapter):
@@ -84,6 +103,18 @@ def test_a_store(store):
     assert facts["statistics"]["norm_mean"] == pytest.approx(10, rel=0.01)
     assert facts["problems"] == []
     assert facts["bytes"] == sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+
+
+def test_what_a_store_left_out(tmp_path, tiny_clip):
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    rows = [{"file_name": f"{name}.png", "text": name} for name in "abc"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"text_encoder": str(tiny_clip), "image_encoder": str(tiny_clip), "max_skipped": 0.5, "progress": False}
+    embed(EmbedConfig(source=str(tmp_path), output=str(tmp_path / "store"), **options))
+    facts = inspect(tmp_path / "store")
+    assert (facts["items"], facts["rows"], sum(facts["left_out"].values())) == (3, 2, 1)
 
 
 def test_missing_and_damaged_shards(store):

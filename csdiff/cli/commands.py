@@ -88,15 +88,15 @@ COMMANDS = {
         "csdiff.evaluation.table:as_text",
     ),
     "export": Command(
-        "csdiff.export.config:ExportConfig",
-        "csdiff.export:export",
+        "csdiff.cli.export:ExportConfig",
+        "csdiff.cli.export:export",
         "an adapter of a training run to a folder of its own, a pipeline, or the hub",
         USE,
         (
             "csdiff export runs/mine --checkpoint best --output my-adapter",
             "csdiff export runs/mine --format prior --dtype fp16 --output my-prior",
         ),
-        "csdiff.export.exporting:as_text",
+        "csdiff.cli.export:as_text",
         "source",
     ),
     "app": Command(
@@ -107,12 +107,12 @@ COMMANDS = {
         ("csdiff app", "csdiff app --adapter runs/mine --port 8000"),
     ),
     "info": Command(
-        "csdiff.info.config:InfoConfig",
-        "csdiff.info:inspect_path",
+        "csdiff.cli.info:InfoConfig",
+        "csdiff.cli.info:inspect_path",
         "what is in an adapter, store, training run, pipeline or encoder folder",
         LOOK,
         ("csdiff info runs/mine", "csdiff info my-store --check", "csdiff info assets/decoder --json"),
-        "csdiff.info:as_text",
+        "csdiff.cli.info:as_text",
         "path",
     ),
 }  # fmt: skip
