@@ -6,15 +6,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from csdiff.errors import CSDiffError
 from csdiff.files import read_jsonl, read_safetensors_header, write_json, writing_folder
-
-if TYPE_CHECKING:
-    from csdiff.adapters.base import Adapter
-    from csdiff.pipelines.decoders import DecoderSource
-    from csdiff.pipelines.pairing import AdapterCard
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Where a checkpoint keeps the weights as they are trained, beside their running average.
@@ -200,7 +195,7 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
     return output
 
 
-def _load(source: str | Path, config: ExportConfig) -> Adapter:
+def _load(source: str | Path, config: ExportConfig):
     """The adapter with the weights asked for, and metadata that says so.
 
     A checkpoint holds the averaged weights as an adapter folder and the online ones in its state; statistics and norm
@@ -253,7 +248,7 @@ def _write(output: Path, write) -> None:
     shutil.rmtree(old)
 
 
-def _merged_writer(adapter: Adapter, output: Path):
+def _merged_writer(adapter, output: Path):
     """The adapter's merged text encoder in `text_encoder`, and the map after it as an adapter that names it."""
     from csdiff.embeddings import load_text_encoder
     from csdiff.embeddings.fingerprint import weights_sha256
@@ -270,7 +265,7 @@ def _merged_writer(adapter: Adapter, output: Path):
     return write
 
 
-def _pipeline_writer(config: ExportConfig, adapter: Adapter, dtype, name: str):
+def _pipeline_writer(config: ExportConfig, adapter, dtype, name: str):
     """A stock pipeline of the adapter, its encoders and, if it is to be whole, a decoder."""
     from csdiff.pipelines.decoders import check_pairing, resolve_decoder
     from csdiff.pipelines.pairing import AdapterCard
@@ -298,7 +293,7 @@ def _pipeline_writer(config: ExportConfig, adapter: Adapter, dtype, name: str):
     return write
 
 
-def _pipeline(adapter: Adapter, card: AdapterCard, decoder: DecoderSource | None, dtype):
+def _pipeline(adapter, card, decoder, dtype):
     from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
     from csdiff.embeddings import load_image_encoder, load_text_encoder
@@ -359,7 +354,7 @@ pipe = {loader}.from_pretrained("PATH")
 """
 
 
-def _card(name: str, pipe, adapter: Adapter) -> str:
+def _card(name: str, pipe, adapter) -> str:
     """A README that says how to load the folder."""
     whole = hasattr(pipe, "prior_prior")
     prior, prefix = (pipe.prior_prior, "prior_") if whole else (pipe.prior, "")
