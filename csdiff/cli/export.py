@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from csdiff.errors import CSDiffError
-from csdiff.files import read_jsonl, read_safetensors_header, write_json, writing_folder
+from csdiff.files import absolute, read_jsonl, read_safetensors_header, write_json, writing_folder
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Where a checkpoint keeps the weights as they are trained, beside their running average.
@@ -126,7 +124,8 @@ def export(config: ExportConfig) -> ExportResult:
             adapter.save_pretrained(place, card_location=location)
 
     if output is not None:
-        _write(output, write)
+        with writing_folder(output, whole=True) as aside:
+            write(aside)
     url = None
     if repo:
         save = write if config.format != "adapter" else lambda place: write(place, repo)
@@ -143,8 +142,7 @@ def find_adapter(config: ExportConfig) -> str | Path:
     Raises:
         CSDiffError: No such checkpoint, or a run that has left nothing yet.
     """
-    from csdiff.training.checkpoint import Checkpoints
-    from csdiff.training.run_folder import CONFIG_NAME
+    from csdiff.training.run_folder import CONFIG_NAME, Checkpoints
 
     if not config.source:
         raise CSDiffError("source: expected a training run, checkpoint or adapter folder, found nothing; name one.")
@@ -158,18 +156,18 @@ def find_adapter(config: ExportConfig) -> str | Path:
         return run if run.exists() else config.source
     if config.checkpoint is None and (run / "config.json").is_file():
         return run
-    checkpoints, wanted = Checkpoints(run / "checkpoints", 0), config.checkpoint or "latest"
+    checkpoints, wanted = Checkpoints(run / "checkpoints"), config.checkpoint or "latest"
     number = wanted.removeprefix("step-")
     if wanted != "latest" and wanted != "best" and not number.isdecimal():
         raise CSDiffError(f"checkpoint: expected best, latest or a step, found {wanted!r}.")
-    found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.folder / wanted
+    found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.named(wanted)
     if wanted == "latest":
         found = checkpoints.latest()
     if found is None or not found.is_dir():
         steps = ", ".join(map(str, checkpoints.steps()))
         there = f"there are those of steps {steps}" if steps else "the run has left none yet"
         raise CSDiffError(f"checkpoint: expected {wanted} in {checkpoints.folder}, found none; {there}.")
-    return found.resolve()
+    return found
 
 
 def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
@@ -206,7 +204,7 @@ def _load(source: str | Path, config: ExportConfig):
     from csdiff.adapters import AutoAdapter
     from csdiff.training.run_folder import METRICS_NAME
 
-    folder, encoders = Path(source), {"text_encoder": config.text_encoder, "image_encoder": config.image_encoder}
+    folder, encoders = absolute(source), {"text_encoder": config.text_encoder, "image_encoder": config.image_encoder}
     if config.weights == "online" and (folder / "online" / "config.json").is_file():
         return AutoAdapter.from_pretrained(folder / "online", **encoders)
     adapter = AutoAdapter.from_pretrained(source, **encoders)
@@ -227,25 +225,11 @@ def _load(source: str | Path, config: ExportConfig):
     tensors = load_file(state)
     for name, stored in names.items():
         parameters[name].data.copy_(tensors[stored])
-    lines = read_jsonl(folder.resolve().parent.parent / METRICS_NAME)
+    lines = read_jsonl(folder.parent.parent / METRICS_NAME)
     measured = [line for line in lines if line.get("kind") == "validation" and line["step"] == training.get("steps")]
     adapter.metadata["training"]["weights"] = "online"
     adapter.metadata["metrics"] = measured[-1].get("online") or {} if measured else {}
     return adapter
-
-
-def _write(output: Path, write) -> None:
-    """Fills a folder aside and gives it its name; an earlier one goes as a whole."""
-    if not (output.is_dir() and any(output.iterdir())):
-        with writing_folder(output) as aside:
-            write(aside)
-        return
-    fresh, old = (output.with_name(f".partial-{os.getpid()}-{kind}-{output.name}") for kind in ("new", "old"))
-    with writing_folder(fresh) as aside:
-        write(aside)
-    output.rename(old)
-    fresh.rename(output)
-    shutil.rmtree(old)
 
 
 def _merged_writer(adapter, output: Path):

@@ -201,10 +201,9 @@ def decoders(adapter: dict) -> dict[str, str]:
 
 def _run(folder: Path, problems: list[str], options: InfoConfig) -> dict:
     """Progress, checkpoints, and the adapter: the finished one, else that of the newest checkpoint."""
-    from csdiff.training.checkpoint import Checkpoints
-    from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME
+    from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME, Checkpoints
 
-    checkpoints = Checkpoints(folder / "checkpoints", 0)
+    checkpoints = Checkpoints(folder / "checkpoints")
     steps, newest, finished = checkpoints.steps(), checkpoints.latest(), (folder / "config.json").is_file()
     config = _yaml(folder / CONFIG_NAME, problems)
     facts = {
@@ -219,6 +218,11 @@ def _run(folder: Path, problems: list[str], options: InfoConfig) -> dict:
         return facts
     if newest is not None:
         facts["progress"] = _progress(newest, problems)
+    for name in ("best", "latest"):
+        if (named := checkpoints.named(name)) is not None:
+            facts[name] = named.name
+            if not named.is_dir():
+                problems.append(f"{checkpoints.folder / name} names {named.name}, which is missing")
     facts |= _adapter(folder if finished else newest, problems, options)
     if not facts["metrics"]:
         measured = [line for line in read_jsonl(folder / METRICS_NAME) if line.get("kind") == "validation"]

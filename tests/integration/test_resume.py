@@ -10,10 +10,9 @@ import pytest
 import training_processes as processes
 
 from csdiff.adapters.registry import AutoAdapter
+from csdiff.cli.export import ExportConfig, export
 from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.errors import CSDiffError
-from csdiff.export import export
-from csdiff.export.config import ExportConfig
 
 PLACES = [
     ("after a step", 3),
