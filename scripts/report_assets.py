@@ -25,7 +25,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from csdiff import AutoAdapter
 from csdiff.embeddings import load_image_encoder, load_text_encoder
-from csdiff.evaluation.embedding_metrics import baseline_metrics, embedding_metrics
+from csdiff.evaluation import baseline_metrics, embedding_metrics
 
 ASSETS = ROOT / "assets"
 COLUMNS = 12

@@ -16,8 +16,9 @@ from csdiff.app.streaming import Report
 from csdiff.app.uploads import gather
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.baselines import cross_fitted_predictions
 from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, read_pairs
-from csdiff.evaluation.embedding_metrics import cross_fitted_predictions, embedding_metrics
+from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.metrics import BASELINES, metric_rows
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities
 from csdiff.evaluation.predictions import predict

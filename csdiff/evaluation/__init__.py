@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "baselines": ["baseline_metrics", "baseline_predictions", "cross_fitted_predictions"],
         "comparison": ["compare"],
         "concepts": ["ConceptRate", "concept_rate", "group_agreement"],
         "config": ["EvaluateConfig"],
@@ -19,10 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "mmd_test",
         ],
         "embedding_metrics": [
-            "baseline_metrics",
-            "baseline_predictions",
             "cosine_similarities",
-            "cross_fitted_predictions",
             "effective_rank",
             "embedding_metrics",
             "norm_ratios",

@@ -1,4 +1,4 @@
-"""Held-out pairs for an evaluation: opened, checked against the adapters, and read."""
+"""Pairs for an evaluation: opened, checked against the adapters, and read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.config import EmbedConfig
+from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
-from csdiff.evaluation.held_out import require_pictures
+from csdiff.evaluation.held_out import require_images
 from csdiff.evaluation.retrieval import first_rows, image_identities
 from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
+
+CONCEPT_COLUMNS = ("concept", "label")
 
 
 @dataclass
@@ -33,7 +36,9 @@ class HeldOutPairs:
         rows: `(N,)` row numbers.
         text: `(N, Dt)` raw text embeddings.
         image: `(N, D)` raw image embeddings.
-        image_ids: `(N,)` picture of each row.
+        image_ids: `(N,)` image of each row.
+        concepts: N names of what the images show, where the metadata say.
+        split: Of a source that is no store.
     """
 
     source: str
@@ -42,10 +47,12 @@ class HeldOutPairs:
     text: Tensor
     image: Tensor
     image_ids: Tensor
+    concepts: list[str] | None = None
+    split: str | None = None
 
     @property
     def pictures(self) -> int:
-        """Distinct pictures."""
+        """Distinct images."""
         return len(first_rows(self.image_ids))
 
     def describe(self) -> dict:
@@ -58,6 +65,7 @@ class HeldOutPairs:
         }
         return {
             "source": self.source,
+            "split": self.split,
             "rows": len(self.rows),
             "rows_of": len(self.store),
             "pictures": self.pictures,
@@ -78,16 +86,19 @@ def check_source(path: str, option: str, card: AdapterCard) -> None:
         raise CSDiffError(
             f"--{option} {path}: expected an embedding store, or captions with images, found nothing there."
         )
-    if not all((card.metadata.get(f"{side}_encoder") or {}).get("id") for side in ("text", "image")):
-        raise CSDiffError(
-            f"--{option} {path} is no embedding store, and {card.path} does not say which encoders to embed it with; "
-            "make a store with `csdiff embed`."
-        )
+    for tower in ("text", "image"):
+        find_encoder(card.metadata.get(f"{tower}_encoder"), tower, of=f"the adapter {card.path}")
 
 
 @contextmanager
 def open_store(
-    path: str, option: str, card: AdapterCard, device: str | None, progress: bool, split: str
+    path: str,
+    option: str,
+    card: AdapterCard,
+    device: str | None,
+    progress: bool,
+    split: str,
+    concepts: str | None = None,
 ) -> Iterator[EmbeddingStore]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
@@ -112,6 +123,7 @@ def open_store(
                 text_revision=options.pop("revision"),
                 image_encoder=image["id"],
                 image_revision=image.get("revision"),
+                metadata_columns=_concept_columns(path, concepts),
                 **options,
                 dtype="float32",
                 device=device,
@@ -121,30 +133,77 @@ def open_store(
         yield EmbeddingStore.open(f"{folder}/store")
 
 
-def read_pairs(source: str, store: EmbeddingStore, option: str, max_rows: int) -> HeldOutPairs:
+def _concept_columns(path: str, asked: str | None) -> list[str]:
+    """The column of concepts to keep of a source: the one asked for, else that of a parquet file which has one."""
+    if asked is not None:
+        return [asked]
+    if Path(path).suffix != ".parquet":
+        return []
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, ValueError):
+        return []  # What is wrong with it, the reader says.
+    return [name for name in CONCEPT_COLUMNS if name in names][:1]
+
+
+def read_pairs(
+    source: str,
+    store: EmbeddingStore,
+    option: str,
+    max_rows: int | None = None,
+    concepts: str | None = None,
+    split: str | None = None,
+) -> HeldOutPairs:
     """Pairs of a store, at most `max_rows`, evenly spread.
 
+    Args:
+        source: What was asked for, for messages and the manifest.
+        store: Where the rows are.
+        option: It was asked for by, for messages.
+        max_rows: None reads all.
+        concepts: Metadata column of what an image shows; by default concept or label, where there is one.
+        split: Of a source that is no store.
+
     Raises:
-        CSDiffError: one side is missing, or there are too few pictures.
+        CSDiffError: one side or the column is missing, or there are too few images.
     """
     for side in ("text", "image"):
         if getattr(store, f"{side}_dim") is None:
             raise CSDiffError(f"--{option} {source}: expected text and image embeddings, found no {side} embeddings.")
-    rows = np.unique(np.linspace(0, len(store) - 1, min(max_rows, len(store))).astype(np.int64))
+    count = len(store) if max_rows is None else min(max_rows, len(store))
+    rows = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
     values = store.read(rows, ["text_embeds", "image_embeds"])
     ids = (
         torch.from_numpy(store.image_numbers()[rows])
         if store.knows_images
         else image_identities(values["image_embeds"])
     )
-    pairs = HeldOutPairs(source, store, rows, values["text_embeds"], values["image_embeds"], ids)
+    known = store.metadata.names if store.metadata is not None else ()
+    column = concepts or next((name for name in CONCEPT_COLUMNS if name in known), None)
+    names = [str(name) for name in store.column(column, rows)] if column else None
+    pairs = HeldOutPairs(source, store, rows, values["text_embeds"], values["image_embeds"], ids, names, split)
     for side, part in (("text", pairs.text), ("image", pairs.image)):
         if not part.isfinite().all():
             raise CSDiffError(
                 f"--{option} {source}: expected numbers, found NaN or infinity in the {side} embeddings."
             )
-    require_pictures(pairs.pictures)
+    require_images(pairs.pictures)
     return pairs
+
+
+def training_store(card: AdapterCard) -> str | None:
+    """The store that an adapter was trained on, if its `csdiff.json` names one that is still there and the same."""
+    data = card.metadata.get("data") or {}
+    path = data.get("train")
+    if not isinstance(path, str) or not is_store(path):
+        return None
+    try:
+        made_of = (EmbeddingStore.open(path).fingerprint or {}).get("data")
+    except CSDiffError:
+        return None
+    return path if made_of == data.get("source") else None
 
 
 def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: str) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from csdiff.embeddings.atomic import write_json
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.errors import CSDiffError
+from csdiff.files import write_json
 from csdiff.pipelines.decoders import DecoderSource
 from csdiff.pipelines.decoding import DrawingOptions
 
@@ -83,7 +83,7 @@ class PictureFolder:
         """Write a picture, whole or not at all."""
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
-            write_json(self.path / "settings.json", self.settings, indent=2)
+            write_json(self.path / "settings.json", self.settings)
         aside = self.path / f".{job.key}.partial"
         picture.save(aside, format="PNG")
         aside.replace(self.file(job))

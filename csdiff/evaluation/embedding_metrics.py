@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from csdiff.evaluation.distances import (
+    centred,
     centroid_gap,
-    covariance_factor,
     distribution_gap,
     frechet_distance,
     kernel_distance,
     unit,
 )
-from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval
+from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
 
 BANDWIDTH = 0.5
 """Kernel width of the reported Cauchy-Schwarz divergence, on unit vectors."""
+LIMIT = 5000
+"""Rows up to which nothing is estimated."""
+_BLOCKS = 5
 
 
 def cosine_similarities(
@@ -68,7 +71,11 @@ def effective_rank(x: Tensor) -> float:
 
     Between 1 (collapsed onto a line) and `min(N - 1, D)`; compare with the value of the real embeddings.
     """
-    s = torch.linalg.svdvals(covariance_factor(unit(x)))
+    z = centred(unit(x))
+    gram = z.T @ z if len(z) > z.shape[1] else z @ z.T
+    values = torch.linalg.eigvalsh(gram)
+    # Below the rounding of the largest an eigenvalue is noise, whose root would count.
+    s = torch.where(values > 1e-14 * values[-1], values, 0).clamp(min=0).sqrt()
     if s.sum() <= 1e-12:
         return 1.0
     share = s / s.sum()
@@ -81,26 +88,32 @@ def embedding_metrics(
     text: Tensor | None = None,
     image_ids: Tensor | None = None,
     bandwidth: float = BANDWIDTH,
+    limit: int | None = LIMIT,
+    seed: int = 0,
 ) -> dict:
     """Everything above for one set of predictions.
 
+    What grows with the square of the rows is estimated where there are more than `limit`: ranks from so many queries,
+    drawn at random, in the whole gallery, and kernels from half as many rows.
+
     Args:
         prediction: `(N, D)` adapted text embeddings, one row a caption.
-        image: `(N, D)` real image embeddings of the same rows; pictures with several captions repeat.
+        image: `(N, D)` real image embeddings of the same rows; images with several captions repeat.
         text: `(N, Dt)` raw text embeddings, for the cosines to the captions.
-        image_ids: `(N,)` picture of each row; by default rows with equal image embeddings are one picture.
+        image_ids: `(N,)` image of each row; by default rows with equal image embeddings are one image.
         bandwidth: Kernel width of the Cauchy-Schwarz divergence, on unit vectors.
+        limit: See above; None measures on all rows.
+        seed: Of what is drawn.
 
     Returns:
         Nested dict with keys `text_to_image` and `image_to_text` (`r@1`, `r@5`, `r@10`, `median_rank`),
-        `centroid_gap`, `distribution_gap`, `frechet_distance`, `kernel_distance`, `cs_divergence`, `cosine`, `norm`,
-        `effective_rank`, `count`. Distribution metrics compare all predictions with the distinct pictures.
+        `centroid_gap`, `distribution_gap`, `frechet_distance`, `kernel_distance` (times 1000), `cs_divergence`,
+        `cosine`, `norm`, `effective_rank`, `count`. Distribution metrics compare all predictions with the distinct
+        images. Where it estimates, also `estimated` (`queries`, `kernel_rows`) and `errors`, standard errors by key.
 
     Raises:
-        ValueError: if the rows do not match or there are fewer than 2 pictures.
+        ValueError: if the rows do not match or there are fewer than 2 images.
     """
-    from csdiff.losses import cauchy_schwarz_divergence
-
     if prediction.shape != image.shape:
         raise ValueError(
             f"predictions and images must have one shape, found {tuple(prediction.shape)} and {tuple(image.shape)}"
@@ -108,89 +121,50 @@ def embedding_metrics(
     ids = (image_identities(image) if image_ids is None else image_ids).to(prediction.device)
     first = first_rows(ids)
     if len(first) < 2:
-        raise ValueError(f"metrics need at least 2 different pictures, found {len(first)}")
-    pictures, picture_ids = image[first], ids[first]
-    return {
+        raise ValueError(f"metrics need at least 2 different images, found {len(first)}")
+    images, numbers = image[first], ids[first]
+    generator = torch.Generator().manual_seed(seed)
+    # Pairs may stand in any order: both sides are shuffled apart.
+    captions, shown = (_draw(count, limit, generator).to(ids.device) for count in (len(ids), len(first)))
+    forward = retrieval_ranks(prediction[captions], images, ids[captions], numbers)
+    backward = retrieval_ranks(images[shown], prediction, numbers[shown], ids)
+    half = None if limit is None or len(ids) <= limit else limit // 2
+    kernel = prediction[captions[:half]], images[shown[:half]]
+    result = {
         "count": len(prediction),
-        "text_to_image": retrieval(prediction, pictures, ids, picture_ids),
-        "image_to_text": retrieval(pictures, prediction, picture_ids, ids),
-        "centroid_gap": centroid_gap(prediction, pictures),
-        "distribution_gap": distribution_gap(prediction, pictures),
-        "frechet_distance": frechet_distance(prediction, pictures),
-        "kernel_distance": kernel_distance(prediction, pictures),
-        "cs_divergence": cauchy_schwarz_divergence(
-            unit(prediction).float(), unit(pictures).float(), bandwidth=bandwidth
-        ).item(),
+        "text_to_image": forward.summary(),
+        "image_to_text": backward.summary(),
+        "centroid_gap": centroid_gap(prediction, images),
+        "distribution_gap": distribution_gap(prediction, images),
+        "frechet_distance": frechet_distance(prediction, images),
+        "kernel_distance": kernel_distance(*kernel),
+        "cs_divergence": divergence(*kernel, bandwidth),
         "cosine": cosine_similarities(prediction, image, text, ids),
-        "norm": norm_ratios(prediction, pictures),
+        "norm": norm_ratios(prediction, images),
         "effective_rank": effective_rank(prediction),
     }
-
-
-def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """What the data's own baselines predict: raw text, mean shift and ridge.
-
-    Ridge is the closed form `(T^T T + a I)^-1 T^T Y` of centred data with `a = 0.01 Tr(T^T T) / Dt`.
-
-    Args:
-        train_text: `(N, Dt)` text embeddings to fit on.
-        train_image: `(N, D)` their images.
-        text: `(M, Dt)` text embeddings to predict from.
-
-    Returns:
-        `raw_text`, `mean_shift` and `ridge`, each `(M, D)` float32; the first two are absent where dimensions differ.
-    """
-    text_mean, image_mean = train_text.double().mean(0), train_image.double().mean(0)
-    t, y = train_text.double() - text_mean, train_image.double() - image_mean
-    gram = t.T @ t
-    gram.diagonal().add_(0.01 * gram.diagonal().mean().clamp(min=1e-12))
-    weight = torch.linalg.solve(gram, t.T @ y)
-    predictions = {"ridge": (text.double() - text_mean) @ weight + image_mean}
-    if text.shape[1] == train_image.shape[1]:
-        predictions = {"raw_text": text, "mean_shift": text.double() - text_mean + image_mean, **predictions}
-    return {name: prediction.float() for name, prediction in predictions.items()}
-
-
-def cross_fitted_predictions(
-    text: Tensor, image: Tensor, image_ids: Tensor, folds: int = 5, seed: int = 0
-) -> dict[str, Tensor]:
-    """Baselines without training data: each fold of the pictures is predicted from a fit to the others.
-
-    Args:
-        text: `(N, Dt)`.
-        image: `(N, D)`.
-        image_ids: `(N,)` picture of each row; captions of a picture stay in one fold.
-        folds: Parts, at most as many as there are pictures.
-        seed: Of the split.
-
-    Returns:
-        As :func:`baseline_predictions`.
-    """
-    _, picture = image_ids.unique(return_inverse=True)
-    count = int(picture.max()) + 1
-    fold = (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % folds).to(picture.device)[picture]
-    result: dict[str, Tensor] = {}
-    for index in range(min(folds, count)):
-        out = fold == index
-        for name, prediction in baseline_predictions(text[~out], image[~out], text[out]).items():
-            result.setdefault(name, torch.empty(len(text), prediction.shape[1], device=text.device))[out] = prediction
+    if half is not None:
+        result["estimated"] = {"queries": len(captions), "kernel_rows": half}
+        blocks = list(zip(*(z.chunk(_BLOCKS) for z in kernel), strict=False))
+        values = {
+            "kernel_distance": [kernel_distance(x, y) for x, y in blocks],
+            "cs_divergence": [divergence(x, y, bandwidth) for x, y in blocks],
+        }
+        result["errors"] = {key: torch.tensor(v).std().item() / len(v) ** 0.5 for key, v in values.items()}
+        for name, ranks in (("text_to_image", forward), ("image_to_text", backward)):
+            for k in (1, 5, 10):
+                result["errors"][f"{name}.r@{k}"] = ranks.hits(k).std().item() / len(ranks.nearer) ** 0.5
     return result
 
 
-def baseline_metrics(
-    train_text: Tensor, train_image: Tensor, text: Tensor, image: Tensor, image_ids: Tensor | None = None
-) -> dict:
-    """Metrics of :func:`embedding_metrics` for the baselines of :func:`baseline_predictions`.
+def divergence(x: Tensor, y: Tensor, bandwidth: float) -> float:
+    """Cauchy-Schwarz divergence of unit vectors at one kernel width."""
+    from csdiff.losses import cauchy_schwarz_divergence
 
-    Args:
-        train_text: `(N, Dt)` text embeddings to fit on.
-        train_image: `(N, D)` their images.
-        text: `(M, Dt)` held-out text embeddings.
-        image: `(M, D)` their images.
-        image_ids: `(M,)` picture of each held-out row.
+    return cauchy_schwarz_divergence(unit(x).float(), unit(y).float(), bandwidth=bandwidth).item()
 
-    Returns:
-        `{"raw_text": ..., "mean_shift": ..., "ridge": ...}`; the first two are absent where dimensions differ.
-    """
-    predictions = baseline_predictions(train_text, train_image, text)
-    return {name: embedding_metrics(p, image, text, image_ids) for name, p in predictions.items()}
+
+def _draw(count: int, limit: int | None, generator: torch.Generator) -> Tensor:
+    if limit is None or count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:limit]

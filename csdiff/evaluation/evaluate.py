@@ -6,21 +6,36 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
-from csdiff.embeddings.atomic import write_json
+from csdiff.devices import choose_device
+from csdiff.embeddings.encoders import find_encoder
+from csdiff.embeddings.layout import is_store
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
-from csdiff.evaluation.comparison import compare
-from csdiff.evaluation.config import PICTURE_BASELINES, EvaluateConfig
-from csdiff.evaluation.data import HeldOutPairs, check_fits, check_source, open_store, read_pairs, trained_on
-from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitted_predictions
-from csdiff.evaluation.held_out import held_out_metrics, real_metrics, require_classifier
+from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
+from csdiff.evaluation.comparison import IMAGES, compare
+from csdiff.evaluation.config import EvaluateConfig, check
+from csdiff.evaluation.data import (
+    HeldOutPairs,
+    check_fits,
+    check_source,
+    open_store,
+    read_pairs,
+    trained_on,
+    training_store,
+)
+from csdiff.evaluation.embedding_metrics import LIMIT
+from csdiff.evaluation.extras import require
+from csdiff.evaluation.held_out import held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
 from csdiff.evaluation.predictions import check_encoder_is_known, predict
-from csdiff.pipelines.generate import open_device
+from csdiff.files import write_json
 from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 from csdiff.plain import plain
 from csdiff.resources import assets_dir
@@ -28,7 +43,9 @@ from csdiff.resources import assets_dir
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("csdiff", "torch", "transformers", "diffusers", "torchmetrics", "scikit-learn", "numpy", "pillow")
-RESERVED = {*PICTURE_BASELINES, *BASELINES, *BASELINES.values(), "reference"}
+TRAIN_ROWS = 50_000
+"""Rows that baselines are fitted to at most, unless --full."""
+RESERVED = {"image", *BASELINES, *BASELINES.values(), "reference"}
 """Names of columns that no adapter may take."""
 
 
@@ -47,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     Raises:
         CSDiffError: Bad input, in one sentence.
     """
+    check(config)
     cards = read_cards(config)
     for path, option in ((config.json, "json"), (config.report, "report")):
         _check_writable(path, option)
@@ -55,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         from csdiff.evaluation.picture_run import PictureRun
 
         drawing = PictureRun(config, cards)
-    device = str(open_device(config.device or "auto"))
+    device = str(choose_device(config.device))
     if drawing is not None:
         drawing.prepare(device)
     result: dict = {}
@@ -67,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     plots: dict = {}
     if config.data is not None and not (drawing and drawing.only):
         pairs, predictions, baselines, fitted = _predictions(config, cards, device)
-        result |= _embedding_result(config, pairs, predictions, baselines, fitted)
+        result |= _embedding_result(config, cards, pairs, predictions, baselines, fitted)
         manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
         plots = {"pairs": pairs, "predictions": predictions, "baselines": baselines}
     if drawing is not None:
@@ -88,7 +106,18 @@ def read_cards(config: EvaluateConfig) -> dict[str, AdapterCard]:
     paths = list(dict.fromkeys([*([config.adapter] if config.adapter else []), *config.compare]))
     paths = paths or [str(assets_dir() / "adapter")]
     names = short_names(paths)
-    return {names[path]: read_adapter_card(path) for path in paths}
+    return {names[path]: _with_encoders(read_adapter_card(path), config) for path in paths}
+
+
+def _with_encoders(card: AdapterCard, config: EvaluateConfig) -> AdapterCard:
+    """The card with its encoders where the options say they are."""
+    given = {"text_encoder": config.text_encoder, "image_encoder": config.image_encoder}
+    moved = {
+        name: find_encoder(card.metadata.get(name), name.removesuffix("_encoder"), place, f"the adapter {card.path}")
+        for name, place in given.items()
+        if place is not None
+    }
+    return replace(card, metadata={**card.metadata, **moved})
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
@@ -121,56 +150,108 @@ def versions() -> dict[str, str | None]:
 
 def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
     first = next(iter(cards.values()))
-    require_classifier()
-    for path, option in ((config.data, "data"), (config.train, "train")):
+    require("sklearn", "linear separability")
+    own = None if config.train is not None else training_store(first)
+    fit_on = config.train or own
+    for path, option in ((config.data, "data"), (fit_on, "train")):
         if path is not None:
             check_source(path, option, first)
+    if fit_on is None and isinstance(named := (first.metadata.get("data") or {}).get("train"), str):
+        logger.warning(
+            "The store that %s was trained on (%s) is not at hand: mean shift and ridge are fitted to the held-out "
+            "pairs themselves, across folds; --train fits them to training pairs.",
+            first.path,
+            named,
+        )
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(config.data, "data", first, device, config.progress, config.split))
+
+        def opened(path: str, option: str, split: str) -> EmbeddingStore:
+            store = open_store(path, option, first, device, config.progress, split, config.concepts)
+            return stack.enter_context(store)
+
+        store = opened(config.data, "data", config.split)
         for card in cards.values():
             check_fits(card, store, config.data, "data")
             check_encoder_is_known(card, store)
-        pairs = read_pairs(config.data, store, "data", config.max_rows)
+        split = None if is_store(config.data) else config.split
+        pairs = read_pairs(
+            config.data, store, "data", None if config.full else config.max_rows, config.concepts, split
+        )
         train = None
-        if config.train is not None:
-            fitting = stack.enter_context(open_store(config.train, "train", first, device, config.progress, "train"))
-            check_fits(first, fitting, config.train, "train")
-            train = read_pairs(config.train, fitting, "train", 200_000)
+        if fit_on is not None:
+            fitting = opened(fit_on, "train", "train")
+            check_fits(first, fitting, fit_on, "train")
+            train = read_pairs(fit_on, fitting, "train", None if config.full else TRAIN_ROWS)
         for name, card in cards.items():
             if trained_on(card, store):
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
         predictions = {name: predict(card, pairs, device, seed=config.seed) for name, card in cards.items()}
     if train is None:
         baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
-        fitted = {"source": config.data, "folds": 5}
+        fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
     else:
         baselines = baseline_predictions(train.text, train.image, pairs.text)
-        fitted = train.describe()
+        words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
+        fitted = {**train.describe(), "own_training_store": own is not None, "words": words}
     return pairs, predictions, baselines, fitted
 
 
 def _embedding_result(
     config: EvaluateConfig,
+    cards: dict[str, AdapterCard],
     pairs: HeldOutPairs,
     predictions: dict[str, Tensor],
     baselines: dict[str, Tensor],
     fitted: dict,
 ) -> dict:
-    def measure(prediction: Tensor) -> dict:
-        return held_out_metrics(
-            prediction, pairs.image, pairs.text, pairs.image_ids, config.bandwidths, seed=config.seed
-        )
+    limit = None if config.full else LIMIT
+    parts = len(predictions) + len(baselines) + 1 + (len(predictions) > 1)
+    with tqdm(total=parts, desc="measuring", disable=not config.progress) as bar:
 
-    adapters = {name: measure(prediction) for name, prediction in predictions.items()}
-    result = dict(next(iter(adapters.values())))
-    result["baselines"] = {name: measure(prediction) for name, prediction in baselines.items()}
-    result["baselines"]["real"] = real_metrics(pairs.image, pairs.image_ids, config.bandwidths, seed=config.seed)
-    if len(adapters) > 1:
-        result["adapters"] = adapters
-        result["comparison"] = compare(
-            predictions, pairs.image, pairs.text, pairs.image_ids, config.bootstrap, config.seed
-        )
+        def measure(prediction: Tensor, fitted_on: str) -> dict:
+            result = held_out_metrics(
+                prediction,
+                pairs.image,
+                pairs.text,
+                pairs.image_ids,
+                config.bandwidths,
+                config.seed,
+                limit,
+                pairs.concepts,
+            )
+            bar.update()
+            return {**result, "fitted_on": fitted_on}
+
+        adapters = {name: measure(prediction, _trained_on(cards[name])) for name, prediction in predictions.items()}
+        result = dict(next(iter(adapters.values())))
+        result["baselines"] = {
+            name: measure(prediction, "nothing" if name == "raw_text" else fitted["words"])
+            for name, prediction in baselines.items()
+        }
+        real = real_metrics(pairs.image, pairs.image_ids, config.bandwidths, config.seed, limit)
+        result["baselines"]["real"] = real
+        bar.update()
+        if len(adapters) > 1:
+            result["adapters"] = adapters
+            result["comparison"] = compare(
+                predictions,
+                pairs.image,
+                pairs.text,
+                pairs.image_ids,
+                config.bootstrap,
+                config.seed,
+                None if config.full else IMAGES,
+            )
+            bar.update()
     return result
+
+
+def _trained_on(card: AdapterCard) -> str:
+    """What an adapter says it was trained on, in a few words."""
+    data = card.metadata.get("data") or {}
+    rows = (card.metadata.get("objective") or {}).get("rows", data.get("rows"))
+    name = Path(data["train"]).name if isinstance(data.get("train"), str) else "unknown"
+    return f"{name}, {rows:,} rows" if isinstance(rows, int) else name
 
 
 def _check_writable(path: str | None, option: str) -> None:
@@ -184,7 +265,7 @@ def _check_writable(path: str | None, option: str) -> None:
 
 def _write_json(path: Path, result: dict) -> None:
     try:
-        write_json(path, _rounded(result), indent=2)
+        write_json(path, _rounded(result))
     except OSError as error:
         raise CSDiffError(f"--json {path} cannot be written ({error.strerror}).") from error
 

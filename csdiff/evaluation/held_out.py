@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.concepts import group_agreement
 from csdiff.evaluation.distances import frechet_distance, frechet_extrapolated, mmd_test, unit
-from csdiff.evaluation.embedding_metrics import embedding_metrics
+from csdiff.evaluation.embedding_metrics import LIMIT, divergence, embedding_metrics
+from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, image_identities
 
 BANDWIDTHS = (0.25, 0.35, 0.5, 1.0)
 """Kernel widths at which the Cauchy-Schwarz divergence is reported."""
-MIN_PICTURES = 8
-"""Halves of halves are compared: with fewer pictures nothing of it means anything."""
+MIN_IMAGES = 8
+"""Halves of halves are compared: with fewer images nothing of it means anything."""
 
 
 def linear_separability(x: Tensor, y: Tensor, limit: int = 2000) -> float:
     """How well a linear classifier tells two sets apart on rows it was not fitted to: 0.5 not at all, 1 always.
 
     Logistic regression on standardised unit vectors, fitted to the even rows and tested on the odd ones and the other
-    way round; the mean accuracy, both classes weighted alike. Row i of both sets may belong to one picture: it is then
+    way round; the mean accuracy, both classes weighted alike. Row i of both sets may belong to one image: it is then
     on one side of the split with both.
 
     Args:
@@ -31,7 +33,7 @@ def linear_separability(x: Tensor, y: Tensor, limit: int = 2000) -> float:
     Raises:
         CSDiffError: scikit-learn is not installed.
     """
-    require_classifier()
+    require("sklearn", "linear separability")
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.pipeline import make_pipeline
@@ -56,96 +58,103 @@ def held_out_metrics(
     image_ids: Tensor | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
     seed: int = 0,
+    limit: int | None = LIMIT,
+    concepts: Sequence[str] | None = None,
 ) -> dict:
     """All metrics of one set of predictions.
 
     Args:
         prediction: `(N, D)` adapted text embeddings, one row a caption.
-        image: `(N, D)` real image embeddings of the same rows; pictures with several captions repeat.
+        image: `(N, D)` real image embeddings of the same rows; images with several captions repeat.
         text: `(N, Dt)` raw text embeddings.
-        image_ids: `(N,)` picture of each row; by default rows with equal image embeddings are one picture.
+        image_ids: `(N,)` image of each row; by default rows with equal image embeddings are one image.
         bandwidths: Kernel widths of the Cauchy-Schwarz divergence, on unit vectors.
-        seed: Of the random halves.
+        seed: Of the random halves, and of what is drawn.
+        limit: Rows above which some are estimated, see :func:`embedding_metrics`.
+        concepts: N names of what the images show, for the groups.
 
     Returns:
         The dict of :func:`embedding_metrics`, and `cs_divergence_at` (by bandwidth), `mmd` (`squared`, `bandwidth`,
-        `p_value`), `separability`, `frechet_halves` (predictions of one half of the pictures against the other half,
-        the size of `baselines.real`), `frechet_extrapolated`.
+        `p_value`), `separability`, `frechet_halves` (predictions of one half of the images against the other half,
+        the size of `baselines.real`), `frechet_extrapolated`; with `concepts`, `groups` (`v_measure`, `ari`).
 
     Raises:
-        CSDiffError: fewer than 8 pictures.
+        CSDiffError: fewer than 8 images.
     """
     ids = image_identities(image) if image_ids is None else image_ids
     rows = first_rows(ids)
-    require_pictures(len(rows))
-    result = embedding_metrics(prediction, image, text, ids)
-    result["cs_divergence_at"] = _divergences(prediction, image[rows], bandwidths)
+    require_images(len(rows))
+    result = embedding_metrics(prediction, image, text, ids, limit=limit, seed=seed)
     shuffled = rows[_shuffle(len(rows), seed).to(rows.device)]
     left, right = shuffled[: len(rows) // 2], shuffled[len(rows) // 2 :]
+    result |= _distributions(prediction[rows], image[rows], bandwidths, seed, limit)
     result["mmd"] = vars(mmd_test(prediction[left], image[right], seed=seed))
     result["separability"] = linear_separability(prediction[shuffled], image[shuffled])
     result["frechet_halves"] = frechet_distance(prediction[left], image[right])
-    result["frechet_extrapolated"] = frechet_extrapolated(prediction[rows], image[rows], seed=seed)
+    if concepts is not None and len(set(concepts)) > 1:
+        names = [concepts[row] for row in rows.tolist()]
+        result["groups"] = group_agreement(prediction, image[rows], concepts, names, seed)
     return result
 
 
 def real_metrics(
-    image: Tensor, image_ids: Tensor | None = None, bandwidths: Sequence[float] = BANDWIDTHS, seed: int = 0
+    image: Tensor,
+    image_ids: Tensor | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    seed: int = 0,
+    limit: int | None = LIMIT,
 ) -> dict:
-    """One random half of the real pictures against the other: what independent pictures of the same kind would get.
+    """One random half of the real images against the other: what independent images of the same kind would get.
 
     Half as many rows raise every distance but the unbiased kernel distance, and lower the effective rank.
 
     Args:
-        image: `(N, D)` real image embeddings; repeated pictures count once.
-        image_ids: `(N,)` picture of each row.
+        image: `(N, D)` real image embeddings; repeated images count once.
+        image_ids: `(N,)` image of each row.
         bandwidths: Kernel widths of the Cauchy-Schwarz divergence.
         seed: Of the halves, the same as in :func:`held_out_metrics`.
+        limit: As there.
 
     Returns:
         The metrics of :func:`held_out_metrics` that compare distributions; retrieval and cosines to captions have no
-        meaning between different pictures.
+        meaning between different images.
     """
     ids = image_identities(image) if image_ids is None else image_ids
     rows = first_rows(ids)
-    require_pictures(len(rows))
+    require_images(len(rows))
     shuffled = rows[_shuffle(len(rows), seed).to(rows.device)]
     left, right = image[shuffled[: len(rows) // 2]], image[shuffled[len(rows) // 2 :]]
     right = right[: len(left)]
-    result = embedding_metrics(left, right)
+    result = embedding_metrics(left, right, limit=limit, seed=seed)
     for name in ("text_to_image", "image_to_text", "cosine"):
         del result[name]
+    if "errors" in result:
+        result["errors"] = {key: error for key, error in result["errors"].items() if ".r@" not in key}
     return {
         **result,
-        "cs_divergence_at": _divergences(left, right, bandwidths),
+        **_distributions(left, right, bandwidths, seed, limit),
         "mmd": vars(mmd_test(left, right, seed=seed)),
         "separability": linear_separability(left, right),
         "frechet_halves": result["frechet_distance"],
-        "frechet_extrapolated": frechet_extrapolated(left, right, seed=seed),
     }
 
 
-def require_classifier() -> None:
-    """Raises a CSDiffError where scikit-learn, which tells separability, is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise CSDiffError("linear separability needs scikit-learn; pip install 'csdiff[eval]'.") from error
+def _distributions(x: Tensor, y: Tensor, bandwidths: Sequence[float], seed: int, limit: int | None) -> dict:
+    a, b = x, y
+    if limit is not None and len(x) > limit:
+        a, b = (z[_shuffle(len(z), seed + place)[: limit // 2].to(z.device)] for place, z in enumerate((x, y)))
+    return {
+        "cs_divergence_at": {str(width): divergence(a, b, width) for width in bandwidths},
+        "frechet_extrapolated": frechet_extrapolated(x, y, seed=seed),
+    }
 
 
-def require_pictures(count: int) -> None:
-    """Raises a CSDiffError where there are too few pictures to measure anything."""
-    if count < MIN_PICTURES:
+def require_images(count: int) -> None:
+    """Raises a CSDiffError where there are too few images to measure anything."""
+    if count < MIN_IMAGES:
         raise CSDiffError(
-            f"Expected at least {MIN_PICTURES} different pictures to evaluate on, found {count}; give more data."
+            f"Expected at least {MIN_IMAGES} different images to evaluate on, found {count}; give more data."
         )
-
-
-def _divergences(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> dict[str, float]:
-    from csdiff.losses import cauchy_schwarz_divergence
-
-    x, y = unit(x).float(), unit(y).float()
-    return {str(width): cauchy_schwarz_divergence(x, y, bandwidth=width).item() for width in bandwidths}
 
 
 def _shuffle(count: int, seed: int) -> Tensor:

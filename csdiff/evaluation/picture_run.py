@@ -16,9 +16,9 @@ from csdiff.embeddings import load_text_encoder
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.drawing import PictureFolder, decoder_record, draw_missing, jobs
-from csdiff.evaluation.embedding_metrics import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extractor
 from csdiff.evaluation.picture_metrics import picture_metrics
 from csdiff.evaluation.references import References, read_prompts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import encoder_files
+from csdiff.embeddings.encoders import encoder_files, find_encoder
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.data import HeldOutPairs
@@ -26,19 +28,19 @@ def predict(
     """
     from csdiff.adapters import AutoAdapter
 
-    adapter = AutoAdapter.from_pretrained(card.path).to(device).eval()
-    encoder_id = (card.metadata.get("text_encoder") or {}).get("id")
+    known = card.metadata.get("text_encoder") or {}
+    moved = {"text_encoder": known["id"]} if card.kind == "LoRAAdapter" and Path(known.get("id", "")).is_dir() else {}
+    adapter = AutoAdapter.from_pretrained(card.path, **moved).to(device).eval()
     tokenize = encoder = None
     states = bool(adapter.uses_text_states) and not adapter.uses_input_ids
     if adapter.uses_input_ids:
         from csdiff.embeddings import load_caption_tokenizer
 
-        tokenize = load_caption_tokenizer(_known(encoder_id or adapter.config.get("text_encoder"), card))
+        tokenize = load_caption_tokenizer(known.get("id") or adapter.config.get("text_encoder"))
     elif states and "text_states" not in pairs.store.keys:
         from csdiff.embeddings import load_text_encoder
 
-        options = text_encoder_options(card.metadata.get("text_encoder") or {}, card)
-        encoder = load_text_encoder(_known(encoder_id, card), device, **options)
+        encoder = load_text_encoder(known["id"], device, **text_encoder_options(known, card))
         batch_size = min(batch_size, 64)
     samples = not adapter.one_shot or bool(adapter.config.get("noise_token", False))
     options = {"generator": torch.Generator().manual_seed(seed)} if samples else {}
@@ -77,18 +79,8 @@ def check_encoder_is_known(card: AdapterCard, store: EmbeddingStore) -> None:
 
     known = card.metadata.get("text_encoder") or {}
     if card.kind == "LoRAAdapter":
-        encoder_id = known.get("id") or card.config.get("text_encoder")
+        known = {"id": card.config.get("text_encoder"), **known}
     elif "text_states" in store.keys or not AutoAdapter.from_pretrained(card.path).uses_text_states:
         return
-    else:
-        encoder_id = known.get("id")
-    encoder_files(_known(encoder_id, card), "text", known.get("revision"))
-
-
-def _known(encoder_id: str | None, card: AdapterCard) -> str:
-    if not encoder_id:
-        raise CSDiffError(
-            f"{card.path} reads captions and does not say which text encoder it belongs to; train it from a store "
-            "with a fingerprint."
-        )
-    return encoder_id
+    found = find_encoder(known, "text", of=f"the adapter {card.path}")
+    encoder_files(found["id"], "text", found.get("revision"))

@@ -64,6 +64,11 @@ class Ranks:
         """`(Q,)` expected rank of the first right item, from 1."""
         return 1 + self.nearer + self.tied / (self.right + 1)
 
+    def summary(self, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+        """`r@k` for every k, and `median_rank`."""
+        recalls = {f"r@{k}": self.hits(k).mean().item() for k in ks}
+        return {**recalls, "median_rank": self.expected().quantile(0.5).item()}
+
     def curve(self, ks: Sequence[int]) -> list[float]:
         """Recall at every k."""
         return [self.hits(k).mean().item() for k in ks]
@@ -120,7 +125,4 @@ def retrieval(
     Raises:
         ValueError: if a query has no right item in the gallery.
     """
-    ranks = retrieval_ranks(query, gallery, query_ids, gallery_ids)
-    result = {f"r@{k}": ranks.hits(k).mean().item() for k in ks}
-    result["median_rank"] = ranks.expected().quantile(0.5).item()
-    return result
+    return retrieval_ranks(query, gallery, query_ids, gallery_ids).summary(ks)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from csdiff.errors import CSDiffError
-from csdiff.evaluation.embedding_metrics import baseline_metrics, embedding_metrics
+from csdiff.evaluation.baselines import baseline_metrics
+from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.files import flatten
 from csdiff.training.task import AlignmentTask
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csdiff.evaluation.distances import centroid_gap, distribution_gap, frechet_distance, kernel_distance
-from csdiff.evaluation.embedding_metrics import (
+from csdiff.evaluation.baselines import (
     baseline_metrics,
     baseline_predictions,
-    cosine_similarities,
     cross_fitted_predictions,
+)
+from csdiff.evaluation.distances import centroid_gap, distribution_gap, frechet_distance, kernel_distance
+from csdiff.evaluation.embedding_metrics import (
+    cosine_similarities,
     effective_rank,
     embedding_metrics,
     norm_ratios,

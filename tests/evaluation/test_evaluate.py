@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import make_plain_store
@@ -67,6 +68,65 @@ def test_baselines_are_fitted_to_train(adapters, plain_store, tmp_path):
     )
     assert fitted["manifest"]["baselines_fitted_to"]["rows"] == 64
     assert crossed["manifest"]["baselines_fitted_to"]["folds"] == 5
+
+
+def test_baselines_are_fitted_to_the_adapters_own_training_store(adapters, plain_store, tmp_path, monkeypatch, capsys):
+    """Where `csdiff.json` names one, by any name; an explicit --train wins, and a store that has changed is not it."""
+    from csdiff.embeddings import write_store
+
+    monkeypatch.chdir(tmp_path)
+    values = EmbeddingStore.open(plain_store).read(slice(None))
+    fewer = {name: value[:40] for name, value in values.items()}
+    write_store(tmp_path / "mine", **values, fingerprint={"data": {"source": "mine"}, "normalized": False})
+    write_store(tmp_path / "other", **fewer, fingerprint={"data": {"source": "other"}, "normalized": False})
+    adapter = shutil.copytree(adapters["good"], tmp_path / "adapter")
+    metadata = json.loads((adapter / "csdiff.json").read_text())
+
+    def fitted(*more, source):
+        metadata["data"] = {"train": "mine", "rows": 64, "source": {"source": source}}
+        (adapter / "csdiff.json").write_text(json.dumps(metadata))
+        assert run("--adapter", "adapter", "--data", plain_store, "--json", "s.json", *more) == 0
+        scores = json.loads((tmp_path / "s.json").read_text())
+        words = scores["baselines"]["ridge"]["fitted_on"]
+        assert words in capsys.readouterr().out
+        return words, scores["manifest"]["baselines_fitted_to"]
+
+    words, manifest = fitted(source="mine")
+    assert "mine" in words
+    assert (manifest["rows"], manifest["own_training_store"]) == (64, True)
+    words, manifest = fitted("--train", "other", source="mine")
+    assert "other" in words
+    assert (manifest["rows"], manifest["own_training_store"]) == (40, False)
+    words, manifest = fitted(source="changed")
+    assert "cross-fitted" in words
+    assert manifest["folds"] == 5
+
+
+def test_groups_follow_the_concepts_of_the_store(adapters, plain_store, tmp_path, capsys):
+    shutil.copytree(plain_store, tmp_path / "named")
+    for file in (tmp_path / "named/metadata").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("concept", [[f"kind {row % 3}" for row in range(len(table))]]), file)
+    assert run("--adapter", adapters["good"], "--data", tmp_path / "named", "--json", tmp_path / "s.json") == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert {"v_measure", "ari"} == scores["groups"].keys() == scores["baselines"]["ridge"]["groups"].keys()
+    assert "groups, V-measure" in capsys.readouterr().out
+    assert run("--data", plain_store, "--adapter", adapters["good"], "--concepts", "colour") == 2
+    assert "'colour'" in capsys.readouterr().err
+
+
+def test_an_encoder_that_moved_is_named_by_the_user(picture_adapter, captioned_pictures, tiny_clip, tmp_path, capsys):
+    adapter = shutil.copytree(picture_adapter, tmp_path / "adapter")
+    metadata = json.loads((adapter / "csdiff.json").read_text())
+    for tower in ("text", "image"):
+        metadata[f"{tower}_encoder"]["id"] = str(tmp_path / "gone")
+    (adapter / "csdiff.json").write_text(json.dumps(metadata))
+    options = ("--adapter", adapter, "--data", captioned_pictures)
+    assert run(*options) == 2
+    assert "--text_encoder" in capsys.readouterr().err
+    assert run(*options, "--text_encoder", tiny_clip, "--image_encoder", tiny_clip) == 0
+    assert run(*options, "--text_encoder", "tiny-clip", "--image_encoder", tiny_clip) == 2
+    assert "gone" in capsys.readouterr().err
 
 
 def test_compare_says_what_is_real(adapters, plain_store, tmp_path, capsys):
@@ -157,7 +217,7 @@ def stores(tmp_path):
     [
         ("narrow", "expected image embeddings of 16 dimensions, as the adapter"),
         ("unit", "expected raw embeddings, as the adapter"),
-        ("few", "at least 8 different pictures to evaluate on, found 5"),
+        ("few", "at least 8 different images to evaluate on, found 5"),
     ],
 )
 def test_refuses_stores_that_do_not_fit(name, expected, stores, adapters, tmp_path, capsys):
@@ -192,7 +252,7 @@ def test_refuses_another_encoder(adapters, plain_store, tmp_path, capsys):
         (("--data", "x", "--adapter", "nowhere/at/all"), "nowhere/at/all"),
         (("--data", "x", "--json", "nowhere/at/all.json"), "expected an existing folder for it"),
         (("--data", "x", "--compare", "a", "a"), "two or more different adapters"),
-        (("--data", "x", "--bootstrap", "3"), "bootstrap: expected at least 100, found 3"),
+        (("--data", "x", "--bootstrap", "3"), "bootstrap"),
         (("--data", "x", "--prompts", "p.txt"), "prompts: expected a decoder to draw them with"),
         (("--data", "x", "--picture_baselines", "magic"), "found magic"),
     ],
@@ -278,7 +338,7 @@ def test_encoder_of_every_adapter_is_asked_for_before_the_first_is_measured(
     reads.save_pretrained(tmp_path / "reads")
     monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "predict", nothing_is_measured)
     assert run("--compare", adapters["good"], tmp_path / "reads", "--data", plain_store) == 2
-    assert "does not say which text encoder" in capsys.readouterr().err
+    assert "names no text encoder" in capsys.readouterr().err
 
 
 def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned_pictures, tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.distances import frechet_distance, frechet_extrapolated, mmd_test
+from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.held_out import held_out_metrics, linear_separability, real_metrics
+from csdiff.evaluation.metrics import lookup
 from csdiff.evaluation.retrieval import retrieval_ranks
 
 
@@ -94,6 +96,23 @@ def test_recall_curve_rises_to_one():
     assert curve[-1] == 1
 
 
-def test_too_few_pictures():
-    with pytest.raises(CSDiffError, match="at least 8 different pictures to evaluate on, found 3"):
+def test_too_few_images():
+    with pytest.raises(CSDiffError, match="at least 8 different images to evaluate on, found 3"):
         held_out_metrics(cloud(3, 4), cloud(3, 4))
+
+
+def test_estimates_agree_with_all_rows_within_their_errors():
+    """Ranks are of the whole gallery: those of a part of it would be better."""
+    image = cloud(1200, 6)
+    prediction = image + 2 * cloud(1200, 6, 1)
+    whole, part = (embedding_metrics(prediction, image, limit=limit) for limit in (None, 400))
+    assert part["estimated"] == {"queries": 400, "kernel_rows": 200}
+    assert "estimated" not in whole
+    for key, error in part["errors"].items():
+        assert abs(lookup(part, key) - lookup(whole, key)) < 4 * error + 0.02 * (key == "cs_divergence")
+        assert error < 60 if key == "kernel_distance" else error < 0.05
+    fewer = embedding_metrics(prediction[:400], image[:400], limit=None)
+    ranks = [found["text_to_image"]["median_rank"] for found in (fewer, part, whole)]
+    assert ranks[0] < 0.5 * ranks[2]
+    assert ranks[1] == pytest.approx(ranks[2], rel=0.25)
+    assert part["frechet_distance"] == whole["frechet_distance"]

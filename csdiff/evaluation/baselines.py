@@ -1,0 +1,78 @@
+"""What the data predict by themselves: raw text, mean shift and ridge, fitted to training pairs or cross-fitted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csdiff.adapters.linear import LinearAdapter
+from csdiff.evaluation.embedding_metrics import embedding_metrics
+
+FEWEST = 4
+
+
+@torch.no_grad()
+def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Predictions of the baselines.
+
+    Raw text as it is; mean shift and ridge as `csdiff.adapters.LinearAdapter` fits them: the penalty is chosen on a
+    tenth of the rows, and the norms are calibrated.
+
+    Args:
+        train_text: `(N, Dt)` text embeddings to fit to; nothing is fitted to fewer than 4.
+        train_image: `(N, D)` their images.
+        text: `(M, Dt)` text embeddings to predict from.
+
+    Returns:
+        `raw_text`, `mean_shift` and `ridge`, each `(M, D)` float32; the first two are absent where dimensions differ.
+    """
+    same = text.shape[1] == train_image.shape[1]
+    result = {"raw_text": text.float()} if same else {}
+    for method in ("mean_shift", "ridge") if same else ("ridge",):
+        if len(train_text) < FEWEST:
+            continue
+        fitted = LinearAdapter.fit([(train_text, train_image)], method)
+        result[method] = fitted.eval().embed(text.float().cpu()).to(text.device)
+    return result
+
+
+def cross_fitted_predictions(
+    text: Tensor, image: Tensor, image_ids: Tensor, folds: int = 5, seed: int = 0
+) -> dict[str, Tensor]:
+    """Baselines without training data: each fold of the images is predicted from a fit to the others.
+
+    Args:
+        text: `(N, Dt)`.
+        image: `(N, D)`.
+        image_ids: `(N,)` image of each row; captions of an image stay in one fold.
+        folds: Parts, at most as many as there are images.
+        seed: Of the split.
+
+    Returns:
+        As :func:`baseline_predictions`.
+    """
+    _, number = image_ids.unique(return_inverse=True)
+    count = int(number.max()) + 1
+    fold = (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % folds).to(number.device)[number]
+    result: dict[str, Tensor] = {}
+    for index in range(min(folds, count)):
+        out = fold == index
+        for name, prediction in baseline_predictions(text[~out], image[~out], text[out]).items():
+            result.setdefault(name, torch.empty(len(text), prediction.shape[1], device=text.device))[out] = prediction
+    return result
+
+
+def baseline_metrics(
+    train_text: Tensor, train_image: Tensor, text: Tensor, image: Tensor, image_ids: Tensor | None = None
+) -> dict:
+    """:func:`embedding_metrics` of the baselines of :func:`baseline_predictions`, by name.
+
+    Args:
+        train_text: `(N, Dt)` text embeddings to fit to.
+        train_image: `(N, D)` their images.
+        text: `(M, Dt)` held-out text embeddings.
+        image: `(M, D)` their images.
+        image_ids: `(M,)` image of each held-out row.
+    """
+    predictions = baseline_predictions(train_text, train_image, text)
+    return {name: embedding_metrics(p, image, text, image_ids) for name, p in predictions.items()}
