@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/loss.md and print the numbers of its table: python scripts/loss_figures.py
+"""Draw the pictures of docs/loss.md: python scripts/loss_figures.py
 
-What each term sees (points moved by its gradient), the divergence against the bandwidth, and the error of random
-features. Everything is seeded; a minute on one core.
+What each term sees (points moved by its gradient), and the divergence against the bandwidth. Everything is seeded; a
+minute on one core.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csdiff.losses import cauchy_schwarz_divergence, info_nce, log_mean_kernel, random_feature_cauchy_schwarz
+from csdiff.losses import cauchy_schwarz_divergence, info_nce, squared_mmd
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,11 +37,6 @@ def pair_contrast(x: Tensor, y: Tensor, temperature: float = 0.3) -> Tensor:
     left = torch.cat([x, -x.square().sum(1, keepdim=True) / 2, ones], dim=1)
     right = torch.cat([y, ones, -y.square().sum(1, keepdim=True) / 2], dim=1)
     return info_nce(left, right, temperature=temperature, two_sided=False)
-
-
-def squared_mmd(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
-    within = [log_mean_kernel(one, bandwidth=bandwidth).exp() for one in (x, y)]
-    return within[0] + within[1] - 2 * log_mean_kernel(x, y, bandwidth=bandwidth).exp()
 
 
 def flow(loss, start: Tensor, steps: int = 500, rate: float = 0.05) -> Tensor:
@@ -69,7 +64,7 @@ def draw_flow(path: Path) -> None:
     losses = {
         "InfoNCE": lambda x: pair_contrast(x, partner),
         "Cauchy-Schwarz": lambda x: cauchy_schwarz_divergence(x, target, bandwidth=(bandwidth, 1.0)),
-        "MMD": lambda x: squared_mmd(x, target, bandwidth),
+        "MMD": lambda x: squared_mmd(x, target, bandwidth=bandwidth),
         "InfoNCE + Cauchy-Schwarz": lambda x: (
             pair_contrast(x, partner) + 2 * cauchy_schwarz_divergence(x, target, bandwidth=(bandwidth, 1.0))
         ),
@@ -128,70 +123,16 @@ def draw_bandwidth(path: Path) -> None:
     plt.close(figure)
 
 
-def feature_errors(
-    count: int, features: int, bandwidth: float, *, orthogonal: bool, seeds: int = 4
-) -> tuple[float, float]:
-    """Relative errors of value and gradient of the random-feature estimate, root mean square over seeds."""
-    x, y = sphere_sets(count, 256, 0.6)
-    x.requires_grad_()
-    exact = cauchy_schwarz_divergence(x, y, bandwidth=bandwidth)
-    (right,) = torch.autograd.grad(exact, x)
-    value, gradient = [], []
-    for seed in range(seeds):
-        found = random_feature_cauchy_schwarz(
-            x, y, bandwidth=bandwidth, num_features=features, orthogonal=orthogonal, seed=seed
-        )
-        (one,) = torch.autograd.grad(found, x)
-        value.append(((found - exact) / exact).detach().square())
-        gradient.append((one - right).square().sum() / right.square().sum())
-    return torch.stack(value).mean().sqrt().item(), torch.stack(gradient).mean().sqrt().item()
-
-
-def draw_features(path: Path) -> None:
-    """Error of random features against their number, for orthogonal and independent frequencies."""
-    numbers = [256, 512, 1024, 2048, 4096]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharex=True)
-    for bandwidth, colour in ((0.35, COLOURS["red"]), (0.5, COLOURS["blue"]), (1.0, COLOURS["green"])):
-        for orthogonal, style in ((True, "-"), (False, "--")):
-            errors = [feature_errors(1024, n, bandwidth, orthogonal=orthogonal) for n in numbers]
-            for axis, kind in zip(axes, (0, 1), strict=True):
-                label = f"s = {bandwidth}, {'orthogonal' if orthogonal else 'independent'}"
-                axis.plot(
-                    numbers, [e[kind] for e in errors], style, color=colour, label=label, marker="o", markersize=3
-                )
-    for axis, title in zip(axes, ("error of the value", "error of the gradient"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="random features F", title=f"{title}, relative (N = 1024)")
-        axis.set_xticks(numbers, [str(n) for n in numbers])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print("\n| N | F | s | value, orthogonal | value, independent | gradient, orthogonal | gradient, independent |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    for count in (256, 1024, 4096):
-        for features in (512, 2048, 4096):
-            for bandwidth in (0.35, 0.5, 1.0):
-                own, plain = (
-                    feature_errors(count, features, bandwidth, orthogonal=orthogonal, seeds=3)
-                    for orthogonal in (True, False)
-                )
-                row = [f"{100 * e:.1f}%" for e in (own[0], plain[0], own[1], plain[1])]
-                print(f"| {count} | {features} | {bandwidth} | {' | '.join(row)} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "figures")
-    parser.add_argument("--only", choices=["flow", "bandwidth", "features"], default=None)
+    parser.add_argument("--only", choices=["flow", "bandwidth"], default=None)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     drawings = {
         "flow": (draw_flow, "loss_flow.png"),
         "bandwidth": (draw_bandwidth, "loss_bandwidth.png"),
-        "features": (draw_features, "loss_random_features.png"),
     }
     for name, (draw, file) in drawings.items():
         if args.only in (None, name):

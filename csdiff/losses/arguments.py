@@ -1,7 +1,6 @@
 """Checks of what callers pass in, at the public edge; each failure is one sentence that names the argument."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 
 import torch
@@ -23,10 +22,9 @@ def check_matrix(name: str, rows: Tensor) -> None:
 
 
 def check_finite(name: str, rows: Tensor) -> None:
-    """Raise ValueError that names the first row of `(N, D)` rows with a NaN or an infinity."""
-    finite = torch.isfinite(rows)
-    if not bool(finite.all()):
-        bad = (~finite.all(dim=1)).nonzero().flatten()
+    """Raise `NonFiniteRows` that names the first row of `(N, D)` rows with a NaN or an infinity."""
+    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten()
+    if len(bad):
         row = rows[bad[0]]
         kind = "NaN" if bool(row.isnan().any()) else "infinite"
         raise NonFiniteRows(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows)")
@@ -61,10 +59,3 @@ def check_block_size(block_size: int | None) -> None:
     whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
     if block_size is not None and not (whole and block_size >= 1):
         raise ValueError(f"block_size must be None or an integer >= 1; found {block_size!r}")
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which autocast is off; entering one costs time, so none is entered where it is off already."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device_type=device.type, enabled=False)

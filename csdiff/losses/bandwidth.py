@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import check_positive
+from csdiff.losses.arguments import check_positive
 
 Bandwidth = float | Tensor | Sequence[float] | str
 RULES = ("median", "silverman")

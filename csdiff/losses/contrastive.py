@@ -1,31 +1,18 @@
 """InfoNCE: each row picks its partner out of all the rows of the other set."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_block_size, check_matrix, check_positive, check_same_width, without_autocast
-from .dense import differentiable_info_nce
-from .process_group import gather_numbers, gather_rows
-from .row_set import BLOCK, RowSet, wide_dtype
-from .small_sets import PLAIN_REACH, small_info_nce
+from csdiff.losses.arguments import check_block_size, check_finite, check_matrix, check_positive, check_same_width
+from csdiff.losses.autograd import with_gradient, without_autocast
+from csdiff.losses.kernels import compute_dtype, factor_dtype, fill_own, multiply, unit_rows, wide_dtype
+from csdiff.losses.process_group import Share, gather_numbers, gather_rows
 
-# Logits above this lose the fifth digit of their softmax in float32.
-FLOAT32_REACH = 200.0
-# Up to this many pairs the logits are kept between the two passes.
-KEPT_PAIRS = 2**24
-
-
-@dataclass(frozen=True)
-class _Options:
-    two_sided: bool
-    normalize: bool
-    block_size: int | None
-    group: torch.distributed.ProcessGroup | None
+# Up to this many logits are kept between the two passes, which saves a product: 64 MB, on a GPU 256 MB.
+KEPT_LOGITS, KEPT_LOGITS_GPU = 2**24, 2**26
 
 
 def info_nce(
@@ -44,19 +31,22 @@ def info_nce(
     `l_ij = x_i . y_j / temperature`
 
     One pass over blocks of pairs finds the two log sums, a second one the gradient, so memory grows with N and no
-    `N x N` matrix is kept (up to 4096 rows with `block_size=None` it is: that saves a product). The pair itself is
-    left out of the log sums and put back exactly, so small losses keep their digits. A second derivative works
-    without `group` and takes memory of the order N^2.
+    `N x N` matrix is kept (up to 4096 rows, 8192 on a GPU, with `block_size=None` it is: that saves a product). The
+    pair itself is left out of the log sums and put back exactly, so losses far below 1 keep their digits, and that of
+    a single pair is 0. There is no second derivative: `create_graph=True` raises RuntimeError.
+
+    Precision: float32 holds logits to 1e-7 of their size, so that the loss loses digits where logits reach thousands
+    (rows that are not of unit length, a temperature below 0.001): pass float64 there.
 
     Args:
-        x: `(N, D)` rows, any floating dtype; computed in float32 or better. The logits are plain products of the rows:
-            pass unit rows, or `normalize=True`, for cosines.
+        x: `(N, D)` rows, any floating dtype. float16 is computed in float32, and so is bfloat16 but for the products
+            on a GPU, which take bfloat16 factors and float32 sums. The logits are plain products of the rows: pass
+            unit rows, or `normalize=True`, for cosines.
         y: `(N, D)` rows, the partners.
         temperature: a number > 0, or a tensor with one element, which may require a gradient.
         two_sided: False leaves `R` alone: x picks among y.
         normalize: divide each row by its length first; a zero row stays zero.
-        block_size: rows and columns evaluated at once; None lets measured size decide. The result does not depend on
-            it.
+        block_size: rows and columns evaluated at once; None lets the size decide. The result does not depend on it.
         group: a process group whose processes hold shares of the pairs, of any length. Every process returns the value
             for all pairs; the gradient by the rows is `W` times that of the local rows and that by the temperature is
             the whole one, so that DDP's average over the `W` processes is that of one process that holds all.
@@ -80,216 +70,138 @@ def info_nce(
     if len(x) != len(y):
         raise ValueError(f"x and y must be pairs, with the same N; found shapes {tuple(x.shape)} and {tuple(y.shape)}")
     check_block_size(block_size)
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature must have one element; found shape {tuple(temperature.shape)}")
-        check_positive("temperature", temperature.item())
-    else:
-        temperature = check_positive("temperature", temperature)
-    options = _Options(two_sided, normalize, block_size, group)
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must have one element; found shape {tuple(temperature.shape)}")
+    scale = 1 / check_positive("temperature", temperature.item() if isinstance(temperature, Tensor) else temperature)
+    dtype = compute_dtype(x.dtype, y.dtype)
+    prepare = unit_rows if normalize else Tensor.to
     with without_autocast(x.device):
-        if group is None and block_size is None:
-            found = small_info_nce(x, y, temperature, two_sided, normalize)
-            if found is not None:
-                return found
-        return _InfoNCE.apply(x, y, temperature, options, torch.is_grad_enabled())
+        local = [prepare(rows, dtype) for rows in (x, y)]
+    learned = [temperature] if isinstance(temperature, Tensor) else []
+
+    def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        (raw_x, share), (raw_y, other) = gather_rows("x", x, group), gather_rows("y", y, group)
+        if share != other:
+            raise ValueError(f"x and y must be pairs on every process; found {share} and {other}")
+        if share.total == 0:
+            raise ValueError(f"x must have at least one row; found shape {tuple(x.shape)} (N = 0)")
+        rows = [one.detach() for one in local] if group is None else [prepare(raw, dtype) for raw in (raw_x, raw_y)]
+        factor = factor_dtype(x.device, x.dtype, y.dtype)
+        logits = _Logits(*(one.to(factor or dtype) for one in rows), scale, share, block_size, group)
+        if not bool(logits.positive.sum().isfinite()):
+            check_finite("x", raw_x)
+            check_finite("y", raw_y)
+        value, grad_x, grad_y = logits.info_nce(needed[0] or any(needed[2:]), needed[1], two_sided)
+        slope = None
+        if any(needed[2:]):
+            # The loss sees x / temperature alone, which ties the two derivatives together.
+            slope = (grad_x * local[0].detach()).sum(dtype=wide_dtype(x.device)) / share.world
+            slope = gather_numbers(slope, group).sum() * -scale
+            slope = slope.to(temperature.device, temperature.dtype).reshape(temperature.shape)
+        return value.to(dtype), [grad_x if needed[0] else None, grad_y, slope][: len(needed)]
+
+    return with_gradient(evaluate, *local, *learned)
 
 
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, temperature, options, with_gradient):
-        wants = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        scale = 1 / float(temperature)
-        value, *gradients = _evaluate(x, y, scale, options, wants)
-        if wants[2]:
-            slope = (gradients[2] * -scale).to(temperature.device, temperature.dtype)
-            gradients[2] = slope.reshape(temperature.shape)
-        ctx.options, ctx.temperature = options, temperature
-        ctx.save_for_backward(x, y, *gradients)
-        return value.to(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32))
+class _Logits:
+    """The logits of all pairs, tile by tile: the local rows of x against all of y."""
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, y, by_x, by_y, slope = ctx.saved_tensors
-        options = ctx.options
-        if torch.is_grad_enabled():
-            if options.group is not None:
-                raise RuntimeError(
-                    "a second derivative with group= is not available; take it in one process, with group=None"
-                )
-            found = differentiable_info_nce(ctx, x, y, ctx.temperature, grad, options.normalize, options.two_sided)
-            return *found, None, None
-        return (
-            None if by_x is None else (by_x * grad).to(x.dtype),
-            None if by_y is None else (by_y * grad).to(y.dtype),
-            None if slope is None else slope * grad.to(slope.device, slope.dtype),
-            None,
-            None,
-        )
+    def __init__(self, x: Tensor, y: Tensor, scale: float, share: Share, block_size: int | None, group):
+        self.x, self.y, self.scale, self.share, self.group = x, y, scale, share, group
+        self.local = slice(share.start, share.stop)
+        dtype = compute_dtype(x.dtype)
+        self.positive = (x.to(dtype) * y.to(dtype)).sum(dim=1) * scale
+        on_cpu = x.device.type == "cpu"
+        count = share.total * (share.stop - share.start)
+        self.kept: Tensor | None = None
+        self.keep = block_size is None and count <= (KEPT_LOGITS if on_cpu else KEPT_LOGITS_GPU)
+        self.block = share.total if self.keep else block_size or (1024 if on_cpu else 4096)
 
-
-def _evaluate(x: Tensor, y: Tensor, scale: float, options: _Options, wants: list[bool]) -> tuple[Tensor | None, ...]:
-    """Value of InfoNCE and gradients by the local x and y and the logarithm of `scale`, in two passes over blocks."""
-    left = RowSet("x", x, normalize=options.normalize, group=options.group)
-    right = RowSet("y", y, normalize=options.normalize, group=options.group)
-    if left.share != right.share:
-        raise ValueError(f"x and y must be pairs on every process; found {left.share} and {right.share}")
-    problem = _Problem(left, right, scale, options, with_spread=wants[2])
-    row_lse, col_lse = problem.log_sums()
-    total = problem.positive
-    # log(1 + exp(others - own)): exact however small.
-    parts = F.softplus(left.local(row_lse - total), threshold=1e9)
-    if options.two_sided:
-        parts = (parts + F.softplus(left.local(col_lse - total), threshold=1e9)) / 2
-    value = gather_numbers(parts.sum(), options.group).sum(dim=0) / left.share.total
-
-    grad_x, grad_y, spread = problem.gradients(row_lse, col_lse, *wants)
-    for rows, unit, grad in ((left, problem.x, grad_x), (right, problem.y, grad_y)):
-        if grad is not None:
-            _finish(rows, unit, grad, left.share.world)
-    return value, grad_x, grad_y, gather_numbers(spread, options.group).sum(dim=0) if wants[2] else None
-
-
-def _finish(rows: RowSet, unit: Tensor, grad: Tensor, world: int) -> None:
-    """Lead a gradient by unit rows back to the argument, and scale it for the average over processes."""
-    if world == 1 and rows.inverse_norm is None:
-        return
-    for start in range(0, len(grad), BLOCK):
-        part = slice(start, start + BLOCK)
-        rows.lead_back(grad[part].mul_(world), rows.local(unit)[part], part)
-
-
-class _Problem:
-    """The logits of all pairs, tile by tile; the local rows of x against all of y.
-
-    Small logits are exponentiated once for rows and columns alike; large ones relative to the largest of their row or
-    column.
-    """
-
-    def __init__(self, left: RowSet, right: RowSet, scale: float, options: _Options, *, with_spread: bool):
-        self.left, self.right, self.scale, self.options = left, right, scale, options
-        compute = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-        self._place(compute)
-        reach = scale * math.prod(float(r.norm(dim=1).max()) for r in (self.x, self.y))
-        if not math.isfinite(reach):
-            left.check()
-            right.check()
-        if reach > FLOAT32_REACH and compute != wide_dtype(self.x.device):
-            self._place(wide_dtype(self.x.device))
-        self.plain = reach <= PLAIN_REACH and not with_spread
-        count = left.share.total
-        dense = options.block_size is None and count * (left.share.stop - left.share.start) <= KEPT_PAIRS
-        self.block = max(count, 1) if dense else options.block_size or 1024
-        self.kept: dict[tuple[int, int], Tensor] | None = {} if dense else None
-
-    def _place(self, dtype: torch.dtype) -> None:
-        self.x, self.y = self.left.rows(dtype), self.right.rows(dtype)
-        wide = wide_dtype(self.x.device)
-        blocks = zip(self.x.split(BLOCK), self.y.split(BLOCK), strict=True)
-        self.positive = torch.cat([(a * b).sum(dim=1, dtype=wide) for a, b in blocks]) * self.scale
-
-    def tiles(self, a: Tensor, b: Tensor, own: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Logits of rows `a`, the rows from `own` on of their set, against `b`; -inf for a pair with its own index."""
-        buffer = a.new_empty(min(self.block, len(a)) * min(self.block, len(b)))
+    def tiles(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Logits of the local rows `a` against all rows `b`; -inf for a pair with its own index."""
+        if self.kept is not None:
+            yield slice(0, len(a)), slice(0, len(b)), self.kept
+            return
+        buffer = self.positive.new_empty(min(self.block, len(a)) * min(self.block, len(b)))
         for i in range(0, len(a), self.block):
             for j in range(0, len(b), self.block):
                 rows, cols = slice(i, min(i + self.block, len(a))), slice(j, min(j + self.block, len(b)))
                 shape = (rows.stop - i, cols.stop - j)
                 tile = buffer[: shape[0] * shape[1]].view(shape)
-                torch.addmm(tile, a[rows], b[cols].T, beta=0, alpha=self.scale, out=tile)
-                self._own(tile, own + i - j, -math.inf)
+                if a.dtype == tile.dtype:
+                    torch.addmm(tile, a[rows], b[cols].T, beta=0, alpha=self.scale, out=tile)
+                else:
+                    torch.mul(multiply(a[rows], b[cols].T), self.scale, out=tile)
+                fill_own(tile, self.share.start + i - j, -math.inf)
                 yield rows, cols, tile
 
-    @staticmethod
-    def _own(tile: Tensor, offset: int, value: float | Tensor) -> None:
-        """Set the entries `(i, i + offset)`, those of a pair with itself."""
-        if -tile.shape[0] < offset < tile.shape[1]:
-            entries = tile.diagonal(offset)
-            entries.copy_(value[: len(entries)]) if isinstance(value, Tensor) else entries.fill_(value)
-
-    def log_sums(self) -> tuple[Tensor, Tensor | None]:
-        """For every row and column of the whole problem, `log sum exp` of its logits but its partner's."""
-        share, group = self.left.share, self.options.group
-        a, b = self.left.local(self.x), self.y
-        row = self.positive.new_full((len(a),), -math.inf)
-        col = self.positive.new_full((len(b),), -math.inf) if self.options.two_sided else None
-        if self.plain:
-            row.fill_(0)
-            col = None if col is None else col.fill_(0)
-        for rows, cols, tile in self.tiles(a, b, share.start):
-            if self.kept is not None:
-                self.kept[rows.start, cols.start] = tile
-            if self.plain:
-                row[rows] += tile.exp_().sum(dim=1)
-                if col is not None:
-                    col[cols] += tile.sum(dim=0)
-                continue
-            row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1).to(row.dtype))
-            if col is not None:
-                col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0).to(row.dtype))
-        if self.plain:
-            row.log_()
-            col = None if col is None else col.log_()
-        row, _ = gather_rows("x", row, group)
-        if col is not None:
-            col = gather_numbers(col, group).logsumexp(dim=0)
-        return row, col
-
-    def gradients(
-        self, row_lse: Tensor, col_lse: Tensor | None, x_grad: bool, y_grad: bool, t_grad: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The gradients by the local unit rows of x and y, and the sum of `G_ij l_ij` over the local rows."""
-        alone = self.left.share.world == 1
-        a, b = self.left.local(self.x), self.y
-        grad_x = torch.zeros_like(a) if x_grad else None
-        grad_y = torch.zeros_like(b) if y_grad and alone else None
-        spread = self.positive.new_zeros(())
-        if x_grad or t_grad or grad_y is not None:
-            self._accumulate(a, b, (row_lse, col_lse), grad_x, grad_y, spread if t_grad else None)
+    def info_nce(self, x_grad: bool, y_grad: bool, two_sided: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The value over all processes, and the gradients by the local rows of x and y."""
+        row_sums, col_sums = self.log_sums(two_sided)
+        directions = (row_sums, col_sums) if two_sided else (row_sums,)
+        # log(1 + exp(others - own)): exact however small or large.
+        zero = self.positive.new_zeros(())
+        parts = [torch.logaddexp((sums - self.positive)[self.local], zero) for sums in directions]
+        total = sum(part.sum(dtype=wide_dtype(part.device)) for part in parts) / len(parts)
+        total = gather_numbers(total, self.group).sum()
+        alone = self.share.world == 1
+        a, b = self.x[self.local], self.y
+        grad_x = torch.zeros_like(a, dtype=self.positive.dtype) if x_grad else None
+        grad_y = torch.zeros_like(b, dtype=self.positive.dtype) if y_grad and alone else None
+        if x_grad or grad_y is not None:
+            self.add_gradients(a, b, row_sums, col_sums, grad_x, grad_y)
         if y_grad and not alone:
             # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
             self.kept = None
-            grad_y = torch.zeros_like(self.right.local(self.y))
-            self._accumulate(self.right.local(self.y), self.x, (col_lse, row_lse), grad_y, None, None)
-        return grad_x, grad_y, spread
+            a, b = self.y[self.local], self.x
+            grad_y = torch.zeros_like(a, dtype=self.positive.dtype)
+            self.add_gradients(a, b, col_sums, row_sums, grad_y, None)
+        return total / self.share.total, grad_x, grad_y
 
-    def _accumulate(self, a, b, log_sums, grad_a, grad_b, spread) -> None:
-        """Add `sum_j G_ij b_j / temperature` to `grad_a`, its mirror to `grad_b`, `sum_ij G_ij l_ij` to `spread`.
+    def log_sums(self, two_sided: bool) -> tuple[Tensor, Tensor | None]:
+        """For every row and column of the whole problem, `log sum exp` of its logits but its partner's."""
+        a, b = self.x[self.local], self.y
+        row = self.positive.new_full((len(a),), -math.inf)
+        col = self.positive.new_full((len(b),), -math.inf)
+        for rows, cols, tile in self.tiles(a, b):
+            row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1))
+            if two_sided:
+                col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0))
+            self.kept = tile if self.keep else None
+        row, _ = gather_rows("x", row, self.group)
+        return row, gather_numbers(col, self.group).logsumexp(dim=0) if two_sided else None
 
-        `G` is the derivative of the loss by the logits: the softmaxes over rows and columns of the whole problem, less
-        one for the pair itself, so that `sum_ij G_ij l_ij` is the softmax-weighted mean of `l_ij - l_ii`.
+    def add_gradients(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_sums: Tensor | None,
+        b_sums: Tensor | None,
+        grad_a: Tensor | None,
+        grad_b: Tensor | None,
+    ) -> None:
+        """Add `sum_j G_ij b_j` to `grad_a`, and `sum_i G_ij a_i` to `grad_b`, `G` the derivative of the loss.
+
+        `G` is the softmaxes over rows and columns of the whole problem, less one for the pair itself, where that is
+        taken from the others' sum, so that it keeps its digits.
         """
-        share, positive = self.left.share, self.positive
-        weight = 1 / (share.total * (2 if self.options.two_sided else 1))
-        own = sum(-torch.sigmoid(lse - positive) for lse in log_sums if lse is not None)
-        own = self.left.local(own).to(a.dtype)
-        # As columns for the rows of `a`, as a row for those of `b`; the sums with the pair put back.
-        sides = []
-        for lse, shape in zip(log_sums, ((-1, 1), (1, -1)), strict=True):
-            if lse is not None:
-                full = torch.logaddexp(lse, positive)
-                full, partner = (self.left.local(v) if shape == (-1, 1) else v for v in (full, positive))
-                sides.append((full.to(a.dtype).reshape(shape), partner.to(a.dtype).reshape(shape)))
-
-        whole = slice(0, len(a)), slice(0, len(b))
-        tiles = [(*whole, self.kept[0, 0])] if self.kept else self.tiles(a, b, share.start)
-        for rows, cols, tile in tiles:
-            offset = share.start + rows.start - cols.start
-            softmaxes = []
-            parts = [rows if full.shape[1] == 1 else (slice(None), cols) for full, _ in sides]
-            if self.plain:
-                # exp(l_ij) (1 / sum_j exp(l_ij) + 1 / sum_i exp(l_ij)); kept tiles are exponentiated already.
-                kernel = tile if self.kept else tile.exp_()
-                softmaxes = [kernel.mul_(sum(torch.exp(-full[p]) for (full, _), p in zip(sides, parts, strict=True)))]
-            for (full, partner), part in zip(sides, parts, strict=True) if not self.plain else ():
-                softmaxes.append((tile - full[part]).exp_())
-                if spread is not None:
-                    gap = tile - partner[part]
-                    self._own(gap, offset, 0.0)
-                    spread += gap.mul_(softmaxes[-1]).sum(dtype=spread.dtype) * weight
-            total = softmaxes[0] if len(softmaxes) == 1 else softmaxes[0].add_(softmaxes[1])
-            self._own(total, offset, own[rows][max(0, -offset) :])
-            if grad_a is not None:
-                grad_a[rows].addmm_(total, b[cols], alpha=weight * self.scale)
-            if grad_b is not None:
-                grad_b[cols].addmm_(total.T, a[rows], alpha=weight * self.scale)
+        directions = [sums for sums in (a_sums, b_sums) if sums is not None]
+        weight = self.scale * self.share.world / (self.share.total * len(directions))
+        own = sum(-torch.sigmoid(sums - self.positive) for sums in directions)[self.local]
+        a_full = None if a_sums is None else torch.logaddexp(a_sums, self.positive)[self.local]
+        b_full = None if b_sums is None else torch.logaddexp(b_sums, self.positive)
+        for rows, cols, tile in self.tiles(a, b):
+            softmax = None if a_full is None else (tile - a_full[rows, None]).exp_()
+            if b_full is not None:
+                other = tile.sub_(b_full[cols]).exp_()
+                softmax = other if softmax is None else softmax.add_(other)
+            offset = self.share.start + rows.start - cols.start
+            fill_own(softmax, offset, own[rows][max(0, -offset) :])
+            softmax = softmax.mul_(weight)
+            for grad, part, factor, others in ((grad_a, rows, softmax, b[cols]), (grad_b, cols, softmax.T, a[rows])):
+                if grad is None:
+                    continue
+                if others.dtype == factor.dtype:
+                    grad[part].addmm_(factor, others)
+                else:
+                    grad[part] += multiply(factor.to(others.dtype), others)

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import check_positive, without_autocast
+from csdiff.losses.arguments import check_positive
+from csdiff.losses.autograd import without_autocast
 
 
 def gaussian_cauchy_schwarz(

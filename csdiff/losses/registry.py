@@ -1,14 +1,23 @@
 """The objectives by name."""
 
-import inspect
+from dataclasses import fields
 
 import torch
 
-from .cs_aligner import CSAlignerLoss
-from .distribution import CauchySchwarzLoss, CoralLoss, KernelKLLoss, MMDLoss, SinkhornLoss
-from .objective import Objective
-from .pairs import InfoNCELoss, UniformAlignLoss
-from .regression import EclipseLoss, ProjectionLoss
+from csdiff.losses.cs_aligner import CSAlignerLoss
+from csdiff.losses.objective import Objective
+from csdiff.losses.presets import (
+    CauchySchwarzLoss,
+    CoralLoss,
+    EclipseLoss,
+    InfoNCELoss,
+    KernelKLLoss,
+    MMDLoss,
+    ModGapLoss,
+    ProjectionLoss,
+    SinkhornLoss,
+    UniformAlignLoss,
+)
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "cs_aligner": CSAlignerLoss,
@@ -21,18 +30,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "coral": CoralLoss,
     "kl": KernelKLLoss,
     "uniform_align": UniformAlignLoss,
+    "modgap": ModGapLoss,
 }
 
 
 def objective_options(name: str) -> dict[str, object]:
     """The options of the objective `name` with their defaults; all of them are fit for JSON."""
-    options: dict[str, object] = {}
-    for cls in objective_class(name).__mro__:
-        if "__init__" in vars(cls) and issubclass(cls, Objective):
-            for parameter in inspect.signature(cls.__init__).parameters.values():
-                if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "group":
-                    options.setdefault(parameter.name, parameter.default)
-    return options
+    return {option.name: option.default for option in fields(objective_class(name)) if option.name != "group"}
 
 
 def objective_class(name: str) -> type[Objective]:

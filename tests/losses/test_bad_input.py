@@ -11,14 +11,14 @@ from csdiff.losses import (
     gaussian_cauchy_schwarz,
     info_nce,
     log_mean_kernel,
-    random_feature_cauchy_schwarz,
+    squared_mmd,
     token_cauchy_schwarz_divergence,
 )
 
 X, Y = torch.randn(5, 4), torch.randn(6, 4)
 SET_LOSSES = {
     "cs": lambda x, y, **options: cauchy_schwarz_divergence(x, y, **{"bandwidth": 0.5, **options}),
-    "random_features": lambda x, y, **options: random_feature_cauchy_schwarz(x, y, **{"bandwidth": 0.5, **options}),
+    "mmd": lambda x, y, **options: squared_mmd(x, y, **{"bandwidth": 0.5, **options}),
 }
 ALL = {**SET_LOSSES, "info_nce": lambda x, y, **options: info_nce(x, y[: len(x)], temperature=0.1, **options)}
 
@@ -84,9 +84,9 @@ def test_a_bandwidth_that_wants_a_gradient():
 
 @pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
 def test_a_single_row_without_its_diagonal(loss):
-    with pytest.raises(ValueError, match="diagonal=False needs at least two rows in x; found N = 1"):
+    with pytest.raises(ValueError, match="without the diagonal needs at least two rows in x; found N = 1"):
         loss(X[:1], Y, diagonal=False)
-    with pytest.raises(ValueError, match="diagonal=False needs at least two rows in y; found N = 1"):
+    with pytest.raises(ValueError, match="without the diagonal needs at least two rows in y; found N = 1"):
         loss(X, Y[:1], diagonal=False)
 
 
@@ -113,16 +113,8 @@ def test_pairs_of_different_number():
 
 def test_rows_too_long_for_float64():
     huge = torch.full((3, 2), 1e200, dtype=torch.float64)
-    with pytest.raises(ValueError, match="x must have rows whose squared length is a finite float64"):
+    with pytest.raises(ValueError, match="squared lengths within the range"):
         cauchy_schwarz_divergence(huge, -huge, bandwidth=1.0)
-    with pytest.raises(ValueError, match="squared length"):
-        cauchy_schwarz_divergence(huge, -huge, bandwidth=1.0, normalize=True)
-
-
-@pytest.mark.parametrize("num_features", [0, 7, 2])
-def test_numbers_of_features(num_features):
-    with pytest.raises(ValueError, match="num_features must be even and at least 2"):
-        random_feature_cauchy_schwarz(X, Y, bandwidth=(0.5, 1.0), num_features=num_features)
 
 
 def test_tokens():

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csdiff.losses import cauchy_schwarz_divergence, gaussian_cauchy_schwarz, log_mean_kernel, resolve_bandwidth
+from csdiff.losses import (
+    cauchy_schwarz_divergence,
+    gaussian_cauchy_schwarz,
+    info_nce,
+    log_mean_kernel,
+    resolve_bandwidth,
+)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.integers(1, 12)
@@ -92,6 +98,28 @@ def test_repeating_a_set_changes_nothing(seed, n, dim, bandwidth):
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.07])
+def test_the_pull_of_the_divergence_beside_the_push_of_info_nce(temperature):
+    # docs/loss.md: with bandwidth^2 = temperature they are opposite row by row, and 2 N times the row's share apart.
+    x, y = (torch.nn.functional.normalize(rows, dim=1) for rows in draw(0, 64, 64, 8))
+    x.requires_grad_()
+    logits = x @ y.T / temperature
+    push, pull = (
+        torch.autograd.grad(loss, x)[0]
+        for loss in (
+            info_nce(x, y, temperature=temperature, two_sided=False) + logits.diagonal().mean(),
+            -2 * log_mean_kernel(x, y, bandwidth=temperature**0.5),
+        )
+    )
+    # On the sphere the part along a row moves nothing.
+    push, pull = (g - (g * x).sum(dim=1, keepdim=True) * x for g in (push, pull))
+    share = logits.detach().flatten().softmax(dim=0).view(64, 64).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(pull, -2 * 64 * share * push, rtol=1e-9, atol=1e-12)
+    # The shares are not equal: no weight makes the two cancel in all rows.
+    together = (pull + push * (pull.norm() / push.norm())).norm() / pull.norm()
+    assert together < 0.5 if temperature == 1 else together > 0.5
 
 
 def gaussians(seed, dim):

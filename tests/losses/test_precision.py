@@ -10,11 +10,9 @@ from csdiff.losses import (
     CSAlignerLoss,
     cauchy_schwarz_divergence,
     info_nce,
-    random_feature_cauchy_schwarz,
     token_cauchy_schwarz_divergence,
 )
-from csdiff.losses.kernel_sums import KernelTiles, Points, kernel_sums
-from csdiff.losses.products import Products
+from csdiff.losses.kernels import Points, kernel_sums
 
 LOSSES = {
     "cs": lambda x, y: cauchy_schwarz_divergence(x, y, bandwidth=0.5, normalize=True, block_size=16),
@@ -22,7 +20,6 @@ LOSSES = {
     "tokens": lambda x, y: token_cauchy_schwarz_divergence(
         x.reshape(8, 5, 24), y.reshape(8, 5, 24), bandwidth=0.5, normalize=True
     ),
-    "random_features": lambda x, y: random_feature_cauchy_schwarz(x, y, bandwidth=0.5, normalize=True),
     "cs_aligner": lambda x, y: (
         CSAlignerLoss(source_weight=0.5, regression_weight=1.0)(x, y, source_text=y.detach()).loss
     ),
@@ -57,51 +54,24 @@ def test_autocast_changes_nothing(name):
     assert_agree(found, expected, 0)
 
 
-def test_bfloat16_factors_give_the_sums_of_the_rounded_points():
-    x, _ = two_sets()
-    x = torch.nn.functional.normalize(x, dim=1)
-    products = Products(x.device, bfloat16=True)
-    rows = products.factor(x)
-    torch.testing.assert_close(rows.double(), x.bfloat16().double(), rtol=0, atol=0)
-    points = Points(rows, rows.float().square().sum(dim=1))
-    tiles = KernelTiles((0.5,), products, torch.float32, 1.0, small=False)
-    with products.active():
-        sums = kernel_sums(points, points, tiles, block=16, own=0, row_gradient=True)
-    exact = rows.double()
-    kernel = torch.exp(-2 * torch.cdist(exact, exact).square()).fill_diagonal_(0)
-    torch.testing.assert_close(sums.log_sum(), kernel.sum().log(), rtol=1e-5, atol=1e-5)
-    pull = (sums.row_mix - sums.row_weight[:, None] * rows) * torch.exp(torch.tensor(sums.shift))
-    expected = kernel @ exact - kernel.sum(dim=1, keepdim=True) * exact
-    assert (pull - expected).norm() <= 0.01 * expected.norm()
-
-
-@pytest.mark.parametrize("diagonal", [True, False])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_second_derivative_of_the_divergence(normalize, diagonal):
-    x, y = (t[:6, :3].double().requires_grad_() for t in two_sets())
-    assert torch.autograd.gradgradcheck(
-        lambda a, b: cauchy_schwarz_divergence(
-            a, b, bandwidth=(0.6, 1.5), normalize=normalize, diagonal=diagonal, block_size=4
-        ),
-        (x, y),
-    )
-
-
-@pytest.mark.parametrize("two_sided", [True, False])
-def test_second_derivative_of_info_nce(two_sided):
-    x, y = (t[:6, :3].double().requires_grad_() for t in two_sets())
-    t = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda a, b, s: info_nce(a, b, temperature=s, normalize=True, two_sided=two_sided, block_size=4), (x, y, t)
-    )
-
-
-def test_create_graph_gives_the_same_first_derivative():
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused_in_plain_words(name):
     x, y = two_sets()
-    expected = value_and_gradients(LOSSES["cs"], x, y)
-    x, y = x.double().requires_grad_(), y.double()
-    (gradient,) = torch.autograd.grad(LOSSES["cs"](x, y), x, create_graph=True)
-    torch.testing.assert_close(gradient.detach(), expected[1][0], rtol=1e-9, atol=1e-14)
+    loss = LOSSES[name](x.requires_grad_(), y)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_bfloat16_factors_give_the_sums_of_the_rounded_points(block):
+    x, y = (torch.nn.functional.normalize(t, dim=1).bfloat16() for t in two_sets())
+    points = [Points(t, t.float().square().sum(dim=1)) for t in (x, y)]
+    sums = kernel_sums(*points, (0.5,), block=block, row_pull=True, col_pull=True)
+    kernel = torch.exp(-2 * torch.cdist(x.double(), y.double()).square())
+    torch.testing.assert_close(sums.total.log() + sums.shift, kernel.sum().log(), rtol=1e-5, atol=1e-5)
+    for pull, weight, own, other in ((sums.row_pull, kernel, x, y), (sums.col_pull, kernel.T, y, x)):
+        expected = weight @ other.double() - weight.sum(dim=1, keepdim=True) * own.double()
+        assert (pull * sums.shift.exp() - expected).norm() <= 0.005 * expected.norm()
 
 
 def test_backward_twice_through_a_kept_graph():
@@ -127,14 +97,13 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["cs", "info_nce", "random_features"])
+@pytest.mark.parametrize("name", ["cs", "info_nce"])
 def test_no_matrix_of_all_pairs_is_made(name):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(900, 8, generator=generator, requires_grad=True) for _ in range(2))
     losses = {
         "cs": lambda: cauchy_schwarz_divergence(x, y, bandwidth=0.5, block_size=50),
         "info_nce": lambda: info_nce(x, y, temperature=1.0, block_size=50),
-        "random_features": lambda: random_feature_cauchy_schwarz(x, y, num_features=16, block_size=50),
     }
     with Sizes() as sizes:
         losses[name]().backward()
@@ -146,4 +115,4 @@ def test_values_alone_compute_no_gradient():
     with torch.no_grad(), Sizes():
         value = cauchy_schwarz_divergence(x.requires_grad_(), y, bandwidth=0.5)
     assert not value.requires_grad
-    torch.testing.assert_close(value.double(), reference.divergence(x.detach(), y, bandwidth=0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(value.double(), reference.divergence(x.detach(), y, bandwidth=0.5), rtol=2e-4, atol=0)

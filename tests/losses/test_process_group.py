@@ -24,7 +24,7 @@ def test_two_processes_agree_with_one(found, case, dtype, tolerance):
     value, *gradients = two_processes.solve(case, torch.float64)
     for rank in range(WORLD):
         its_value, *its_gradients = found[rank]["results"][f"{case} {dtype}"]
-        assert its_value == pytest.approx(value, rel=tolerance if dtype == torch.float64 else 1e-5)
+        assert its_value == pytest.approx(value, rel=tolerance if dtype == torch.float64 else 2e-4)
         for one, other in zip(its_gradients, gradients, strict=True):
             one, other = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
             assert (one - other).norm() <= max(tolerance, 1e-9) * max(1.0, float(other.norm()))
