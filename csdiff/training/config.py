@@ -141,7 +141,7 @@ class TrainConfig:
     adapter: str = "mlp"
     """Adapter by name: mlp, transformer, linear, lora, diffusion."""
     objective: str = "cs_aligner"
-    """Objective by name: cs_aligner, cs, info_nce, mse, eclipse, mmd, sinkhorn, coral, kl, uniform_align, or
+    """Objective by name: cs_aligner, cs, info_nce, mse, eclipse, mmd, sinkhorn, coral, kl, uniform_align, modgap, or
     diffusion for the diffusion prior."""
     max_steps: PositiveInt = 2000
     """Optimizer steps of the whole run."""
