@@ -1,6 +1,7 @@
 """What every adapter shares: the prior's calling convention, statistics, norm calibration, and its folder."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     """Whether training feeds token ids through the adapter's own text encoder."""
     one_shot = True
     """Whether one forward pass gives the image embedding."""
+
+    # What `forward` answered last, outside of training: see `post_process_latents`.
+    _answer: Tensor | None = None
 
     _STATISTICS = ("clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift")
 
@@ -109,6 +113,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         text = self._whiten_text(proj_embedding)
         whitened = self.predict(text, encoder_hidden_states, attention_mask, hidden_states)
         whitened = self._calibrated(whitened.float()).to(proj_embedding.dtype)
+        self._answer = None if torch.is_grad_enabled() else whitened
         if not return_dict:
             return (whitened,)
         return PriorTransformerOutput(predicted_image_embedding=whitened)
@@ -120,17 +125,49 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
-        """Whitened (B, embedding_dim) to raw image embeddings, in the same dtype."""
+        """Whitened (B, embedding_dim) to raw image embeddings, in the same dtype.
+
+        A one-shot adapter is right without classifier-free guidance. Prior pipelines guide by default: they ask for
+        `u` of an empty prompt and `c` of the prompt in one batch, and hand `u + g (c - u)` to this method, which then
+        goes back to `c`.
+        """
+        prior_latents = self._unguided(prior_latents) if self.one_shot else prior_latents
         device = prior_latents.device
         raw = prior_latents.float() * self.clip_std.to(device) + self.clip_mean.to(device)
         return raw.to(prior_latents.dtype)
+
+    def _unguided(self, latents: Tensor) -> Tensor:
+        answer, self._answer = self._answer, None
+        if answer is None or len(answer) != 2 * len(latents) or answer.device != latents.device:
+            return latents
+        empty, prompt = answer.float().chunk(2)
+        step, taken = prompt - empty, latents.float() - empty
+        scale = (step * taken).sum() / (step * step).sum().clamp_min(1e-12)
+        # Half precision rounds each of the numbers that were added up.
+        room = (
+            4 * torch.finfo(latents.dtype).eps * (answer.float().norm() + latents.float().norm()) * (1 + scale.abs())
+        )
+        if (taken - scale * step).norm() <= room:
+            return prompt.to(latents.dtype)
+        warnings.warn(
+            f"The pipeline changed what this {type(self).__name__} answered, by guidance and a scheduler of diffusion "
+            "priors: give it scheduler=OneShotScheduler(), or use csdiff.load_adapter(pipe, adapter).",
+            stacklevel=3,
+        )
+        return latents
 
     @property
     def samples(self) -> bool:
         """Whether one prompt has many embeddings by itself: with a noise token, and in diffusion."""
         return not self.one_shot or bool(self.config.get("noise_token"))
 
-    def spread(self, whitened: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
+    def spread(
+        self,
+        whitened: Tensor,
+        amount: float,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         r"""Mixes noise into whitened embeddings, so that an adapter with one answer gives many:
 
             z' = sqrt(1 - amount^2) z + amount * noise,    noise ~ N(0, I)
@@ -142,6 +179,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             whitened (`Tensor` of shape `(B, embedding_dim)`): What `forward` returns.
             amount (`float`): In [0, 1].
             generator (`torch.Generator`, *optional*): Draws the noise, one sample a row.
+            noise (`Tensor`, like `whitened`, *optional*): The noise itself.
 
         Raises:
             CSDiffError: An amount outside [0, 1], or an adapter that has noise of its own.
@@ -155,7 +193,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
                 f"`spread` is for adapters with one answer a prompt, and this {type(self).__name__} draws its own: "
                 "vary the seed, and leave `spread` at 0."
             )
-        noise = self._noise(whitened, generator)
+        noise = self._noise(whitened, generator) if noise is None else noise
         return ((1 - amount**2) ** 0.5 * whitened + amount * noise).to(whitened.dtype)
 
     def _noise(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -18,7 +18,7 @@ from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource
 from csdiff.pipelines.decoding import DrawingOptions
 from csdiff.pipelines.embedding import PromptEmbedder
-from csdiff.pipelines.generate import check_numbers, read_prompts, redraw_command, sampling
+from csdiff.pipelines.generate import check_config, read_prompts, redraw_command, sampling
 from csdiff.pipelines.pairing import AdapterCard
 
 MOST_STEPS = 200
@@ -64,8 +64,7 @@ class Settings:
             device=models.config.device,
             dtype=models.config.dtype,
         )
-        check_numbers(config)
-        return config
+        return check_config(config)
 
 
 @dataclass(frozen=True)

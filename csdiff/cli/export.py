@@ -341,9 +341,8 @@ pipe = {loader}.from_pretrained("PATH")
 def _card(name: str, pipe, adapter) -> str:
     """A README that says how to load the folder."""
     whole = hasattr(pipe, "prior_prior")
-    prior, prefix = (pipe.prior_prior, "prior_") if whole else (pipe.prior, "")
-    once = f", {prefix}guidance_scale=1.0, {prefix}num_inference_steps=1" if adapter.one_shot else ""
-    call = f'image_embeds, negative_image_embeds = pipe("a red apple"{once}).to_tuple()'
+    prior = pipe.prior_prior if whole else pipe.prior
+    call = 'image_embeds, negative_image_embeds = pipe("a red apple").to_tuple()'
     return _CARD.format(
         license=adapter.metadata.get("license") or "apache-2.0",
         name=name,
@@ -351,5 +350,5 @@ def _card(name: str, pipe, adapter) -> str:
         prior=type(prior).__name__,
         module=type(prior).__module__,
         loader="AutoPipelineForText2Image" if whole else type(pipe).__name__,
-        call=f'pipe("a red apple"{once}).images[0].save("apple.png")' if whole else call,
+        call='pipe("a red apple").images[0].save("apple.png")' if whole else call,
     )

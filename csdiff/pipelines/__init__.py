@@ -1,4 +1,4 @@
-"""From text embeddings to pictures: adapters inside unmodified diffusers pipelines."""
+"""From text embeddings to images: adapters inside unmodified diffusers pipelines."""
 
 import lazy_loader
 
@@ -9,9 +9,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decoders": ["PRESETS", "DecoderPreset", "DecoderSource", "resolve_decoder"],
         "embedding_prior": ["EmbeddingPrior"],
         "generate": ["generate"],
-        "ip_adapter": ["ip_adapter_image_embeds"],
+        "ip_adapter": ["ip_adapter_arguments", "ip_adapter_image_embeds"],
         "karlo": ["load_karlo"],
         "loading": ["load_adapter"],
+        "pictures": ["read_settings"],
         "prior": ["CSDiffPriorPipeline"],
         "scheduler": ["OneShotScheduler"],
     },

@@ -1,10 +1,16 @@
 """Prompts to the image embeddings a decoder takes."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Sequence
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import DecoderSource
@@ -13,43 +19,51 @@ from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
 logger = logging.getLogger(__name__)
 
 
-def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource) -> dict:
-    """The text encoder that the adapter names, else the decoder's.
+def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: str | None = None) -> dict:
+    """Where the text encoder is that the adapter names, else the decoder's; or the one given, if it is the same.
 
     Raises:
-        CSDiffError: neither names one.
+        CSDiffError: none is named, the one named is not there, or the one given is another.
     """
-    known = decoder.encoder("text") if card is None else card.metadata.get("text_encoder") or decoder.encoder("text")
-    if not (known or {}).get("id"):
-        raise CSDiffError(
-            f"No text encoder is known: neither the adapter's csdiff.json nor the decoder {decoder.source} names "
-            "one; use an adapter trained from a store with a fingerprint."
-        )
-    return known
+    known = (card.metadata.get("text_encoder") if card else None) or decoder.encoder("text")
+    return find_encoder(known, "text", given, f"the adapter {card.path}" if card else f"the decoder {decoder.source}")
 
 
 class PromptEmbedder:
     """Text encoder and adapter, loaded: prompts to raw image embeddings.
 
     Args:
-        card: the adapter; None hands on the raw text embedding.
-        decoder: the decoder the embeddings are for.
-        device: where the models run.
-        dtype: of the text encoder; the adapter computes in float32.
+        card: The adapter; None hands on the raw text embedding.
+        decoder: The decoder the embeddings are for.
+        device: Where the models run.
+        dtype: Of the text encoder; the adapter computes in float32.
+        text_encoder: Where the text encoder is, if not where the adapter says.
+        image_encoder: The same for the image encoder.
 
     Attributes:
-        text_encoder: id, revision and hash of the text encoder.
+        text_encoder: Id, revision and hash of the text encoder.
+        image_encoder: What is known of the image encoder, if anything.
 
     Raises:
         CSDiffError: no text encoder is known, it is not the one the adapter was trained on, or (without an adapter)
             its embeddings are not as wide as the decoder's.
     """
 
-    def __init__(self, card: AdapterCard | None, decoder: DecoderSource, device: torch.device, dtype: torch.dtype):
-        self.decoder, self.device, self.dtype = decoder, device, dtype
-        self.adapter = None
+    def __init__(
+        self,
+        card: AdapterCard | None,
+        decoder: DecoderSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        text_encoder: str | None = None,
+        image_encoder: str | None = None,
+    ):
+        self.decoder, self.device, self.dtype, self.adapter = decoder, device, dtype, None
         self.image_encoder = decoder.encoder("image") or (card.metadata.get("image_encoder") if card else None)
-        known = known_text_encoder(card, decoder)
+        if image_encoder is not None:
+            self.image_encoder = find_encoder(self.image_encoder, "image", image_encoder, "the adapter")
+        known = known_text_encoder(card, decoder, text_encoder)
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
         self.encoder = load_text_encoder(known["id"], device, dtype, **text_encoder_options(known, card))
         if card is None:
@@ -59,35 +73,38 @@ class PromptEmbedder:
                     f"the decoder takes {decoder.embedding_dim}; an adapter is needed between them."
                 )
             return
-        # a commit of a hub repository cannot change; a folder can
-        if known.get("weights_sha256") and not known.get("revision"):
+        # A commit of a hub repository cannot change; a folder can.
+        if text_encoder is None and known.get("weights_sha256") and not known.get("revision"):
             check_same_encoder(known, self.encoder.describe(), "text", "the adapter", f"the folder {known['id']} now")
         from csdiff.adapters import AutoAdapter
 
-        # LoRA wraps layers of the encoder in place: what it encodes is then adapted
+        # LoRA wraps layers of the encoder in place: what it encodes is then adapted.
         options = {"base_model": self.encoder.model} if card.kind == "LoRAAdapter" else {}
         self.adapter = AutoAdapter.from_pretrained(card.path, **options).to(device).eval()
 
     @property
     def samples(self) -> bool:
         """Whether one prompt has many embeddings: adapters with a noise token, and diffusion."""
-        return self.adapter is not None and (
-            not self.adapter.one_shot or bool(self.adapter.config.get("noise_token", False))
-        )
+        return self.adapter is not None and self.adapter.samples
 
     @torch.no_grad()
-    def embed(self, prompts: list[str], generators: list[torch.Generator] | None = None) -> torch.Tensor:
+    def embed(
+        self, prompts: Sequence[str], generators: Sequence[torch.Generator] | None = None, spread: float = 0.0
+    ) -> Tensor:
         """Prompts to raw image embeddings `(len(prompts), D)`; warns of prompts that are cut.
 
         Each prompt is embedded by itself, so that its embedding does not depend on what else is drawn.
 
         Args:
             prompts: B texts.
-            generators: B generators for adapters that sample.
+            generators: B generators for adapters that sample, and for `spread`.
+            spread: Share of noise, see `Adapter.spread`.
 
         Raises:
-            CSDiffError: an embedding is not finite.
+            CSDiffError: an embedding is not finite, or a spread without an adapter or with one that samples.
         """
+        if spread and self.adapter is None:
+            raise CSDiffError("spread: the raw text embedding has no whitened space to draw in; leave --spread out.")
         self._warn_of_cut(prompts)
         rows = []
         for row, prompt in enumerate(prompts):
@@ -95,31 +112,36 @@ class PromptEmbedder:
             if self.adapter is None:
                 rows.append(text.embeds)
                 continue
-            options = {"generator": generators[row]} if generators and self.samples else {}
+            options = {"generator": generators[row]} if generators and (self.samples or spread) else {}
+            options |= {"spread": spread} if spread else {}
             rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options))
         embeds = torch.cat(rows)
         finite = embeds.isfinite().all(dim=1).tolist()
         if not all(finite):
+            cure = "the adapter was trained on too little data or has diverged, train it again."
+            if self.adapter is None:
+                cure = f"copy the text encoder {self.text_encoder['id']} again."
             raise CSDiffError(
                 f"The image embedding of {prompts[finite.index(False)]!r} is not finite: expected numbers, found NaN "
-                "or infinity; "
-                + (
-                    f"copy the text encoder {self.text_encoder['id']} again."
-                    if self.adapter is None
-                    else "the adapter was trained on too little data or has diverged, train it again."
-                )
+                f"or infinity; {cure}"
             )
         return embeds.to(self.dtype)
 
     @torch.no_grad()
-    def negative(self, prompt: str | None) -> torch.Tensor | None:
+    def negative(self, prompt: str | None, true_cfg: float = 1.0) -> Tensor | None:
         """The decoder's negative `(1, D)`: the embedded negative prompt, or what the decoder was trained with.
 
-        Kandinsky 2.2 was trained with the embedding of an all-zero image; the others take zeros, their own default.
+        For Kandinsky 2.2 that is the embedding of all-zero pixels, for FLUX.1's IP-Adapters that of a black image; the
+        others take zeros, their own default, for which this is None. FLUX.1 reads a negative only with `true_cfg`.
+
+        Raises:
+            CSDiffError: no image encoder is known for it, or its embedding is not finite.
         """
+        if self.decoder.hand_over == "flux-ip-adapter" and true_cfg <= 1:
+            return None
         if prompt is not None:
             return self.embed([prompt])
-        if self.decoder.hand_over != "kandinsky":
+        if self.decoder.hand_over not in ("kandinsky", "flux-ip-adapter"):
             return None
         known = self.image_encoder
         if not (known or {}).get("id"):
@@ -127,25 +149,31 @@ class PromptEmbedder:
                 f"Neither the decoder {self.decoder.source} nor the adapter names an image encoder, which guidance "
                 "needs for its default negative; give --negative_prompt, or --guidance 1."
             )
+        known = find_encoder(known, "image", None, f"the decoder {self.decoder.source}")
         encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
         size = encoder.model.config.image_size
-        embeds = encoder.forward(torch.zeros(1, 3, size, size)).embeds
+        if self.decoder.hand_over == "kandinsky":
+            embeds = encoder.forward(torch.zeros(1, 3, size, size)).embeds
+        else:
+            embeds = encoder.encode([Image.new("RGB", (size, size))]).embeds
         if not embeds.isfinite().all():
             raise CSDiffError(
-                f"The image encoder {known['id']} embeds an all-zero picture, the default negative, as NaN or "
-                "infinity: copy it again, or give --negative_prompt."
+                f"The image encoder {known['id']} embeds a black image, the default negative, as NaN or infinity: "
+                "copy it again, or give --negative_prompt."
             )
         return embeds.to(self.dtype)
 
-    def _warn_of_cut(self, prompts: list[str]):
-        tokenizer, limit = self.encoder.tokenizer, self.encoder.max_length
-        for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
-            if len(ids) > limit:
-                lost = tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
+    def _warn_of_cut(self, prompts: Sequence[str]) -> None:
+        limit = self.encoder.max_length
+        lengths = self.encoder.caption_tokenizer.lengths(prompts)
+        for prompt, length in zip(prompts, lengths, strict=True):
+            if length > limit:
+                ids = self.encoder.tokenizer(prompt, verbose=False).input_ids
+                lost = self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
                 logger.warning(
                     "The prompt %r has %d tokens, the text encoder reads %d; this end is cut off: %r",
                     prompt[:60],
-                    len(ids),
+                    length,
                     limit,
                     lost,
                 )

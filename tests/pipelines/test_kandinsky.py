@@ -1,7 +1,5 @@
 """Adapters inside the Kandinsky 2.2 pipelines: what reaches the UNet is what the adapter says."""
 
-import inspect
-
 import pytest
 import torch
 from diffusers import (
@@ -146,10 +144,10 @@ def test_combined_pipeline_built_with_the_adapter(decoder_parts, prior_parts, ad
         **decoder_parts, prior_prior=adapter, prior_scheduler=OneShotScheduler(), **prior
     )
     pipe.set_progress_bar_config(disable=True)
-    _, positive = image_embeds_seen(
-        pipe, prompt=PROMPT, negative_prompt="blurry", prior_guidance_scale=1.0, prior_num_inference_steps=1, **SMALL
-    )
+    # With the defaults of diffusers: 25 steps, guidance 4.
+    negative, positive = image_embeds_seen(pipe, prompt=PROMPT, negative_prompt="blurry", **SMALL)
     torch.testing.assert_close(positive, embed(adapter, PROMPT), atol=1e-5, rtol=0)
+    torch.testing.assert_close(negative, embed(adapter, "blurry"), atol=1e-5, rtol=0)
 
 
 def test_auto_pipeline_saved_and_reloaded(
@@ -157,11 +155,10 @@ def test_auto_pipeline_saved_and_reloaded(
 ):
     pipe = combined(KandinskyV22CombinedPipeline, decoder_parts, tiny_clip, prior_parts)
     csdiff.load_adapter(pipe, adapter_folder).save_pretrained(tmp_path)
-    arguments = {"prompt": PROMPT, "prior_guidance_scale": 1.0, **SMALL}
     reloaded = AutoPipelineForText2Image.from_pretrained(tmp_path)
     assert type(reloaded) is KandinskyV22CombinedPipeline
     reloaded.set_progress_bar_config(disable=True)
-    _, positive = image_embeds_seen(reloaded, **arguments)
+    _, positive = image_embeds_seen(reloaded, prompt=PROMPT, **SMALL)
     torch.testing.assert_close(positive, embed(adapter, PROMPT), atol=1e-5, rtol=0)
     other_task = AutoPipelineForImage2Image.from_pipe(pipe)
     assert type(other_task) is KandinskyV22Img2ImgCombinedPipeline
@@ -176,17 +173,6 @@ def test_load_adapter_into_the_prior_pipeline(tiny_clip, prior_parts, adapter, e
     mixed = pipe.interpolate([PROMPT, "a cat"], [0.25, 0.75]).image_embeds
     expected = 0.25 * embed(adapter, PROMPT) + 0.75 * embed(adapter, "a cat")
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
-    # an argument that is given is used
-    empty, text = embed(adapter, ""), embed(adapter, PROMPT)
-    extrapolated = pipe(PROMPT, guidance_scale=3.0).image_embeds
-    torch.testing.assert_close(extrapolated, empty + 3 * (text - empty), atol=1e-4, rtol=0)
-
-
-def test_load_adapter_leaves_other_pipelines_alone(tiny_clip, prior_parts, adapter):
-    changed, untouched = (KandinskyV22PriorPipeline(**stock_prior(tiny_clip, prior_parts)) for _ in range(2))
-    csdiff.load_adapter(changed, adapter)
-    assert inspect.signature(changed.__call__).parameters["guidance_scale"].default == 1.0
-    assert inspect.signature(untouched.__call__).parameters["guidance_scale"].default == 4.0
 
 
 def test_seeds_of_the_decoder(prior_pipe, decoder_parts):

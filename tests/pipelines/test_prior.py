@@ -31,12 +31,28 @@ def test_embeddings_are_the_adapters(pipe, adapter, embed, zero_image_embeds):
     torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("steps", [1, 25])
-def test_the_stock_pipeline_gives_the_same(parts, adapter, embed, steps):
-    stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=OneShotScheduler(), **parts)
+@pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 1}, {"guidance_scale": 1.0}, {"guidance_scale": 7}])
+@pytest.mark.parametrize("negative", [None, ["blurry", "grey", "dark"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stock_pipeline_gives_the_same_whatever_is_asked(
+    arguments, negative, dtype, tiny_clip, adapter, embed, zero_image_embeds
+):
+    expected = embed(adapter, *PROMPTS)
+    wanted = zero_image_embeds.expand(3, -1) if negative is None else embed(adapter, *negative)
+    stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=OneShotScheduler(), **clip_parts(tiny_clip)).to(dtype)
     stock.set_progress_bar_config(disable=True)
-    output = stock(PROMPTS, num_inference_steps=steps, guidance_scale=1.0)
-    torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS), atol=1e-5, rtol=0)
+    output = stock(PROMPTS, negative, **arguments)
+    room = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(output.image_embeds.float(), expected, atol=room, rtol=0)
+    torch.testing.assert_close(output.negative_image_embeds.float(), wanted, atol=room, rtol=0)
+
+
+def test_a_scheduler_for_diffusion_priors_is_warned_of_with_the_cure(parts, adapter):
+    scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=0.1)
+    stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=scheduler, **parts)
+    stock.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match=r"scheduler=OneShotScheduler\(\)"):
+        stock(PROMPT)
 
 
 def test_several_prompts_are_independent_of_each_other(pipe):
@@ -68,10 +84,27 @@ def test_generators_one_for_each_row(pipe, adapter, embed):
     assert output.image_embeds.shape == output.negative_image_embeds.shape == (4, DIM)
 
 
-def test_guidance_above_one_extrapolates_as_the_stock_pipeline_does(pipe, parts, adapter, embed):
-    image_embeds = pipe(PROMPT, guidance_scale=4.0).image_embeds
-    text, empty = embed(adapter, PROMPT), embed(adapter, "")
-    torch.testing.assert_close(image_embeds, empty + 4 * (text - empty), atol=1e-4, rtol=0)
+def test_special_tokens_and_half_characters_are_text(pipe, adapter, embed):
+    prompts = ("a cat<|endoftext|> and a dog", "cut emoji \ud83d")
+    image_embeds = pipe(prompts, negative_prompt=prompts).image_embeds
+    torch.testing.assert_close(image_embeds, embed(adapter, *prompts), atol=1e-5, rtol=0)
+    assert not torch.allclose(image_embeds[:1], embed(adapter, "a cat"), atol=1e-3)
+    torch.testing.assert_close(image_embeds[1:], embed(adapter, "cut emoji \ufffd"), atol=1e-5, rtol=0)
+
+
+def test_spread_varies_the_embedding_by_the_generator(pipe, adapter, embed):
+    def draw(spread, seed=0, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(PROMPT, num_images_per_prompt=2, generator=generator, spread=spread, **options)
+
+    once, output = embed(adapter, PROMPT), draw(0.6, negative_prompt="blurry")
+    torch.testing.assert_close(output.image_embeds, draw(0.6).image_embeds)
+    assert not torch.equal(output.image_embeds, draw(0.6, seed=1).image_embeds)
+    torch.testing.assert_close(output.negative_image_embeds[:1], embed(adapter, "blurry"), atol=1e-5, rtol=0)
+    noise = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
+    expected = adapter.clip_mean + 0.8 * (once - adapter.clip_mean) + 0.6 * adapter.clip_std * noise
+    torch.testing.assert_close(output.image_embeds, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(0.0).image_embeds, once.expand(2, -1), atol=1e-5, rtol=0)
 
 
 def test_dict_tuple_and_numpy_agree(pipe):
@@ -135,11 +168,41 @@ def test_save_and_reload_the_whole_pipeline(pipe, adapter, tmp_path):
     for cls in (CSDiffPriorPipeline, KandinskyV22PriorPipeline):
         reloaded = cls.from_pretrained(tmp_path)
         reloaded.set_progress_bar_config(disable=True)
-        after = reloaded(PROMPT, negative_prompt="blurry", num_inference_steps=1, guidance_scale=1.0)
-        assert torch.equal(before.image_embeds, after.image_embeds)
-        assert torch.equal(before.negative_image_embeds, after.negative_image_embeds)
+        after = reloaded(PROMPT, negative_prompt="blurry")
+        torch.testing.assert_close(before.image_embeds, after.image_embeds)
+        torch.testing.assert_close(before.negative_image_embeds, after.negative_image_embeds)
         assert isinstance(reloaded.scheduler, OneShotScheduler)
     assert reloaded.prior.metadata["text_encoder"] == adapter.metadata["text_encoder"]
+
+
+def test_the_exported_folder_gives_no_notice_of_types(pipe, tmp_path, caplog):
+    pipe.save_pretrained(tmp_path)
+    for cls in (CSDiffPriorPipeline, KandinskyV22PriorPipeline):
+        cls.from_pretrained(tmp_path)
+    assert not [record for record in caplog.records if "Expected types" in record.getMessage()]
+
+
+def test_a_variant_is_saved_and_loaded(tiny_clip, adapter, tmp_path):
+    pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert {".fp16." in file.name for file in tmp_path.rglob("*.safetensors")} == {True}
+    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    reloaded.set_progress_bar_config(disable=True)
+    assert reloaded.prior.dtype == reloaded.text_encoder.dtype == torch.float16
+    assert torch.equal(reloaded(PROMPT).image_embeds, pipe(PROMPT).image_embeds)
+
+
+def test_optional_components_may_be_absent(pipe, tmp_path):
+    """As `test_save_load_optional_components` of diffusers' own pipeline tests."""
+    for component in pipe._optional_components:
+        setattr(pipe, component, None)
+    inputs = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
+    output = pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]
+    pipe.save_pretrained(tmp_path)
+    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path)
+    assert all(getattr(reloaded, component) is None for component in pipe._optional_components)
+    np.testing.assert_allclose(reloaded(**inputs, generator=torch.Generator().manual_seed(0))[0], output, atol=1e-4)
 
 
 def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(parts, tiny_clip, adapter, embed, tmp_path):
@@ -201,6 +264,8 @@ def test_a_diffusion_prior_keeps_its_scheduler_and_steps(parts, tiny_clip):
         ({"prompt": 3}, "found 3"),
         ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "one for each of 3 prompts, found 2"),
         ({"prompt": PROMPTS, "generator": [torch.Generator()]}, "a list of 3, found a list of 1"),
+        ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt: expected 1 or more, found 0"),
+        ({"prompt": PROMPT, "spread": 1.5}, "1.5"),
         ({"prompt": PROMPT, "output_type": "pil"}, "'pt' or 'np', found 'pil'"),
         ({"prompt": PROMPT, "callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
     ],

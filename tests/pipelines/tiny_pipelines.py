@@ -8,7 +8,13 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PriorTransformer,
+    StableCascadePriorPipeline,
+    StableCascadeUNet,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     StableUnCLIPImg2ImgPipeline,
@@ -28,6 +34,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
 from csdiff.adapters import MLPAdapter
@@ -326,3 +334,89 @@ def ip_adapter_weights(folder: Path, unet: UNet2DConditionModel, dim: int, token
     path = folder / "ip-adapter.safetensors"
     save_file(tensors, path)
     return path
+
+
+def flux_parts(clip: Path, in_channels: int = 4) -> dict:
+    """Every component of FLUX.1 but its optional image tower, of one double and one single block."""
+    tokenizer = CLIPTokenizer.from_pretrained(clip)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=in_channels,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=TEXT_WIDTH,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    ).eval()
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=1,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    ).eval()
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": autoencoder,
+        "text_encoder": text_tower(clip),
+        "tokenizer": tokenizer,
+        "text_encoder_2": T5EncoderModel(t5).eval(),
+        "tokenizer_2": tokenizer,
+        "transformer": transformer,
+    }
+
+
+def flux(clip: Path) -> FluxPipeline:
+    """FLUX.1."""
+    return FluxPipeline(**flux_parts(clip))
+
+
+def flux_ip_adapter_weights(folder: Path, transformer: FluxTransformer2DModel, dim: int, tokens: int = 4) -> Path:
+    """IP-Adapter weights for FLUX.1, with the names that XLabs gave them."""
+    torch.manual_seed(0)
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    tensors = {
+        "ip_adapter_proj_model.proj.weight": torch.randn(tokens * width, dim),
+        "ip_adapter_proj_model.proj.bias": torch.randn(tokens * width),
+        "ip_adapter_proj_model.norm.weight": torch.ones(width),
+        "ip_adapter_proj_model.norm.bias": torch.zeros(width),
+    }
+    for block in range(transformer.config.num_layers):
+        for kind in ("k", "v"):
+            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
+            tensors[f"{name}.weight"] = torch.randn(inner, width) / width**0.5
+            tensors[f"{name}.bias"] = torch.zeros(inner)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ip_adapter.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def stable_cascade_prior(clip: Path, dim: int) -> StableCascadePriorPipeline:
+    """Stage C of Stable Cascade."""
+    prior = StableCascadeUNet(
+        conditioning_dim=32,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_image_in_channels=dim,
+        clip_text_in_channels=TEXT_WIDTH,
+        clip_text_pooled_in_channels=TEXT_WIDTH,
+        switch_level=(False,),
+    ).eval()
+    return StableCascadePriorPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(clip),
+        text_encoder=text_tower(clip, projected=True),
+        prior=prior,
+        scheduler=DDPMWuerstchenScheduler(),
+    )
