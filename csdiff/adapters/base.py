@@ -66,20 +66,19 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
             if parameter.annotation in (int, int | None) and value is not None and not whole:
                 raise CSDiffError(f"`{name}` must be a positive whole number, found {value!r}.")
-            if name.endswith("dropout"):
-                # All rows may lose their condition, but not all values of a layer.
-                open_end = name == "dropout"
-                if not (isinstance(value, (int, float)) and 0 <= value <= 1 and not (open_end and value == 1)):
-                    raise CSDiffError(f"`{name}` must lie in [0, 1{')' if open_end else ']'}, found {value!r}.")
+            # Not all values of a layer may be dropped; the condition of every row may.
+            excluded = 1 if name == "dropout" else None
+            if name.endswith("dropout") and not (
+                isinstance(value, (int, float)) and 0 <= value <= 1 and value != excluded
+            ):
+                raise CSDiffError(f"`{name}` must lie in [0, 1), found {value!r}.")
 
     def _init_statistics(self, embedding_dim: int, text_dim: int) -> None:
-        float32 = torch.float32
-        self.register_buffer("clip_mean", torch.zeros(1, embedding_dim, dtype=float32))
-        self.register_buffer("clip_std", torch.ones(1, embedding_dim, dtype=float32))
-        self.register_buffer("text_mean", torch.zeros(1, text_dim, dtype=float32))
-        self.register_buffer("text_std", torch.ones(1, text_dim, dtype=float32))
-        self.register_buffer("norm_scale", torch.ones((), dtype=float32))
-        self.register_buffer("norm_shift", torch.zeros((), dtype=float32))
+        for side, dim in (("clip", embedding_dim), ("text", text_dim)):
+            self.register_buffer(f"{side}_mean", torch.zeros(1, dim, dtype=torch.float32))
+            self.register_buffer(f"{side}_std", torch.ones(1, dim, dtype=torch.float32))
+        self.register_buffer("norm_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("norm_shift", torch.zeros((), dtype=torch.float32))
         self.metadata: dict[str, Any] = {}
 
     def _record(self, **values: Any) -> None:
@@ -240,8 +239,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             text_embeds (`Tensor` of shape `(B, text_dim)`): As in `embed`.
             token_embeds (`Tensor` of shape `(B, L, text_dim)`): The token states in the space of the text embeddings,
                 by the text encoder's projection.
-            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): As in `embed`.
-            text_mask (`Tensor` of shape `(B, L)`, *optional*): As in `embed`.
+            text_states (`Tensor`, *optional*): As in `embed`.
+            text_mask (`Tensor`, *optional*): As in `embed`.
 
         Returns:
             Raw image embeddings (B, embedding_dim) and tokens (B, L, embedding_dim), which mean nothing where the
@@ -286,12 +285,12 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     def set_statistics(
         self, mean: Tensor, std: Tensor, text_mean: Tensor | None = None, text_std: Tensor | None = None
     ) -> None:
-        """Sets the per-dimension mean and standard deviation of raw image (and optionally raw text) embeddings.
+        """Sets mean and standard deviation of the raw image (and optionally the raw text) embeddings.
 
         Args:
-            mean (`Tensor` of shape `(embedding_dim,)` or `(1, embedding_dim)`): Of the image embeddings.
+            mean (`Tensor` of shape `(embedding_dim,)`): Of each dimension of the image embeddings.
             std (`Tensor`, like `mean`): Of the image embeddings.
-            text_mean (`Tensor` of shape `(text_dim,)` or `(1, text_dim)`, *optional*): Of the text embeddings.
+            text_mean (`Tensor` of shape `(text_dim,)`, *optional*): Of the text embeddings.
             text_std (`Tensor`, like `text_mean`, *optional*): Of the text embeddings.
 
         Raises:
@@ -305,8 +304,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             values = torch.as_tensor(values, dtype=torch.float32).reshape(1, -1)
             if values.shape != buffer.shape:
                 raise CSDiffError(f"`{name}` must have {buffer.shape[1]} entries, found {values.shape[1]}.")
-            if not values.isfinite().all() or (name.endswith("std") and (values < 0).any()):
-                wrong = int((~values.isfinite() | ((values < 0) & name.endswith("std"))).sum())
+            if wrong := int((~values.isfinite() | ((values < 0) & name.endswith("std"))).sum()):
                 raise CSDiffError(f"`{name}` must be finite, a deviation not negative; {wrong} entries are not.")
             if name.endswith("std"):
                 # A constant dimension carries nothing; a small floor keeps it constant without dividing by zero.
@@ -359,19 +357,6 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     def _copy_statistics(self, other: "Adapter") -> None:
         for name in self._STATISTICS:
             getattr(self, name).copy_(getattr(other, name))
-
-    def usage_inputs(self) -> list[str]:
-        """The lines of the model card's usage code that make an input and call `embed`."""
-        lines = [f"text_embeds = torch.randn(1, {self.config.text_dim})  # raw projected text embeddings"]
-        if not self.uses_text_states:
-            return [*lines, "image_embeds = adapter.embed(text_embeds)"]
-        length = self.config.num_embeddings
-        return [
-            *lines,
-            f"text_states = torch.randn(1, {length}, {self.config.states_dim})  # last hidden states",
-            f"text_mask = torch.ones(1, {length}, dtype=torch.bool)",
-            "image_embeds = adapter.embed(text_embeds, text_states, text_mask)",
-        ]
 
     def to(self, *args: Any, **kwargs: Any) -> "Adapter":
         """`torch.nn.Module.to`; the statistics stay float32."""

@@ -80,8 +80,22 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
         metrics="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "Not measured.",
         where="Inside this folder:" if location == "." else "Anywhere:",
         location=json.dumps(location),
-        inputs="\n".join(adapter.usage_inputs()),
+        inputs="\n".join(_inputs(adapter)),
     )
     if ids["text"] and not adapter.uses_input_ids:
         card += _CAPTIONS.format(location=json.dumps(location), text=json.dumps(ids["text"]))
     return card
+
+
+def _inputs(adapter: Any) -> list[str]:
+    """Lines of code that make an input and call the adapter."""
+    config = adapter.config
+    if adapter.uses_input_ids:
+        length = adapter.text_encoder.config.max_position_embeddings
+        ids = f"input_ids = torch.zeros(1, {length}, dtype=torch.long)  # of the text encoder's tokenizer"
+        return [ids, "image_embeds = adapter.embed_input_ids(input_ids)"]
+    text = f"text_embeds = torch.randn(1, {config.text_dim})  # raw projected text embeddings"
+    if not adapter.uses_text_states:
+        return [text, "image_embeds = adapter.embed(text_embeds)"]
+    states = f"text_states = torch.randn(1, {config.num_embeddings}, {config.states_dim})  # last hidden states"
+    return [text, states, "image_embeds = adapter.embed(text_embeds, text_states)"]

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from csdiff.adapters.base import Adapter
 from csdiff.errors import CSDiffError
 
-Condition = tuple[Tensor, Tensor | None, Tensor | None]
-
 
 class PriorBlock(BasicTransformerBlock):
     """The stock block, which recomputes its activations in the backward pass where that is switched on."""
@@ -44,7 +42,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         num_embeddings (`int`, *optional*, defaults to 77): Number of text tokens; every batch has exactly as many.
         encoder_hid_proj_type (`str`, *optional*, defaults to `"linear"`): `None` leaves the token states out: the
             prior then sees the pooled embedding alone.
-        condition_dropout (`float`, *optional*, defaults to 0.1): Share of rows trained on the null text, for guidance.
+        condition_dropout (`float`, *optional*, defaults to 0.1): Share of rows trained without text, for guidance.
         additional_embeddings, dropout, time_embed_act_fn, norm_in_type, embedding_proj_norm_type, added_emb_type,
         time_embed_dim, embedding_proj_dim, clip_embed_dim: As in `PriorTransformer`.
 
@@ -129,7 +127,6 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         text_states: Tensor | None = None,
         text_mask: Tensor | None = None,
         *,
-        null_text: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The denoising loss of a batch, a scalar: `mean (f(x_s, s, text) - x0)^2`.
@@ -139,8 +136,6 @@ class DiffusionAdapter(Adapter, PriorTransformer):
             image_embeds (`Tensor` of shape `(B, embedding_dim)`): Raw image embeddings of the same rows.
             text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
             text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
-            null_text: Embedding (1, text_dim), states (1, L, states_dim) and mask (1, L) of the empty caption, which
-                replaces the text of `condition_dropout` of the rows; zeros by default.
             generator (`torch.Generator`, *optional*): Draws steps, noise and dropped rows.
         """
         clean = (image_embeds.float() - self.clip_mean) / self.clip_std
@@ -151,8 +146,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         noise = torch.randn(clean.shape, generator=generator, device=draw).to(device)
         dropped = (torch.rand(batch, generator=generator, device=draw) < self.config.condition_dropout).to(device)
         condition = self._condition(text_embeds, text_states, text_mask)
-        null = self._null(condition, null_text)
-        condition = [None if a is None else _where(dropped, b, a) for a, b in zip(condition, null, strict=True)]
+        condition = [None if part is None else _where(dropped, part) for part in condition]
         noisy = schedule.add_noise(clean, noise, steps).to(self.dtype)
         predicted = self(noisy, steps, *condition).predicted_image_embedding
         return F.mse_loss(predicted.float(), clean)
@@ -165,7 +159,6 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         *,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
-        null_text: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Samples raw image embeddings (B, D) by denoising.
@@ -176,7 +169,6 @@ class DiffusionAdapter(Adapter, PriorTransformer):
             text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
             num_inference_steps (`int`, *optional*, defaults to 25): Denoising steps, at least 2.
             guidance_scale (`float`, *optional*, defaults to 1.0): Above 1, classifier-free guidance (two passes).
-            null_text: As in `training_loss`.
             generator (`torch.Generator`, *optional*): Makes the samples repeatable.
         """
         self._check_text(text_embeds)
@@ -185,13 +177,8 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         condition = self._condition(text_embeds, text_states, text_mask)
         guided = guidance_scale > 1
         if guided:
-            null = self._null(condition, null_text)
-            condition = [
-                None if a is None else torch.cat([b.expand_as(a), a]) for a, b in zip(condition, null, strict=True)
-            ]
-        draw = text_embeds.device if generator is None else generator.device
-        latents = torch.randn(len(text_embeds), self.config.embedding_dim, generator=generator, device=draw)
-        latents = latents.to(text_embeds.device, self.dtype)
+            condition = [None if part is None else torch.cat([_null(part), part]) for part in condition]
+        latents = self._noise(text_embeds, generator).to(self.dtype)
         following = [*scheduler.timesteps[1:], None]
         for step, previous in zip(scheduler.timesteps, following, strict=True):
             model_input = torch.cat([latents] * 2) if guided else latents
@@ -213,21 +200,19 @@ class DiffusionAdapter(Adapter, PriorTransformer):
             )
         return [text_embeds.to(self.dtype), text_states.to(self.dtype), text_mask]
 
-    def _null(self, condition: list[Tensor | None], null_text: Condition | None) -> list[Tensor | None]:
-        if null_text is None:
-            embeds, states, mask = (None if part is None else part[:1] for part in condition)
-            zeros = [None if part is None else torch.zeros_like(part) for part in (embeds, states)]
-            return [*zeros, None if mask is None else torch.ones_like(mask)]
-        return [None if part is None else other.to(part) for part, other in zip(condition, null_text, strict=True)]
-
 
 @functools.cache
 def _noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
 
 
-def _where(dropped: Tensor, null: Tensor, given: Tensor) -> Tensor:
-    return torch.where(dropped.view(-1, *[1] * (given.ndim - 1)), null, given)
+def _null(part: Tensor) -> Tensor:
+    """What stands for no text: zeros, and a mask that hides nothing."""
+    return torch.ones_like(part) if part.dtype == torch.bool else torch.zeros_like(part)
+
+
+def _where(dropped: Tensor, part: Tensor) -> Tensor:
+    return torch.where(dropped.view(-1, *[1] * (part.ndim - 1)), _null(part), part)
 
 
 __all__ = ["DiffusionAdapter", "ModelMixin"]

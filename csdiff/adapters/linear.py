@@ -104,37 +104,23 @@ class LinearAdapter(Adapter):
         fitted, held, sample = _accumulate(data, holdout, batch_size)
         every = fitted + held
         adapter = cls(embedding_dim=every.mean_y.numel(), text_dim=every.mean_x.numel(), method=method)
-        penalty = None
-        if method == "ridge":
-            penalty = _best_penalty(fitted, held, penalties)
+        penalty = _best_penalty(fitted, held, penalties) if method == "ridge" else None
         if calibrate and held.count >= 2:
             # Rows that a map was fitted on are nearer than new ones: calibrate a map that has not seen them.
-            adapter.set_map(*_solve(fitted, method, penalty), fitted)
+            adapter._set_map(_solve(fitted, method, penalty), fitted)
             with torch.no_grad():
                 adapter.calibrate_norm(adapter.embed(sample[0]).norm(dim=1), sample[1].norm(dim=1))
-        adapter.set_map(*_solve(every, method, penalty), every)
+        adapter._set_map(_solve(every, method, penalty), every)
         adapter.metadata["objective"] = {"name": method, "penalty": penalty, "rows": every.count}
         return adapter
 
     @torch.no_grad()
-    def set_map(self, weight: Tensor, bias: Tensor, moments: PairedMoments | None = None) -> None:
-        """Stores the raw map `r = weight t + bias` (`weight` (D, Dt)); `moments` give the whitening statistics."""
-        if moments is not None:
-            self.set_statistics(
-                moments.mean_y, _deviations(moments.cov_yy), moments.mean_x, _deviations(moments.cov_xx)
-            )
-        mean, std = self.clip_mean.double(), self.clip_std.double()
-        text_mean, text_std = self.text_mean.double(), self.text_std.double()
-        weight, bias = weight.double(), bias.double()
+    def _set_map(self, weight: Tensor, moments: PairedMoments) -> None:
+        """Stores `r = weight (t - mean_x) + mean_y` (`weight` (D, Dt)) in the whitened coordinates of the moments."""
+        self.set_statistics(moments.mean_y, _deviations(moments.cov_yy), moments.mean_x, _deviations(moments.cov_xx))
+        std, text_std = self.clip_std.double(), self.text_std.double()
         self.linear.weight.copy_(weight * text_std / std.T)
-        self.linear.bias.copy_((weight @ text_mean[0] + bias - mean[0]) / std[0])
-
-    @torch.no_grad()
-    def raw_map(self) -> tuple[Tensor, Tensor]:
-        """The raw map: `weight` (D, Dt) and `bias` (D,), before norm calibration, in float64."""
-        weight = self.linear.weight.double() / self.text_std.double() * self.clip_std.double().T
-        bias = self.linear.bias.double() * self.clip_std.double()[0] + self.clip_mean.double()[0]
-        return weight, bias - weight @ self.text_mean.double()[0]
+        nn.init.zeros_(self.linear.bias)
 
 
 def _accumulate(data, holdout, batch_size):
@@ -188,20 +174,18 @@ def ridge(cov_xx: Tensor, cov_xy: Tensor, penalty: float) -> Tensor:
     return torch.linalg.solve(cov_xx + scale * torch.eye(len(cov_xx)).to(cov_xx), cov_xy)
 
 
-def _solve(moments: PairedMoments, method: str, penalty: float | None) -> tuple[Tensor, Tensor]:
+def _solve(moments: PairedMoments, method: str, penalty: float | None) -> Tensor:
     if method == "mean_shift":
-        weight = torch.eye(len(moments.mean_y)).double()
-    elif method == "whiten":
-        weight = torch.diag(_deviations(moments.cov_yy) / _deviations(moments.cov_xx).clamp_min(1e-12))
-    elif method == "ridge":
-        weight = ridge(moments.cov_xx, moments.cov_xy, penalty).T
-    elif method == "procrustes":
+        return torch.eye(len(moments.mean_y)).double()
+    if method == "whiten":
+        return torch.diag(_deviations(moments.cov_yy) / _deviations(moments.cov_xx).clamp_min(1e-12))
+    if method == "ridge":
+        return ridge(moments.cov_xx, moments.cov_xy, penalty).T
+    if method == "procrustes":
         left, _, right = torch.linalg.svd(moments.cov_xy.T, full_matrices=False)
-        weight = left @ right
-    else:
-        image, text = (_shrunk(covariance, moments.count) for covariance in (moments.cov_yy, moments.cov_xx))
-        weight = _power(image, 0.5) @ _power(text, -0.5)
-    return weight, moments.mean_y - weight @ moments.mean_x
+        return left @ right
+    image, text = (_shrunk(covariance, moments.count) for covariance in (moments.cov_yy, moments.cov_xx))
+    return _power(image, 0.5) @ _power(text, -0.5)
 
 
 def _shrunk(covariance: Tensor, count: int) -> Tensor:

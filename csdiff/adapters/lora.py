@@ -144,13 +144,6 @@ class LoRAAdapter(Adapter):
         text_std = std if text_std is None else text_std
         super().set_statistics(mean, std, text_mean, text_std)
 
-    def usage_inputs(self) -> list[str]:
-        length = self.text_encoder.config.max_position_embeddings
-        return [
-            f"input_ids = torch.zeros(1, {length}, dtype=torch.long)  # of the text encoder's tokenizer",
-            "image_embeds = adapter.embed_input_ids(input_ids)",
-        ]
-
     def _write_weights(self, directory: Path, max_shard_size: int | str, variant: str | None) -> None:
         self.peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         (directory / PEFT_WEIGHTS).rename(directory / folder.with_variant(PEFT_WEIGHTS, variant))

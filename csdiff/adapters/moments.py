@@ -1,6 +1,6 @@
 """Streaming first and second moments of paired embeddings: all that the closed-form maps need."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,9 +79,17 @@ def paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]
     Raises:
         CSDiffError: Rows that do not pair up, or that are not finite (with the place of the first).
     """
+    if hasattr(data, "read"):
+        starts, size = range(0, len(data), batch_size), len(data)
+        data = (data.read(torch.arange(start, min(start + batch_size, size)).numpy()) for start in starts)
     seen = 0
-    for text, image in _raw_batches(data, batch_size):
-        text, image = (torch.as_tensor(part).detach().float().cpu() for part in (text, image))
+    for batch in data:
+        if isinstance(batch, dict):
+            missing = [name for name in ("text_embeds", "image_embeds") if name not in batch]
+            if missing:
+                raise CSDiffError(f"A closed-form map needs pairs; {missing[0]!r} is missing, found {sorted(batch)}.")
+            batch = batch["text_embeds"], batch["image_embeds"]
+        text, image = (torch.as_tensor(part).detach().float().cpu() for part in batch)
         if text.ndim != 2 or image.ndim != 2 or len(text) != len(image):
             raise CSDiffError(
                 f"Batches must be text (B, Dt) and image (B, D) rows; found {tuple(text.shape)} and "
@@ -92,25 +100,3 @@ def paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]
             raise CSDiffError(f"Row {seen + int((~finite).nonzero()[0])} holds a value that is NaN or infinite.")
         seen += len(text)
         yield text, image
-
-
-def _raw_batches(data: Any, batch_size: int) -> Iterable[tuple[Any, Any]]:
-    if hasattr(data, "read") and hasattr(data, "__len__"):
-        for start in range(0, len(data), batch_size):
-            rows = data.read(torch.arange(start, min(start + batch_size, len(data))).numpy())
-            yield _pair(rows)
-    else:
-        for batch in data:
-            yield _pair(batch)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, dict):
-        missing = [name for name in ("text_embeds", "image_embeds") if name not in batch]
-        if missing:
-            raise CSDiffError(
-                f"A closed-form map needs paired rows; {missing[0]!r} is missing, found {sorted(batch)}."
-            )
-        return batch["text_embeds"], batch["image_embeds"]
-    text, image = batch
-    return text, image

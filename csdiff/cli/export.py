@@ -108,7 +108,7 @@ def export(config: ExportConfig) -> ExportResult:
         # they were finite when they were loaded
         raise CSDiffError(f"dtype: weights of {source} are beyond the range of {dtype}; use bfloat16.") from error
 
-    repo = config.push_to_hub
+    repo, write = config.push_to_hub, adapter.save_pretrained
     if config.format != "adapter":
         write = _pipeline_writer(config, adapter, dtype, Path(output or repo).name)
     elif config.merge_lora:
@@ -118,18 +118,14 @@ def export(config: ExportConfig) -> ExportResult:
                 "push it with --format prior."
             )
         write = _merged_writer(adapter, output)
-    else:
-
-        def write(place: Path, location: str = ".") -> None:
-            adapter.save_pretrained(place, card_location=location)
-
     if output is not None:
         with writing_folder(output, whole=True) as aside:
             write(aside)
     url = None
-    if repo:
-        save = write if config.format != "adapter" else lambda place: write(place, repo)
-        url = str(hub.push(repo, save, commit_message=f"Upload {kind}", private=config.private))
+    if repo and config.format == "adapter":
+        url = str(adapter.push_to_hub(repo, private=config.private))
+    elif repo:
+        url = str(hub.push(repo, write, commit_message=f"Upload {kind}", private=config.private))
     return ExportResult(
         output, str(source), config.format, kind, training.get("weights"), training.get("steps"),
         str(dtype).removeprefix("torch."), url,
@@ -333,7 +329,7 @@ from diffusers import {loader}
 import {module}, csdiff.pipelines.scheduler
 
 pipe = {loader}.from_pretrained("PATH")
-{call}
+result = pipe("a red apple")
 ```
 """
 
@@ -342,7 +338,6 @@ def _card(name: str, pipe, adapter) -> str:
     """A README that says how to load the folder."""
     whole = hasattr(pipe, "prior_prior")
     prior = pipe.prior_prior if whole else pipe.prior
-    call = 'image_embeds, negative_image_embeds = pipe("a red apple").to_tuple()'
     return _CARD.format(
         license=adapter.metadata.get("license") or "apache-2.0",
         name=name,
@@ -350,5 +345,4 @@ def _card(name: str, pipe, adapter) -> str:
         prior=type(prior).__name__,
         module=type(prior).__module__,
         loader="AutoPipelineForText2Image" if whole else type(pipe).__name__,
-        call='pipe("a red apple").images[0].save("apple.png")' if whole else call,
     )

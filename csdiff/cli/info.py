@@ -201,11 +201,17 @@ def decoders(adapter: dict) -> dict[str, str]:
 
 def _run(folder: Path, problems: list[str], options: InfoConfig) -> dict:
     """Progress, checkpoints, and the adapter: the finished one, else that of the newest checkpoint."""
+    import yaml
+
     from csdiff.training.run_folder import CONFIG_NAME, METRICS_NAME, Checkpoints
 
     checkpoints = Checkpoints(folder / "checkpoints")
     steps, newest, finished = checkpoints.steps(), checkpoints.latest(), (folder / "config.json").is_file()
-    config = _yaml(folder / CONFIG_NAME, problems)
+    config = {}
+    try:
+        config = dict(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        problems.append(f"{folder / CONFIG_NAME} is not YAML ({error})")
     facts = {
         "finished": finished,
         "steps": steps[-1] if steps else 0,
@@ -242,17 +248,6 @@ def _checkpoint(folder: Path, problems: list[str], options: InfoConfig) -> dict:
 def _progress(checkpoint: Path, problems: list[str]) -> dict:
     content = _read(checkpoint / "state" / "state.json", problems).get("progress") or {}
     return {key: value for key, value in content.items() if key != "baselines"}
-
-
-def _yaml(file: Path, problems: list[str]) -> dict:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{file} is not YAML ({error})")
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _store(folder: Path, problems: list[str], options: InfoConfig) -> dict:

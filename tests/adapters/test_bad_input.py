@@ -54,28 +54,25 @@ def edit_weights(file, change):
     save_file(tensors, file)
 
 
-def test_missing_folder_and_file_in_its_place(tmp_path):
+def test_what_is_no_adapter_folder(tmp_path, tiny_decoder):
+    refused(tiny_decoder, "is a diffusers pipeline", "--decoder")
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file")
     refused(tmp_path, "incomplete", "config.json")
 
 
-def test_decoder_folder_is_told_from_an_adapter(tiny_decoder):
-    refused(tiny_decoder, "is a diffusers pipeline", "--decoder")
-
-
-@pytest.mark.parametrize("file", ["config.json", "csdiff.json", WEIGHTS])
-def test_incomplete_folder_names_the_file(mlp, file):
-    (mlp / file).unlink()
-    refused(mlp, f"{file} is missing")
-    refused(mlp, f"{file} is missing", loader=MLPAdapter)
-
-
-@pytest.mark.parametrize("file", [PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS])
-def test_incomplete_lora_folder_names_the_file(lora, file):
-    (lora / file).unlink()
-    refused(lora, f"{file} is missing")
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        *(("mlp", f) for f in ("config.json", "csdiff.json", WEIGHTS)),
+        *(("lora", f) for f in (PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS)),
+    ],
+)
+def test_incomplete_folder_names_the_file(kind, file, mlp, lora):
+    folder = {"mlp": mlp, "lora": lora}[kind]
+    (folder / file).unlink()
+    refused(folder, f"{file} is missing")
 
 
 DEEP = b'{"a":' * 5000 + b"1" + b"}" * 5000
@@ -244,36 +241,20 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_malicious_pickle_is_refused_and_never_run(mlp, tmp_path, name):
-    trap = Trap(tmp_path / "sprung")
-    if name not in ("config.json", "csdiff.json"):
-        (mlp / WEIGHTS).unlink()
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("mlp", name) for name in NAMES),
+        *(("lora", n) for n in (WEIGHTS, PEFT_WEIGHTS, "adapter_model.bin", PEFT_CONFIG)),
+    ],
+)
+def test_a_malicious_pickle_is_refused_and_never_run(kind, name, mlp, lora, tmp_path):
+    trap, folder = Trap(tmp_path / "sprung"), {"mlp": mlp, "lora": lora}[kind]
+    if name.endswith("index.json") or not name.endswith((".json", ".safetensors")):
+        (folder / {"mlp": WEIGHTS, "lora": PEFT_WEIGHTS}[kind]).unlink()
     for content in pickles(trap):
-        (mlp / name).write_bytes(content)
-        for loader in (AutoAdapter, MLPAdapter):
-            refused(mlp, name, loader=loader)
-    assert not trap.file.exists()
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, PEFT_WEIGHTS, "adapter_model.bin", PEFT_CONFIG])
-def test_a_malicious_pickle_among_lora_files_is_refused(lora, tmp_path, name):
-    trap = Trap(tmp_path / "sprung")
-    if name == "adapter_model.bin":
-        (lora / PEFT_WEIGHTS).unlink()
-    for content in pickles(trap):
-        (lora / name).write_bytes(content)
-        refused(lora, name)
-    assert not trap.file.exists()
-
-
-def test_a_pickle_in_a_shard_is_refused(mlp, tmp_path):
-    MLPAdapter.from_pretrained(mlp).save_pretrained(mlp, max_shard_size=2000)
-    shard = sorted(mlp.glob("*.safetensors"))[-1]
-    trap = Trap(tmp_path / "sprung")
-    for content in pickles(trap):
-        shard.write_bytes(content)
-        refused(mlp, shard.name)
+        (folder / name).write_bytes(content)
+        refused(folder, name)
     assert not trap.file.exists()
 
 

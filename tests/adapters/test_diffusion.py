@@ -40,20 +40,13 @@ def test_loss_is_the_error_of_the_clean_embedding(text_encoder):
     torch.testing.assert_close(loss, (predicted - clean).square().mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_dropped_rows_see_the_null_text(text_encoder):
+def test_dropped_rows_see_no_text(text_encoder):
     adapter = make_adapter("diffusion", text_encoder, condition_dropout=1.0)
-    inputs, other = text_inputs("diffusion"), text_inputs("diffusion", seed=8)
-    null = tuple(part[:1] for part in text_inputs("diffusion", batch=1, seed=9))
-
-    def loss(given, null_text=None):
-        generator = torch.Generator().manual_seed(0)
-        return adapter.training_loss(
-            given[0], torch.ones(3, DIM), *given[1:], null_text=null_text, generator=generator
-        )
-
-    assert torch.equal(loss(inputs), loss(other))
-    assert torch.equal(loss(inputs, null), loss(other, null))
-    assert not torch.equal(loss(inputs), loss(inputs, null))
+    losses = []
+    for seed in (1, 8):
+        inputs, generator = text_inputs("diffusion", seed=seed), torch.Generator().manual_seed(0)
+        losses.append(adapter.training_loss(inputs[0], torch.ones(3, DIM), *inputs[1:], generator=generator))
+    assert torch.equal(*losses)
 
 
 def test_guidance_of_one_is_no_guidance_and_more_extrapolates(text_encoder):
@@ -67,13 +60,6 @@ def test_guidance_of_one_is_no_guidance_and_more_extrapolates(text_encoder):
     assert torch.equal(sample(1.0), sample(1.0))
     assert not torch.equal(sample(1.0), sample(1.0, seed=1))
     assert not torch.allclose(sample(1.0), sample(4.0), atol=1e-4)
-    # With the text itself as null text there is nothing to extrapolate from.
-    generator = torch.Generator().manual_seed(0)
-    one = tuple(part[:1] for part in inputs)
-    same = adapter.embed(*one, guidance_scale=4.0, null_text=one, num_inference_steps=4, generator=generator)
-    generator = torch.Generator().manual_seed(0)
-    plain = adapter.embed(*one, num_inference_steps=4, generator=generator)
-    torch.testing.assert_close(same, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_trained_samples_follow_the_text():

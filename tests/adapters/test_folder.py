@@ -5,9 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors import safe_open
 
-import csdiff
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.adapters import MLPAdapter
 from csdiff.adapters.folder import WEIGHTS
@@ -163,16 +161,3 @@ def test_model_card_has_licence_metrics_and_code_that_runs(adapter, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
     assert f"torch.Size([1, {DIM}])" in capsys.readouterr().out
-
-
-def test_names_at_the_root():
-    assert csdiff.AutoAdapter is AutoAdapter
-    with pytest.raises(CSDiffError, match="from_pretrained"):
-        AutoAdapter()
-
-
-def test_statistics_lie_in_the_weights(adapter, tmp_path):
-    adapter.save_pretrained(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        assert torch.equal(file.get_tensor("clip_mean"), adapter.clip_mean)
-        assert file.get_tensor("norm_scale").shape == ()

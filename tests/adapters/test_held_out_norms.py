@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from csdiff import AutoAdapter
-from csdiff.adapters import ADAPTERS, LinearAdapter
-from csdiff.adapters.linear import METHODS
+from csdiff.adapters import ADAPTERS
 from csdiff.embeddings import EmbeddingStore, load_text_encoder, write_store
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.training import train
@@ -50,11 +49,6 @@ def stores(tiny_clip, tmp_path_factory):
     return folder
 
 
-def check_norms(predicted, real):
-    assert predicted.mean().item() == pytest.approx(real.mean().item(), rel=0.02)
-    assert predicted.std().item() == pytest.approx(real.std().item(), rel=0.25)
-
-
 def test_every_kind_of_adapter_has_a_run():
     assert set(RUNS) == set(ADAPTERS)
 
@@ -80,12 +74,6 @@ def test_predicted_norms_have_the_real_mean_and_spread(name, stores, tiny_clip, 
         predicted = adapter.embed(rows["text_embeds"], rows["text_states"], rows["text_mask"])
     else:
         predicted = adapter.embed(rows["text_embeds"])
-    check_norms(predicted.norm(dim=1), rows["image_embeds"].norm(dim=1))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_norms_of_closed_form_maps(method, stores):
-    adapter = LinearAdapter.fit(EmbeddingStore.open(stores / "train"), method)
-    store = EmbeddingStore.open(stores / "held_out")
-    rows = store.read(range(len(store)), ["text_embeds", "image_embeds"])
-    check_norms(adapter.embed(rows["text_embeds"]).norm(dim=1), rows["image_embeds"].norm(dim=1))
+    norms, real = predicted.norm(dim=1), rows["image_embeds"].norm(dim=1)
+    assert norms.mean().item() == pytest.approx(real.mean().item(), rel=0.02)
+    assert norms.std().item() == pytest.approx(real.std().item(), rel=0.25)

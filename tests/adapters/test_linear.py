@@ -28,6 +28,13 @@ def centred(x):
     return (x - x.mean(0)).double()
 
 
+def raw_map(adapter):
+    """Weight (D, Dt) and bias of the map, from what it makes of the unit vectors."""
+    units = torch.eye(adapter.config.text_dim)
+    bias = adapter.embed(torch.zeros(1, len(units)))[0].detach()
+    return (adapter.embed(units).detach() - bias).T.double(), bias.double()
+
+
 def fit(x, y, method="ridge", **options):
     return LinearAdapter.fit(in_batches(x, y), method, calibrate=False, **options)
 
@@ -49,8 +56,8 @@ def test_whiten_gives_each_dimension_its_deviation():
     x, y = pairs()
     adapter = fit(x, y, "whiten")
     torch.testing.assert_close(adapter.embed(x).std(0), y.std(0), rtol=1e-4, atol=1e-4)
-    weight, _ = adapter.raw_map()
-    torch.testing.assert_close(weight.diag().diag(), weight, rtol=0, atol=1e-9)
+    weight, _ = raw_map(adapter)
+    torch.testing.assert_close(weight.diag().diag(), weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("text_dim", "image_dim"), [(10, 10), (12, 7), (6, 11)])
@@ -60,7 +67,7 @@ def test_ridge_is_the_textbook_solution(text_dim, image_dim):
     adapter = fit(x, y, penalties=[penalty])
     alpha = penalty * centred(x).pow(2).mean().item() * len(x)
     expected = Ridge(alpha=alpha).fit(x.double().numpy(), y.double().numpy())
-    weight, bias = adapter.raw_map()
+    weight, bias = raw_map(adapter)
     np.testing.assert_allclose(weight, expected.coef_, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(bias, expected.intercept_, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(adapter.embed(x).detach(), expected.predict(x.numpy()), rtol=1e-3, atol=1e-4)
@@ -83,10 +90,10 @@ def test_penalty_is_the_best_on_held_out_rows(noise):
 def test_procrustes_recovers_a_rotation_and_is_orthogonal():
     x, _ = pairs()
     rotation = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(3)))[0]
-    weight, _ = fit(x, x @ rotation.T + 2, "procrustes").raw_map()
+    weight, _ = raw_map(fit(x, x @ rotation.T + 2, "procrustes"))
     torch.testing.assert_close(weight, rotation.double(), rtol=1e-4, atol=1e-4)
     x, y = pairs(text_dim=6, image_dim=9)
-    weight, _ = fit(x, y, "procrustes").raw_map()
+    weight, _ = raw_map(fit(x, y, "procrustes"))
     torch.testing.assert_close(weight.T @ weight, torch.eye(6).double(), rtol=1e-4, atol=1e-4)
 
 
