@@ -80,8 +80,8 @@ def paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]
         CSDiffError: Rows that do not pair up, or that are not finite (with the place of the first).
     """
     if hasattr(data, "read"):
-        starts, size = range(0, len(data), batch_size), len(data)
-        data = (data.read(torch.arange(start, min(start + batch_size, size)).numpy()) for start in starts)
+        store, starts = data, range(0, len(data), batch_size)
+        data = (store.read(torch.arange(at, min(at + batch_size, len(store))).numpy()) for at in starts)
     seen = 0
     for batch in data:
         if isinstance(batch, dict):
