@@ -1,12 +1,13 @@
 """The comparison of the paper on the shipped data, and on real CLIP pairs where they are present; several seeds.
 
 python benchmarks/paper_table.py                 # tables and sweeps, in under an hour on two cores
-python benchmarks/paper_table.py --full          # more seeds
-python benchmarks/paper_table.py --part pictures # pictures of a few methods, by the shipped decoder
-python benchmarks/paper_table.py --write-page    # docs/results.md and its plots from the results
+python benchmarks/paper_table.py --quick         # a few methods, two seeds, no sweeps
+python benchmarks/paper_table.py --part pictures # images of a few methods, by the shipped decoder
+python benchmarks/paper_table.py --write-page    # the tables and the figure of the docs from the results
 
 All methods get the recipe and budget of one configuration file: steps, batch, optimizer, adapter. Results are kept in
-OUTPUT/results.jsonl as they come; an interrupted run goes on where it stopped.
+OUTPUT/results.jsonl as they come, with the commit and a hash of the assets; an interrupted run goes on where it
+stopped.
 """
 
 import argparse
@@ -19,79 +20,75 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from study.data import ROOT, available
 from study.jobs import Results, sweep_jobs, table_jobs
-from study.methods import SWEEPS, TABLE
+from study.methods import QUICK, SWEEPS, TABLE
 from study.report import blocks, fill, plot
 
-PAGE, FIGURES, KEPT = ROOT / "docs/results.md", ROOT / "docs/figures", ROOT / "benchmarks/results"
+PAGES = [ROOT / f"docs/{name}.md" for name in ("results", "results-tables")]
+FIGURE, KEPT = ROOT / "docs/figures/results.png", ROOT / "benchmarks/results"
+SMOKE = ["real", "raw_text", "ridge", "eclipse", "default", "half_unpaired"]
 
 
-def write_page(records: list[dict], pictures: dict | None) -> None:
-    """Fill the page's tables, draw its plots, keep the numbers."""
+def write_page(records: list[dict], pictures: Path) -> None:
+    """Fill the pages' tables, draw the figure, keep the numbers."""
     parts = blocks(records)
-    if pictures:
+    if pictures.is_file():
         from study.pictures import picture_table
 
         parts["pictures"] = picture_table(pictures)
-    PAGE.write_text(fill(PAGE.read_text(), parts))
-    for part in SWEEPS:
-        if any(record["part"] == part for record in records):
-            plot(records, part, FIGURES / f"results_{part}.png")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), parts))
+    plot(records, FIGURE)
     KEPT.mkdir(exist_ok=True)
     lines = sorted(json.dumps(record, sort_keys=True) for record in records)
     (KEPT / "study.jsonl").write_text("\n".join(lines) + "\n")
-    if pictures:
+    if pictures.is_file():
         # Paths are of the folder that it ran in.
-        (KEPT / "pictures.json").write_text(json.dumps(pictures, indent=1).replace(f"{ROOT}/", "") + "\n")
+        (KEPT / "pictures.json").write_text(pictures.read_text().replace(f"{ROOT}/", ""))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/study", help="where results are kept")
     parser.add_argument("--part", nargs="*", choices=("table", "sweeps", "pictures"), default=("table", "sweeps"))
-    parser.add_argument("--methods", nargs="*", choices=tuple(TABLE), default=tuple(TABLE), help="of the table")
-    parser.add_argument("--sweeps", nargs="*", choices=tuple(SWEEPS), default=tuple(SWEEPS))
+    parser.add_argument("--methods", nargs="*", choices=tuple(TABLE), help="of the table (default all)")
+    parser.add_argument("--sweeps", nargs="*", choices=tuple(SWEEPS), default=("lambda", "bandwidth", "unpaired"))
     parser.add_argument("--data", nargs="*", choices=("shipped", "coco500"), default=available())
-    parser.add_argument(
-        "--seeds", type=int, help="of the table (default 5, of the tokens 3; --full 10); sweeps take three fifths"
-    )
-    parser.add_argument("--full", action="store_true", help="10 seeds and more pictures")
+    parser.add_argument("--seeds", type=int, help="of the table (default 5); sweeps take three fifths")
+    parser.add_argument("--quick", action="store_true", help="the methods of the page's first table, two seeds")
+    parser.add_argument("--steps", type=int, help="optimizer steps in place of the recipes'")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--pictures", type=int, help="prompts drawn by each method (default 60, --full all)")
-    parser.add_argument("--write-page", action="store_true", help="only write docs/results.md from what there is")
+    parser.add_argument("--pictures", type=int, default=300, help="prompts drawn by each method")
+    parser.add_argument("--write-page", action="store_true", help="only write the docs from what there is")
     parser.add_argument("--smoke", action="store_true", help="a few methods on small random pairs, in seconds")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.output / "results.jsonl")
-    picture_file = arguments.output / "pictures.json"
+    pictures = arguments.output / "pictures.json"
     if arguments.write_page:
-        pictures = json.loads(picture_file.read_text()) if picture_file.is_file() else None
         write_page(results.records, pictures)
         return
     began = time.perf_counter()
-    if arguments.smoke:
-        chosen = ["real", "raw_text", "ridge", "eclipse", "cs_aligner", "half_unpaired"]
-        results.run(table_jobs(["random"], chosen, 2, 4), arguments.output, 1)
-        print("\n\n".join(blocks(results.records).values()))
-        return
-    seeds = arguments.seeds or (10 if arguments.full else 5)
+    seeds = arguments.seeds or (2 if arguments.quick or arguments.smoke else 5)
+    methods = arguments.methods or list(QUICK if arguments.quick else TABLE)
     jobs = []
-    if "table" in arguments.part:
-        within_the_hour = arguments.seeds is None and not arguments.full
-        jobs += table_jobs(arguments.data, list(arguments.methods), seeds, None, within_the_hour)
-    if "sweeps" in arguments.part:
-        jobs += sweep_jobs(arguments.data, list(arguments.sweeps), max(1, seeds * 3 // 5), None)
-    if jobs:
-        if "shipped" in arguments.data:
-            from study.data import shipped
+    if arguments.smoke:
+        jobs = table_jobs(["random"], SMOKE, seeds, 4)
+    elif "table" in arguments.part:
+        jobs += table_jobs(arguments.data, methods, seeds, arguments.steps)
+    if "sweeps" in arguments.part and not arguments.quick and not arguments.smoke:
+        jobs += sweep_jobs(arguments.data, list(arguments.sweeps), max(1, seeds * 3 // 5), arguments.steps)
+    if "shipped" in {job.data for job in jobs}:
+        from study.data import SPLITS, shipped
 
-            shipped(arguments.output)
-        results.run(jobs, arguments.output, arguments.workers)
+        for split in SPLITS:
+            shipped(split, arguments.output)
+    if jobs:
+        results.run(jobs, arguments.output, 1 if arguments.smoke else arguments.workers)
         print("\n\n".join(f"{name}\n\n{text}" for name, text in blocks(results.records).items()))
     if "pictures" in arguments.part:
         from study.pictures import draw
 
-        count = arguments.pictures or (None if arguments.full else 60)
-        picture_file.write_text(json.dumps(draw(arguments.output, count), indent=1))
+        pictures.write_text(json.dumps(draw(arguments.output, arguments.pictures), indent=1))
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
 
 

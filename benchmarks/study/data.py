@@ -1,16 +1,17 @@
-"""The data of the study: the shipped pictures embedded by the tiny CLIP, and real CLIP pairs where there are some."""
+"""The data of the study, as embedding stores: the shipped images, and real CLIP pairs where there are some."""
 
-import io
-import json
+import hashlib
 import zlib
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from csdiff.embeddings import EmbeddingStore, embed, write_store
+from csdiff.embeddings.config import EmbedConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSETS, COCO = ROOT / "assets", ROOT.parent / "shared/data/coco500"
@@ -20,39 +21,81 @@ COCO_DEVELOPMENT = 400
 
 @dataclass
 class Rows:
-    """Captions with the embeddings of their pictures.
+    """A store, in memory when it is asked for.
 
     Attributes:
-        text: `(N, Dt)` raw text embeddings, one row a caption.
-        image: `(N, D)` raw image embeddings of the same rows; a picture with several captions repeats.
-        ids: `(N,)` picture of each row.
-        captions: N texts; empty where they are not needed.
+        path: The store.
+        rows: Those of its rows that are meant; None for all.
     """
 
-    text: Tensor
-    image: Tensor
-    ids: Tensor
-    captions: list[str] = field(default_factory=list)
+    path: Path
+    rows: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.text)
+    @cached_property
+    def store(self) -> EmbeddingStore:
+        return EmbeddingStore.open(self.path)
 
-    def __getitem__(self, rows: Tensor) -> "Rows":
-        captions = [self.captions[i] for i in rows.tolist()] if self.captions else []
-        return Rows(self.text[rows], self.image[rows], self.ids[rows], captions)
+    @cached_property
+    def index(self) -> np.ndarray:
+        return np.arange(len(self.store)) if self.rows is None else self.rows
 
-    def pictures(self, chosen: Tensor) -> "Rows":
-        """All captions of the given pictures."""
-        return self[torch.isin(self.ids, chosen).nonzero()[:, 0]]
+    @cached_property
+    def ids(self) -> Tensor:
+        """`(N,)` image of each row."""
+        numbers = self.store.image_numbers() if self.store.knows_images else np.arange(len(self.store))
+        return torch.from_numpy(numbers[self.index])
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        return self.store.read(self.index)
+
+    @property
+    def text(self) -> Tensor:
+        return self.values["text_embeds"].float()
+
+    @property
+    def image(self) -> Tensor:
+        return self.values["image_embeds"].float()
+
+    @property
+    def captions(self) -> list[str] | None:
+        known = self.store.metadata is not None and "caption" in self.store.metadata.names
+        return self.store.captions(self.index) if known else None
+
+    @property
+    def concepts(self) -> list[str] | None:
+        known = self.store.metadata is not None and "concept" in self.store.metadata.names
+        return self.store.column("concept", self.index) if known else None
 
     @property
     def distinct(self) -> Tensor:
-        """`(P, D)` image embeddings, each picture once."""
-        _, inverse = self.ids.unique(return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), len(self)).scatter_reduce_(
-            0, inverse, torch.arange(len(self)), "amin"
-        )
-        return self.image[first]
+        """`(P, D)` image embeddings, each image once."""
+        _, first = np.unique(self.ids.numpy(), return_index=True)
+        return self.image[np.sort(first)]
+
+    def images(self, chosen: Tensor) -> "Rows":
+        """All captions of the given images."""
+        return Rows(self.path, self.index[torch.isin(self.ids, chosen).numpy()])
+
+    def first_captions(self) -> "Rows":
+        """One row an image."""
+        _, first = np.unique(self.ids.numpy(), return_index=True)
+        return Rows(self.path, self.index[np.sort(first)])
+
+    def written(self, folder: Path) -> Path:
+        """A store of these rows alone, written if it is not there yet; the store itself where they are all."""
+        if self.rows is None:
+            return self.path
+        if not folder.exists():
+            write_store(
+                folder,
+                **self.values,
+                captions=self.captions,
+                image_ids=[str(number) for number in self.ids.tolist()],
+                fingerprint=self.store.fingerprint,
+                dtype="float32",
+            )
+        return folder
 
 
 @dataclass
@@ -62,13 +105,11 @@ class Study:
     Attributes:
         fit: Rows that methods are fitted to.
         held_out: Rows that they are measured on.
-        encoder: Whether the text encoder that made the rows is at hand (for LoRA and tokens).
         config: Configuration file whose recipe and budget all methods get.
     """
 
     fit: Rows
     held_out: dict[str, Rows]
-    encoder: bool
     config: str
 
 
@@ -77,108 +118,73 @@ def available() -> list[str]:
     return ["shipped", *(["coco500"] if COCO.is_dir() else [])]
 
 
+@cache
+def assets_sha256() -> str:
+    """Hash of the data and the encoders that the study is made on."""
+    digest = hashlib.sha256()
+    for file in sorted([*ASSETS.glob("data/*.parquet"), *ASSETS.glob("clip/*.safetensors")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def load(name: str, seed: int, folder: Path, validation: bool = False) -> Study:
     """A data set.
 
     Args:
         name: "shipped", "coco500", or "random" (small random pairs, for the test of the script).
         seed: Of the subsample of coco500 that is fitted to.
-        folder: Folder that keeps the shipped embeddings.
-        validation: Measure on a part held out of the *fitted* rows, as the sweeps do that choose the defaults;
-            otherwise on the test splits.
+        folder: Folder that keeps the stores.
+        validation: Measure on a part held out of the *fitted* rows, as the sweeps do; otherwise on the test splits.
     """
     if name == "random":
-        return _random(seed)
+        path = _written(folder / "random", _random)
+        rows = np.arange(160)
+        return Study(Rows(path, rows[:120]), {"test": Rows(path, rows[120:])}, "embeddings.yaml")
     if name == "coco500":
-        return _coco(seed, validation)
-    rows = shipped(folder)
+        path = _written(folder / "coco500", _coco)
+        order = torch.randperm(COCO_DEVELOPMENT, generator=torch.Generator().manual_seed(seed)).numpy()
+        if validation:
+            return Study(Rows(path, order[100:]), {"validation": Rows(path, order[:100])}, "embeddings.yaml")
+        # Nine tenths of the development part: seeds differ by their data too, and so do the error bars.
+        test = np.arange(COCO_DEVELOPMENT, 500)
+        return Study(Rows(path, order[: COCO_DEVELOPMENT * 9 // 10]), {"test": Rows(path, test)}, "embeddings.yaml")
+    splits = {split: Rows(shipped(split, folder)) for split in SPLITS}
     if not validation:
-        return Study(rows["train"], {s: rows[s] for s in SPLITS[1:]}, True, "tiny.yaml")
-    held_out = torch.tensor([zlib.crc32(concept.encode()) % 8 == 0 for concept in shipped_concepts("train")])
-    every = torch.arange(len(held_out))
-    train = rows["train"]
-    first = torch.cat([torch.tensor([True]), train.ids[1:] != train.ids[:-1]]).nonzero()[:, 0]
-    return Study(
-        train.pictures(every[~held_out]), {"validation": train[first].pictures(every[held_out])}, True, "tiny.yaml"
-    )
+        held_out = {split: splits[split].first_captions() for split in SPLITS[1:]}
+        return Study(splits["train"], held_out, "tiny.yaml")
+    train = splits["train"]
+    out = torch.tensor([zlib.crc32(concept.encode()) % 8 == 0 for concept in train.concepts])
+    held_out = train.images(train.ids[out].unique()).first_captions()
+    return Study(train.images(train.ids[~out].unique()), {"validation": held_out}, "tiny.yaml")
 
 
-def _coco(seed: int, validation: bool) -> Study:
-    text, image = (torch.from_numpy(np.load(COCO / f"{side}_embeddings.npy")).float() for side in ("text", "image"))
-    rows = Rows(text, image, torch.arange(len(text)))
-    order = torch.randperm(COCO_DEVELOPMENT, generator=torch.Generator().manual_seed(seed))
-    if validation:
-        return Study(rows[order[100:]], {"validation": rows[order[:100]]}, False, "embeddings.yaml")
-    # Nine tenths of the development part: seeds differ by their data too, and so do the error bars.
-    test = torch.arange(COCO_DEVELOPMENT, len(text))
-    return Study(rows[order[: COCO_DEVELOPMENT * 9 // 10]], {"test": rows[test]}, False, "embeddings.yaml")
-
-
-def _random(seed: int) -> Study:
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(160, 16, generator=generator) + 1
-    text = image + 0.5 * torch.randn(160, 16, generator=generator) - 2
-    rows = Rows(text, image, torch.arange(160))
-    return Study(rows[torch.arange(120)], {"test": rows[torch.arange(120, 160)]}, False, "embeddings.yaml")
-
-
-def shipped_concepts(split: str) -> list[str]:
-    """Concept of every picture of a split."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(ASSETS / f"data/{split}.parquet", columns=["concept"])["concept"].to_pylist()
-
-
-def shipped(folder: Path) -> dict[str, Rows]:
-    """The shipped splits, embedded once; all captions of train, the first one of the test pictures."""
-    import pyarrow.parquet as pq
-
-    file, stamp = folder / "shipped.safetensors", folder / "shipped.json"
-    captions = {
-        s: pq.read_table(ASSETS / f"data/{s}.parquet", columns=["captions"])["captions"].to_pylist() for s in SPLITS
-    }
-    wanted = {"clip": zlib.crc32((ASSETS / "clip/model.safetensors").read_bytes())}
-    if not file.is_file() or json.loads(stamp.read_text()) != wanted:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_embed(captions), file)
-        stamp.write_text(json.dumps(wanted))
-    tensors = load_file(file)
-    result = {}
-    for split in SPLITS:
-        lists = captions[split] if split == "train" else [c[:1] for c in captions[split]]
-        ids = torch.tensor([i for i, c in enumerate(lists) for _ in c])
-        texts = [caption for c in lists for caption in c]
-        result[split] = Rows(tensors[f"{split}.text"], tensors[f"{split}.image"][ids], ids, texts)
-    return result
-
-
-@torch.no_grad()
-def _embed(captions: dict[str, list[list[str]]]) -> dict[str, Tensor]:
-    from csdiff.embeddings import load_image_encoder, load_text_encoder
-
-    text, image = load_text_encoder("tiny-clip"), load_image_encoder("tiny-clip")
-    tensors = {}
-    for split in SPLITS:
-        lists = captions[split] if split == "train" else [c[:1] for c in captions[split]]
-        texts = [caption for c in lists for caption in c]
-        tensors[f"{split}.text"] = torch.cat(
-            [text.encode(texts[i : i + 256]).embeds for i in range(0, len(texts), 256)]
+def shipped(split: str, folder: Path) -> Path:
+    """A store of a split of the shipped data, embedded once by the tiny CLIP with all captions."""
+    path = folder / f"shipped-{split}-{assets_sha256()}"
+    embed(
+        EmbedConfig(
+            source=str(ASSETS / f"data/{split}.parquet"),
+            output=str(path),
+            metadata_columns=["concept"],
+            dtype="float32",
+            progress=False,
         )
-        parts = [image.encode(shipped_pictures(split, range(i, i + 64))).embeds for i in range(0, len(lists), 64)]
-        tensors[f"{split}.image"] = torch.cat(parts)
-    return {name: value.float().contiguous() for name, value in tensors.items()}
+    )
+    return path
 
 
-def shipped_pictures(split: str, places) -> list:
-    """Pictures of a split by place; places behind the end are left out."""
-    from PIL import Image
+def _written(path: Path, make) -> Path:
+    if not path.exists():
+        text, image = make()
+        write_store(path, text_embeds=text, image_embeds=image, dtype="float32")
+    return path
 
-    files = _files(split)
-    return [Image.open(io.BytesIO(files[i]["bytes"])).convert("RGB") for i in places if i < len(files)]
+
+def _coco() -> tuple[Tensor, Tensor]:
+    return tuple(torch.from_numpy(np.load(COCO / f"{side}_embeddings.npy")).float() for side in ("text", "image"))
 
 
-@cache
-def _files(split: str) -> list[dict]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(ASSETS / f"data/{split}.parquet", columns=["image"])["image"].to_pylist()
+def _random() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(160, 16, generator=generator) + 1
+    return image + 0.5 * torch.randn(160, 16, generator=generator) - 2, image

@@ -1,7 +1,7 @@
-"""Fitting one method with the training loop of the package, on rows in memory."""
+"""Fitting one method: the closed forms of the package, or a training run as `csdiff train` makes it."""
 
+import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,21 +10,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from csdiff.adapters import AutoAdapter
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS as CLOSED_FORMS
 from csdiff.adapters.linear import LinearAdapter
-from csdiff.adapters.registry import build_adapter
-from csdiff.losses import build_objective
-from csdiff.training.config import TrainConfig
-from csdiff.training.denoising import DIFFUSION, DenoisingObjective
-from csdiff.training.loop import Loop, make_optimizer
-from csdiff.training.recipe import objective_options
-from csdiff.training.task import AlignmentTask, Embedder
+from csdiff.embeddings import load_caption_tokenizer
+from csdiff.training import TrainConfig, train
 
-from .data import ROOT, Rows
+from .data import ASSETS, ROOT, Rows
 from .methods import Method
-
-CALIBRATION_ROWS = 1024
 
 
 def recipe(file: str) -> TrainConfig:
@@ -36,13 +30,8 @@ def _filled(config, values: dict):
     known = {f.name for f in fields(config)}
     if unknown := set(values) - known:
         raise ValueError(f"unknown options {sorted(unknown)}")
-    return replace(
-        config,
-        **{
-            name: _filled(getattr(config, name), value) if is_dataclass(getattr(config, name)) else value
-            for name, value in values.items()
-        },
-    )
+    nested = {name: is_dataclass(getattr(config, name)) for name in values}
+    return replace(config, **{n: _filled(getattr(config, n), v) if nested[n] else v for n, v in values.items()})
 
 
 @dataclass
@@ -60,14 +49,15 @@ class Fitted:
     parameters: int
 
 
-def fit(method: Method, rows: Rows, config: TrainConfig, seed: int) -> Fitted:
+def fit(method: Method, rows: Rows, config: TrainConfig, seed: int, folder: Path) -> Fitted:
     """Fit a method to rows with the budget of a recipe.
 
     Args:
         method: What is fitted.
-        rows: Captions and pictures to fit to.
+        rows: Captions and images to fit to.
         config: Recipe and budget that all methods share.
         seed: Of weights, order, captions and noise, and of the choice of pairs.
+        folder: Of this job: stores and the run; the caller removes it.
     """
     start = time.process_time()
     if method.adapter == "raw_text":
@@ -77,25 +67,22 @@ def fit(method: Method, rows: Rows, config: TrainConfig, seed: int) -> Fitted:
         adapter = LinearAdapter.fit([(paired.text, paired.image)], method.adapter)
         count = sum(p.numel() for p in adapter.parameters())
         return Fitted(adapter.eval(), time.process_time() - start, count)
-    config = _run_config(method, config, seed, len(paired.ids.unique()))
-    torch.manual_seed(seed)
-    adapter = _adapter(config, paired)
-    objective = DenoisingObjective() if config.objective == DIFFUSION else _objective(config, paired)
-    task = AlignmentTask(Embedder(adapter.train()), objective.train(), config.ema.decay)
-    if method.tokens:
-        task.embedder.project_text_with(text_encoder().project)
-    loop = Loop(config, task, make_optimizer(task, config), torch.amp.GradScaler("cpu", enabled=False))
-    batches = _batches(paired, _unpaired(rest, method.unpaired), config, method, seed)
-    for _ in range(config.max_steps):
-        loop.step(next(batches))
+    config = _run(method, config, seed, paired, folder)
+    if rest is not None and method.unpaired:
+        if method.unpaired < 1:
+            known = rest.ids.unique()
+            rest = rest.images(known[: round(method.unpaired * len(known))])
+        others = str(rest.written(folder / "rest"))
+        # Each side is drawn apart, so that nothing tells which caption belongs to which image.
+        config.data = replace(
+            config.data,
+            unpaired_text=others,
+            unpaired_image=others,
+            unpaired_batch_size=min(config.batch_size, len(rest.ids.unique())),
+        )
+    train(config)
     seconds = time.process_time() - start
-    adapter.eval()
-    with torch.no_grad():
-        for name, parameter in task.parameters.items():
-            parameter.copy_(task.ema.average[name])
-        sample = paired[torch.randperm(len(paired), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]]
-        if method.adapter != "diffusion":
-            adapter.calibrate_norm(predict(adapter, sample).norm(dim=1), sample.image.norm(dim=1))
+    adapter = AutoAdapter.from_pretrained(config.output_dir).eval()
     return Fitted(adapter, seconds, sum(p.numel() for p in adapter.parameters() if p.requires_grad))
 
 
@@ -106,140 +93,51 @@ def predict(adapter: Adapter | None, rows: Rows) -> Tensor:
     if adapter is None:
         return rows.text
     if adapter.uses_input_ids:
-        parts = [tokenize()(rows.captions[i : i + 256])[0] for i in range(0, len(rows), 256)]
-        return torch.cat([adapter.embed_input_ids(part) for part in parts])
+        captions = rows.captions
+        parts = [tokenizer()(captions[i : i + 256]) for i in range(0, len(captions), 256)]
+        return torch.cat([adapter.embed_input_ids(ids, mask) for ids, mask in parts])
     return adapter.embed(rows.text)
 
 
-def _run_config(method: Method, config: TrainConfig, seed: int, pictures: int) -> TrainConfig:
-    options = dict(config.objective_options) if method.objective == "cs_aligner" == config.objective else {}
-    options |= method.options
-    if method.adapter_options is not None:
-        config = replace(config, adapter_options=method.adapter_options)
-    if method.adapter != "recipe":
-        config = replace(config, adapter=method.adapter)
-    config = replace(config, objective=method.objective, objective_options=options, seed=seed, **method.changes)
-    return replace(config, batch_size=min(config.batch_size or pictures, pictures))
-
-
-def _adapter(config: TrainConfig, rows: Rows) -> Adapter:
-    dims = {"embedding_dim": rows.image.shape[1], "text_dim": rows.text.shape[1]}
-    adapter = build_adapter(config.adapter, **dims, **config.adapter_options)
-    statistics = (rows.image.mean(0), rows.image.std(0), rows.text.mean(0), rows.text.std(0))
-    adapter.set_statistics(*statistics)
-    if config.init_from in CLOSED_FORMS and hasattr(adapter, "skip"):
-        adapter.init_from(LinearAdapter.fit([(rows.text, rows.image)], config.init_from, calibrate=False))
-    return adapter
-
-
-def _objective(config: TrainConfig, rows: Rows):
-    options = objective_options(
-        config,
-        pictures=len(rows.ids.unique()),
-        text_dim=rows.text.shape[1],
-        image_dim=rows.image.shape[1],
-        normalized=bool((rows.image.norm(dim=1) - 1).abs().max() < 1e-3),
-    )
-    return build_objective(config.objective, **options)
-
-
-def _parts(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
-    """A random share of the pictures with their captions, and the rest."""
-    if share == 1:
-        return rows, None
-    pictures = rows.ids.unique()
-    pictures = pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))]
-    count = round(share * len(pictures))
-    return rows.pictures(pictures[:count]), rows.pictures(pictures[count:])
-
-
-def _unpaired(rest: Rows | None, share: float) -> Rows | None:
-    if rest is None or share == 0:
-        return None
-    return rest if share == 1 else rest.pictures(rest.ids.unique()[: round(share * len(rest.ids.unique()))])
-
-
-def _batches(paired: Rows, rest: Rows | None, config: TrainConfig, method: Method, seed: int) -> Iterator[dict]:
-    """Endless batches: a random caption of each picture, pictures in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    choose = _chooser(paired, config.batch_size, generator)
-    others = None
-    if rest is not None:
-        size = min(config.batch_size, len(rest.ids.unique()))
-        others = _chooser(rest, size, generator), _chooser(rest, size, generator)
-    states = _token_states(paired) if method.tokens else None
-    while True:
-        rows = choose()
-        pairs = {"text_embeds": paired.text[rows], "image_embeds": paired.image[rows]}
-        if method.encoder:
-            ids, mask = tokenize()([paired.captions[i] for i in rows.tolist()])
-            pairs |= {"input_ids": ids, "text_mask": mask}
-        if states is not None:
-            pairs |= states(rows)
-        batch = {"pairs": pairs}
-        if others is not None:
-            # Drawn apart, so that nothing tells which caption belongs to which picture.
-            batch["unpaired_text"] = {"text_embeds": rest.text[others[0]()]}
-            batch["unpaired_image"] = {"image_embeds": rest.image[others[1]()]}
-        yield batch
-
-
-def _chooser(rows: Rows, size: int, generator: torch.Generator):
-    _, group, counts = rows.ids.unique(return_inverse=True, return_counts=True)
-    by_picture = torch.argsort(group, stable=True)
-    starts = counts.cumsum(0) - counts
-    order: list[Tensor] = []
-
-    def choose() -> Tensor:
-        if not order:
-            permutation = torch.randperm(len(counts), generator=generator)
-            order.extend(permutation[: len(counts) // size * size].split(size))
-        pictures = order.pop()
-        caption = (torch.rand(size, generator=generator) * counts[pictures]).long()
-        return by_picture[starts[pictures] + caption]
-
-    return choose
-
-
 @cache
-def text_encoder():
-    """The tiny CLIP's text encoder."""
-    from csdiff.embeddings import load_text_encoder
-
-    return load_text_encoder("tiny-clip")
-
-
-@cache
-def image_encoder():
-    """The tiny CLIP's image encoder."""
-    from csdiff.embeddings import load_image_encoder
-
-    return load_image_encoder("tiny-clip")
-
-
-@cache
-def tokenize():
-    """Captions to token ids."""
-    from csdiff.embeddings import load_caption_tokenizer
-
+def tokenizer():
+    """Captions to token ids of the tiny CLIP."""
     return load_caption_tokenizer("tiny-clip")
 
 
-def _token_states(rows: Rows):
-    """Token states of a batch of the shipped train pictures, encoded when they are asked for."""
-    from .data import shipped_pictures
+def _run(method: Method, config: TrainConfig, seed: int, paired: Rows, folder: Path) -> TrainConfig:
+    """The training run of a method: the recipe with its changes, nothing held out, drawn or tracked."""
+    options = dict(config.objective_options) if method.objective == "cs_aligner" == config.objective else {}
+    config = replace(
+        config,
+        output_dir=str(folder / "run"),
+        adapter=config.adapter if method.adapter == "recipe" else method.adapter,
+        adapter_options=config.adapter_options if method.adapter_options is None else method.adapter_options,
+        objective=method.objective,
+        objective_options={**options, **method.options},
+        seed=seed,
+        threads=1,
+        data=replace(
+            config.data,
+            train=str(paired.written(folder / "pairs")),
+            validation_fraction=0.0,
+            images=str(ASSETS / "data/train.parquet") if method.tokens else None,
+        ),
+        validation=replace(config.validation, every=0),
+        checkpoint=replace(config.checkpoint, every=0),
+        logging=replace(config.logging, trackers=[], curves=False, progress=False, every=config.max_steps),
+        **method.changes,
+    )
+    config.batch_size = min(config.batch_size, len(paired.ids.unique()))
+    shutil.rmtree(config.output_dir, ignore_errors=True)
+    return config
 
-    @torch.no_grad()
-    def states(chosen: Tensor) -> dict:
-        text = text_encoder().encode([rows.captions[i] for i in chosen.tolist()])
-        pictures = shipped_pictures("train", rows.ids[chosen].tolist())
-        tokens = image_encoder().project(image_encoder().encode(pictures).tokens)
-        return {"text_states": text.states.float(), "text_mask": text.mask, "image_tokens": tokens.float()}
 
-    return states
-
-
-def output_folder(path: Path) -> Path:
-    """The folder, made."""
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def _parts(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
+    """A random share of the images with their captions, and the rest."""
+    if share == 1:
+        return rows, None
+    known = rows.ids.unique()
+    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+    count = round(share * len(known))
+    return rows.images(known[:count]), rows.images(known[count:])

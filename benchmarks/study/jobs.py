@@ -1,14 +1,19 @@
 """One job is one method, fitted with one seed on one data set and measured; finished jobs are kept in a file."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
+from .data import ROOT, assets_sha256
 from .methods import SWEEPS, TABLE, Method
 
 CHEAP = ("real", "raw_text", "mean_shift", "ridge", "procrustes", "coral")
@@ -33,33 +38,25 @@ class Job:
     steps: int | None = None
 
     @property
-    def key(self) -> str:
-        """Names the job in the results file."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
     def spec(self) -> Method:
         """The method's definition."""
         return TABLE[self.method] if self.part == "table" else SWEEPS[self.part][self.method]
 
 
-def table_jobs(
-    data: list[str], methods: list[str], seeds: int, steps: int | None, within_the_hour: bool = False
-) -> list[Job]:
+def table_jobs(data: list[str], methods: list[str], seeds: int, steps: int | None = None) -> list[Job]:
     """Every method with every seed, seed after seed, so that half a run is a whole table."""
     chosen = [
         Job("table", name, method, seed, steps)
         for seed in range(seeds)
         for name in data
         for method in methods
-        if TABLE[method].only in (None, name)
-        and (name == "shipped" or not (TABLE[method].encoder or TABLE[method].tokens))
-        and not (within_the_hour and seed >= (TABLE[method].most_seeds or seeds))
+        if (name == "shipped" or not (TABLE[method].encoder or TABLE[method].tokens))
+        and seed < (TABLE[method].most_seeds or seeds)
     ]
     return sorted(chosen, key=lambda job: (job.seed, job.method not in CHEAP, job.spec.encoder or job.spec.tokens))
 
 
-def sweep_jobs(data: list[str], parts: list[str], seeds: int, steps: int | None) -> list[Job]:
+def sweep_jobs(data: list[str], parts: list[str], seeds: int, steps: int | None = None) -> list[Job]:
     """Every setting of every sweep, measured on validation rows."""
     return [
         Job(part, name, method, seed, steps)
@@ -78,41 +75,57 @@ def _study(name: str, seed: int, folder: str, validation: bool):
     return load(name, seed, Path(folder), validation)
 
 
+@cache
+def commit() -> str:
+    """Commit of the code, with a mark where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def run_job(job: Job, folder: str) -> dict:
     """Fit and measure; a record for the results file."""
     import torch
 
-    from csdiff.evaluation.embedding_metrics import embedding_metrics
+    from csdiff.evaluation import embedding_metrics, group_agreement
 
     from .fit import fit, predict, recipe
 
     torch.set_num_threads(1)
-    validation = job.part != "table"
     # Only coco500 draws its rows by the seed.
-    study = _study(job.data, job.seed if job.data != "shipped" else 0, folder, validation)
+    study = _study(job.data, job.seed if job.data == "coco500" else 0, folder, job.part != "table")
     config = recipe(study.config)
-    if job.steps is not None:
-        config.max_steps = job.steps
-    record = {**asdict(job), "held_out": {}}
+    config.max_steps = job.steps or config.max_steps
+    record = {**asdict(job), "commit": commit(), "assets": assets_sha256(), "held_out": {}}
+    scratch = Path(folder) / f"job-{os.getpid()}"
     if job.spec.adapter != "real":
-        fitted = fit(job.spec, study.fit, config, job.seed)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                fitted = fit(job.spec, study.fit, config, job.seed, scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         record |= {"train_seconds": fitted.seconds, "parameters": fitted.parameters}
     for split, rows in study.held_out.items():
         start = time.process_time()
         if job.spec.adapter == "real":
-            # Other real pictures in the place of predictions: only the distances between distributions mean something.
+            # Other real images in the place of predictions: only the distances between distributions mean something.
             others, generator = study.fit.distinct, torch.Generator().manual_seed(job.seed)
-            prediction = others[torch.randperm(len(others), generator=generator)[: len(rows)]]
+            prediction = others[torch.randperm(len(others), generator=generator)[: len(rows.index)]]
         else:
             prediction = predict(fitted.adapter, rows)
         seconds = time.process_time() - start
         metrics = embedding_metrics(prediction, rows.image, rows.text, rows.ids)
-        record["held_out"][split] = {**metrics, "inference_ms": 1e6 * seconds / len(rows)}
+        if rows.concepts and job.spec.adapter != "real":
+            metrics["groups"] = group_agreement(prediction, rows.image, rows.concepts, rows.concepts)
+        record["held_out"][split] = {**metrics, "inference_ms": 1e6 * seconds / len(rows.index)}
     return record
 
 
 class Results:
     """Finished jobs, one JSON object a line; an interrupted run goes on with the others.
+
+    Records of other assets (data, encoders) stay in the file and count for nothing.
 
     Args:
         file: Where they are kept.
@@ -121,15 +134,15 @@ class Results:
     def __init__(self, file: Path):
         self.file = file
         lines = file.read_text().splitlines() if file.is_file() else []
-        self.records = [json.loads(line) for line in lines if line.endswith("}")]
+        every = [json.loads(line) for line in lines if line.endswith("}")]
+        self.records = [record for record in every if record.get("assets") == assets_sha256()]
+        if others := {r["commit"] for r in self.records} - {commit()}:
+            print(f"Some results are of other commits: {', '.join(sorted(others))}")
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """Those of the jobs that are not done."""
-        done = {
-            json.dumps({k: r[k] for k in ("part", "data", "method", "seed", "steps")}, sort_keys=True)
-            for r in self.records
-        }
-        return [job for job in jobs if job.key not in done]
+        done = {Job(**{key: record[key] for key in asdict(jobs[0])}) for record in self.records} if jobs else ()
+        return [job for job in jobs if job not in done]
 
     def run(self, jobs: list[Job], folder: Path, workers: int) -> None:
         """Do what is missing."""

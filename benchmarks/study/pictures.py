@@ -1,83 +1,60 @@
-"""The picture part: a few methods drawn by the shipped decoder and measured in two feature spaces."""
+"""The part with generated images: a few methods drawn by the shipped decoder, measured in two feature spaces."""
 
+import json
+import shutil
 from pathlib import Path
+
+from csdiff.evaluation import EvaluateConfig, evaluate
+from csdiff.evaluation.metrics import IMAGE_METRICS, SPACE_METRICS, lookup
+from csdiff.tables import markdown_table
 
 from .data import ASSETS, load
 from .fit import fit, recipe
 from .methods import TABLE
 
-DRAWN = ("mse", "info_nce", "eclipse", "cs", "plain", "cs_aligner")
-BASELINES = ["raw_text", "mean_shift", "ridge", "image"]
+DRAWN = ("eclipse", "diffusion", "default")
 SPACES = ["tiny-clip", "efficientnet-lite0"]
 
 
 def draw(folder: Path, count: int | None) -> dict:
-    """Fit, draw and measure; pictures that are there already are kept.
+    """Fit, draw and measure; adapters and images that are there already are kept.
 
     Args:
-        folder: Where adapters and pictures go.
+        folder: Where adapters and images go.
         count: Prompts, evenly spread over the combination split; None draws all.
 
     Returns:
         The result of `csdiff evaluate`: `pictures.adapters` by method, `pictures.real`, and the manifest.
     """
-    from csdiff.evaluation import evaluate
-    from csdiff.evaluation.config import EvaluateConfig
-
     study = load("shipped", 0, folder)
     adapters = []
     for name in DRAWN:
         path = folder / "adapters" / name
-        fitted = fit(TABLE[name], study.fit, recipe(study.config), 0)
-        fitted.adapter.metadata = _fingerprint()
-        fitted.adapter.save_pretrained(path)
+        if not path.exists():
+            fitted = fit(TABLE[name], study.fit, recipe(study.config), 0, folder / "fit")
+            fitted.adapter.save_pretrained(path)
+            shutil.rmtree(folder / "fit", ignore_errors=True)
         adapters.append(str(path))
-    config = EvaluateConfig(
-        compare=adapters,
-        pictures=str(ASSETS / "data/combination.parquet"),
-        decoder="tiny",
-        num_prompts=count,
-        extractors=SPACES,
-        picture_baselines=BASELINES,
-        output=str(folder / "pictures"),
+    return evaluate(
+        EvaluateConfig(
+            compare=adapters,
+            pictures=str(ASSETS / "data/combination.parquet"),
+            decoder="tiny",
+            num_prompts=count,
+            extractors=SPACES,
+            output=str(folder / "pictures"),
+        )
     )
-    return evaluate(config)
 
 
-def _fingerprint() -> dict:
-    """The encoders that the decoder is paired by, as the shipped adapter states them."""
-    import json
-
-    shipped = json.loads((ASSETS / "adapter/csdiff.json").read_text())
-    return {key: shipped.get(key) for key in ("text_encoder", "image_encoder", "tokenizer", "preprocessing")}
-
-
-def picture_table(result: dict) -> str:
-    """Distances of the pictures from real ones, and retrieval, as markdown."""
-    pictures = result["pictures"]
-    spaces = [s for s in SPACES if all(s in m["spaces"] for m in pictures["adapters"].values())]
-    heads = [f"{kind}, {space}" for space in spaces for kind in ("FID", "FID extrapolated", "KID")]
-    lines = [
-        "| embedding | " + " | ".join([*heads, "CMMD", "CLIP score", "picture to prompt R@1", "R@10"]) + " |",
-        "|---|" + "---:|" * (len(heads) + 4),
-    ]
-    rows = {**pictures["adapters"], "real pictures, half against half": pictures["real"]}
-    for name, metrics in rows.items():
-        cells = []
-        for space in spaces:
-            found = metrics.get("spaces", {}).get(space, {})
-            cells += [_shown(found.get(kind), 2) for kind in ("fid", "fid_extrapolated", "kid")]
-        retrieval = metrics.get("picture_to_prompt") or {}
-        cells += [_shown(metrics.get("cmmd"), 3), _shown(metrics.get("clip_score"), 1)]
-        cells += [_shown(retrieval.get(k), 3) for k in ("r@1", "r@10")]
-        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
-
-
-def _title(name: str) -> str:
-    key = Path(name).name
-    return {"image": "true image embeddings"}.get(key, TABLE[key].title if key in TABLE else key)
+def picture_table(file: Path) -> str:
+    """What is kept of :func:`draw` as Markdown."""
+    pictures = json.loads(file.read_text())["pictures"]
+    rows = {**pictures["adapters"], "real images, half against half": pictures["real"]}
+    columns = {f"{m.label}, {s}": [lookup(found["spaces"][s], m.key) for found in rows.values()]
+               for s in SPACES for m in SPACE_METRICS}  # fmt: skip
+    columns |= {m.label: [lookup(found, m.key) for found in rows.values()] for m in IMAGE_METRICS}
+    columns = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    titles = {"image": "true image embeddings", **{name: method.title for name, method in TABLE.items()}}
+    names = [titles.get(name, name) for name in rows]
+    return markdown_table(["embedding", *columns], list(zip(names, *columns.values(), strict=True)))

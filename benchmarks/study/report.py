@@ -1,63 +1,44 @@
-"""Tables and plots from the results file, and the blocks of `docs/results.md` that are filled with them."""
+"""Tables and plots from the results file, and the blocks of the pages that are filled with them."""
 
 import math
 import re
 from pathlib import Path
 from statistics import mean, stdev
 
-from .methods import SWEEPS, TABLE
+from csdiff.evaluation.metrics import MAIN, lookup, metric
+from csdiff.tables import markdown_table
 
-MAIN = {
-    "R@1 text to image": ("text_to_image.r@1", 3),
-    "R@10": ("text_to_image.r@10", 3),
-    "R@1 image to text": ("image_to_text.r@1", 3),
-    "kernel distance": ("kernel_distance", 1),
-    "Frechet distance": ("frechet_distance", 3),
-    "centroid gap": ("centroid_gap", 3),
-    "distribution gap": ("distribution_gap", 3),
-    "CS divergence": ("cs_divergence", 3),
-}
-MORE = {
-    "median rank": ("text_to_image.median_rank", 1),
-    "cosine to image": ("cosine.paired", 3),
-    "to own text": ("cosine.text", 3),
-    "to other text": ("cosine.unpaired", 3),
-    "norm, mean": ("norm.mean_ratio", 2),
-    "norm, spread": ("norm.std_ratio", 2),
-    "effective rank": ("effective_rank", 0),
-    "parameters": ("parameters", 0),
-    "fitting, s": ("train_seconds", 1),
-    "inference, ms per 1,000": ("inference_ms", 1),
-}
-DISTANCES = {
-    "kernel_distance",
-    "frechet_distance",
-    "centroid_gap",
-    "distribution_gap",
-    "cs_divergence",
-    "effective_rank",
-}
-OPPONENTS = ("eclipse", "eclipse_standardized")
-DEFAULT = "cs_aligner"
+from .methods import QUICK, SWEEPS, TABLE
+
+MORE = ("text_to_image.median_rank", "cs_divergence", "frechet_distance", "cosine.paired", "norm.mean_ratio",
+        "norm.std_ratio", "effective_rank", "parameters", "train_seconds", "inference_ms")  # fmt: skip
+COSTS = {"parameters": "parameters", "train_seconds": "fitting, s", "inference_ms": "inference, ms per 1,000"}
+PAIRWISE = ("text_to_image", "image_to_text", "cosine", "groups")
+"""Metrics that mean nothing between different images."""
+DEFAULT, OPPONENTS = "default", ("raw_text", "mean_shift", "ridge", "procrustes", "eclipse", "eclipse_standardized")
+SHORT = ("text_to_image.r@1", "kernel_distance", "centroid_gap")
 
 
-def number(record: dict, split: str, key: str) -> float | None:
-    """A metric of a record by dotted key; parameters and times stand beside the splits."""
-    value = record.get(key, record["held_out"][split])
-    if value is record["held_out"][split]:
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-    return value
+def value(record: dict, split: str, key: str) -> float | None:
+    """A number of a record by dotted key; parameters and times of fitting stand beside the splits."""
+    return record[key] if key in record else lookup(record["held_out"][split], key)
 
 
-def spread(values: list[float], digits: int) -> str:
+def spread(values: list[float | None]) -> str:
     """Mean and standard error over seeds; a value that no seed changes has none."""
-    values = [value for value in values if value is not None and math.isfinite(value)]
-    if not values:
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if not known:
         return ""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    text = f"{mean(values):,.{digits}f}"
-    return text if error < 0.05 * 10**-digits else f"{text} ± {error:.{digits}f}"
+    middle = mean(known)
+    digits = 0 if abs(middle) >= 1000 else 1 if abs(middle) >= 5 else 3
+    error = stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    text = f"{middle:,.{digits}f}"
+    return text if error < 0.05 * 10**-digits else f"{text} ± {error:,.{digits}f}"
+
+
+def label(key: str) -> str:
+    """Name of a column."""
+    return COSTS.get(key) or metric(key).label
 
 
 def splits(records: list[dict], data: str) -> list[str]:
@@ -65,125 +46,100 @@ def splits(records: list[dict], data: str) -> list[str]:
     return list(dict.fromkeys(s for r in records if r["data"] == data for s in r["held_out"]))
 
 
-def table(records: list[dict], data: str, split: str, columns: dict) -> str:
-    """One row a method, mean and standard error over its seeds, as markdown."""
-    lines = ["| method | " + " | ".join(columns) + " | seeds |", "|---|" + "---:|" * (len(columns) + 1)]
-    for key, method in TABLE.items():
-        mine = [r for r in records if r["part"] == "table" and r["data"] == data and r["method"] == key]
+def table(records: list[dict], data: str, split: str, keys: tuple[str, ...], methods=tuple(TABLE)) -> str:
+    """One row a method, mean and standard error over its seeds, as Markdown."""
+    found = {m: [r for r in records if (r["part"], r["data"], r["method"]) == ("table", data, m)] for m in methods}
+    keys = tuple(k for k in keys if any(value(r, split, k) is not None for mine in found.values() for r in mine))
+    rows = []
+    for key, mine in found.items():
         if not mine:
             continue
-        cells = []
-        for metric, digits in columns.values():
-            shown = key != "real" or metric in DISTANCES
-            cells.append(spread([number(r, split, metric) for r in mine], digits) if shown else "")
-        title = f"**{method.title}**" if key == DEFAULT else method.title
-        lines.append(f"| {title} | " + " | ".join(cells) + f" | {len(mine)} |")
-    return "\n".join(lines)
+        hidden = PAIRWISE if key == "real" else ()
+        cells = ["" if k.startswith(hidden) else spread([value(r, split, k) for r in mine]) for k in keys]
+        title = TABLE[key].title
+        rows.append([f"**{title}**" if key == DEFAULT else title, *cells, len(mine)])
+    return markdown_table(["method", *map(label, keys), "seeds"], rows)
 
 
 def paired(records: list[dict]) -> str:
-    """The default recipe minus ECLIPSE, seed by seed."""
-    metrics = [MAIN[name] for name in ("R@1 text to image", "kernel distance", "centroid gap")]
-    lines = [
-        "| default recipe minus | split | R@1 text to image | kernel distance | centroid gap | seeds |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    records = [r for r in records if r["part"] == "table"]
-    done = {(r["data"], r["method"], r["seed"]): r for r in records}
-    for data in dict.fromkeys(r["data"] for r in records):
-        seeds = sorted(seed for d, m, seed in done if (d, m) == (data, DEFAULT))
+    """The default minus each opponent, seed by seed."""
+    done = {(r["data"], r["method"], r["seed"]): r for r in records if r["part"] == "table"}
+    rows = []
+    for data in dict.fromkeys(data for data, *_ in done):
         for opponent in OPPONENTS:
-            common = [seed for seed in seeds if (data, opponent, seed) in done]
-            for split in splits(records, data) if common else []:
-                cells = [
-                    spread(
-                        [
-                            number(done[data, DEFAULT, seed], split, key)
-                            - number(done[data, opponent, seed], split, key)
-                            for seed in common
-                        ],
-                        digits,
-                    )
-                    for key, digits in metrics
-                ]
-                lines.append(
-                    f"| {TABLE[opponent].title} | {data}, {split} | " + " | ".join(cells) + f" | {len(common)} |"
-                )
-    return "\n".join(lines)
+            seeds = [s for d, m, s in done if (d, m) == (data, DEFAULT) and (data, opponent, s) in done]
+            for split in splits(records, data) if seeds else ():
+                gains = [
+                    spread([
+                        value(done[data, DEFAULT, s], split, key) - value(done[data, opponent, s], split, key)
+                        for s in seeds
+                    ])
+                    for key in SHORT
+                ]  # fmt: skip
+                rows.append([TABLE[opponent].title, f"{data}, {split}", *gains, len(seeds)])
+    return markdown_table(["the default minus", "split", *map(label, SHORT), "seeds"], rows)
 
 
 def sweep_table(records: list[dict], part: str) -> str:
-    """A sweep as markdown, on validation rows."""
-    lines = [
-        "| data | setting | R@1 text to image | kernel distance | centroid gap | seeds |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    """A sweep as Markdown, on validation rows."""
+    rows = []
     for data in dict.fromkeys(r["data"] for r in records if r["part"] == part):
         for key in SWEEPS[part]:
             mine = [r for r in records if (r["part"], r["data"], r["method"]) == (part, data, key)]
             if mine:
-                cells = [
-                    spread([number(r, "validation", metric) for r in mine], digits)
-                    for metric, digits in (MAIN["R@1 text to image"], MAIN["kernel distance"], MAIN["centroid gap"])
-                ]
-                lines.append(f"| {data} | {key} | " + " | ".join(cells) + f" | {len(mine)} |")
-    return "\n".join(lines)
+                cells = [spread([value(r, "validation", metric) for r in mine]) for metric in SHORT]
+                rows.append([data, key, *cells, len(mine)])
+    return markdown_table(["data", "setting", *map(label, SHORT), "seeds"], rows)
 
 
-def plot(records: list[dict], part: str, path: Path) -> None:
-    """Retrieval and kernel distance over the setting, one column a data set, one line a kind."""
-    import matplotlib
+def plot(records: list[dict], path: Path) -> None:
+    """The page's one figure: retrieval against kernel distance, a panel a split, a point a method with its errors."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(dict.fromkeys(r["data"] for r in records if r["part"] == part))
-    figure, axes = plt.subplots(2, len(names), figsize=(4.2 * len(names), 5), sharex="col", squeeze=False)
-    for column, data in enumerate(names):
-        lines: dict[str, list] = {}
-        for key in SWEEPS[part]:
-            mine = [r for r in records if (r["part"], r["data"], r["method"]) == (part, data, key)]
-            if mine:
-                kind, value = key.split("=")
-                lines.setdefault(kind, []).append((float(value), mine))
-        for row, metric in enumerate(("text_to_image.r@1", "kernel_distance")):
-            axis = axes[row][column]
-            for kind, points in lines.items():
-                x = [value for value, _ in points]
-                y = [[number(r, "validation", metric) for r in mine] for _, mine in points]
-                error = [stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in y]
-                if len(points) == 1:
-                    axis.axhline(mean(y[0]), linestyle="--", color="0.4" if kind == "mixed" else "0.7", label=kind)
-                else:
-                    axis.errorbar(x, [mean(v) for v in y], yerr=error, marker="o", markersize=3, label=kind)
-            axis.set_ylabel("R@1 text to image" if row == 0 else "kernel distance")
-            axis.grid(alpha=0.3)
-            if len(lines) > 1:
-                axis.legend(fontsize=7)
-        positive = all(value > 0 for points in lines.values() if len(points) > 1 for value, _ in points)
-        axes[0][column].set_xscale("log" if positive else "symlog")
-        axes[0][column].set_title(data)
-        axes[1][column].set_xlabel(part)
-    figure.tight_layout()
+    mine = [r for r in records if r["part"] == "table" and r["method"] != "real"]
+    panels = [(data, split) for data in dict.fromkeys(r["data"] for r in mine) for split in splits(mine, data)]
+    figure = Figure(figsize=(4.4 * len(panels), 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (data, split) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key in dict.fromkeys(r["method"] for r in mine):
+            points = [
+                [value(r, split, k) for k in ("kernel_distance", "text_to_image.r@1")]
+                for r in mine
+                if (r["data"], r["method"]) == (data, key)
+            ]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            errors = [stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in (x, y)]
+            chosen = key == DEFAULT
+            colour = "#009e73" if chosen else "#0072b2" if key in OPPONENTS else "0.6"
+            axis.errorbar(mean(x), mean(y), errors[1], errors[0], "o", color=colour)
+            if chosen or key in QUICK:
+                axis.annotate(TABLE[key].title, (mean(x), mean(y)), (4, 4), textcoords="offset points", fontsize=7)
+        axis.set(title=f"{data}, {split}", xlabel=label("kernel_distance"), ylabel=label("text_to_image.r@1"))
+        axis.set_xscale("symlog", linthresh=10)
+        axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def blocks(records: list[dict]) -> dict[str, str]:
-    """Everything that goes into the page, by the name of its block."""
+    """Everything that goes into the pages, by the name of its block."""
     result = {}
-    for data in dict.fromkeys(r["data"] for r in records if r["part"] == "table"):
-        mine = [r for r in records if r["part"] == "table"]
-        for split in splits(mine, data):
-            result[f"{data}-{split}"] = table(mine, data, split, MAIN)
-            result[f"{data}-{split}-more"] = table(mine, data, split, MORE)
-    if any(r["part"] == "table" for r in records):
+    tabled = [r for r in records if r["part"] == "table"]
+    for data in dict.fromkeys(r["data"] for r in tabled):
+        for split in splits(tabled, data):
+            name = f"{data}-{split}"
+            result[f"{name}-first"] = table(tabled, data, split, MAIN, tuple(m for m in QUICK if m != "real"))
+            result[name], result[f"{name}-more"] = (table(tabled, data, split, keys) for keys in (MAIN, MORE))
+    if tabled:
         result["paired"] = paired(records)
+        made = {(r["commit"], r["assets"]) for r in tabled}
+        result["made-by"] = "Made by " + "; ".join(f"commit `{c}` on assets `{a}`" for c, a in sorted(made)) + "."
     for part in SWEEPS:
         if any(r["part"] == part for r in records):
-            image = f"![R@1 and kernel distance over {part}](figures/results_{part}.png)"
-            result[f"sweep-{part}"] = f"{image}\n\n{sweep_table(records, part)}"
+            result[f"sweep-{part}"] = sweep_table(records, part)
     return result
 
 
