@@ -33,7 +33,7 @@ def spread(values: list[float | None]) -> str:
     digits = 0 if abs(middle) >= 1000 else 1 if abs(middle) >= 5 else 3
     error = stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
     text = f"{middle:,.{digits}f}"
-    return text if error < 0.05 * 10**-digits else f"{text} ± {error:,.{digits}f}"
+    return text if error < 0.5 * 10**-digits else f"{text} ± {error:,.{digits}f}"
 
 
 def label(key: str) -> str:
@@ -135,6 +135,7 @@ def blocks(records: list[dict]) -> dict[str, str]:
             result[name], result[f"{name}-more"] = (table(tabled, data, split, keys) for keys in (MAIN, MORE))
     if tabled:
         result["paired"] = paired(records)
+        result["figure"] = "![Retrieval against kernel distance, with errors](figures/results.png)"
         made = {(r["commit"], r["assets"]) for r in tabled}
         result["made-by"] = "Made by " + "; ".join(f"commit `{c}` on assets `{a}`" for c, a in sorted(made)) + "."
     for part in SWEEPS:

@@ -22,7 +22,7 @@ def test_study_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
     gap = {m: records[m, 0]["held_out"]["test"]["centroid_gap"] for m in ("real", "raw_text", "ridge")}
     assert gap["ridge"] < gap["raw_text"] / 2
     assert gap["real"] < gap["raw_text"] / 2
-    assert records["eclipse", 0]["parameters"] == records["cs_aligner", 0]["parameters"] > 0
+    assert records["eclipse", 0]["parameters"] == records["default", 0]["parameters"] > 0
 
     file.write_text("\n".join(lines[:-2]) + "\n")
     shown = smoke(tmp_path)
@@ -32,4 +32,5 @@ def test_study_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
     for key, record in records.items():
         found = again[key]["held_out"]["test"]["kernel_distance"]
         assert abs(found - record["held_out"]["test"]["kernel_distance"]) < 1e-6
-    assert "| **CS-Aligner, the default recipe** |" in shown
+    assert "**CS-Aligner, the default**" in shown
+    assert all(len(r["assets"]) == 16 and r["commit"] for r in records.values())
