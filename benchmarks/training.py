@@ -31,7 +31,8 @@ from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs
 from csdiff.training.gradient_cache import split
 from csdiff.training.inputs import Inputs
-from csdiff.training.loop import Loop, make_optimizer
+from csdiff.training.loop import Loop
+from csdiff.training.optimization import make_optimizer
 from csdiff.training.task import AlignmentTask, Embedder
 
 
@@ -51,7 +52,7 @@ def make_loop(dim: int, batch: int) -> Loop:
     task = AlignmentTask(
         Embedder(build_adapter("mlp", embedding_dim=dim)).train(), build_objective("cs_aligner"), 0.999
     )
-    return Loop(config, task, make_optimizer(task, config), torch.amp.GradScaler("cpu", enabled=False))
+    return Loop(config, task, make_optimizer(task.parameters, config), torch.amp.GradScaler("cpu", enabled=False))
 
 
 def bare_step(dim: int):
@@ -320,7 +321,7 @@ def group_step(batch: int, rounds: int) -> dict:
         0.999,
         group=dist.group.WORLD,
     )
-    loop = Loop(config, task, make_optimizer(task, config), torch.amp.GradScaler("cpu", enabled=False))
+    loop = Loop(config, task, make_optimizer(task.parameters, config), torch.amp.GradScaler("cpu", enabled=False))
     rows = {"text_embeds": torch.randn(batch // world, dim), "image_embeds": torch.randn(batch // world, dim)}
     seconds = alternate({"step": lambda: loop.step({"pairs": rows})}, rounds)["step"]
     dist.destroy_process_group()

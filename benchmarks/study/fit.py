@@ -125,7 +125,7 @@ def _run(method: Method, config: TrainConfig, seed: int, paired: Rows, folder: P
         ),
         validation=replace(config.validation, every=0),
         checkpoint=replace(config.checkpoint, every=0),
-        logging=replace(config.logging, trackers=[], curves=False, progress=False, every=config.max_steps),
+        logging=replace(config.logging, trackers=[], progress=False, every=config.max_steps),
         **method.changes,
     )
     config.batch_size = min(config.batch_size, len(paired.ids.unique()))

@@ -124,8 +124,6 @@ class LoggingConfig:
     """Steps between log lines."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate trackers by name: tensorboard, wandb, trackio, mlflow, ...; none for `metrics.jsonl` alone."""
-    curves: bool = True
-    """Draw `curves.png` of what is in `metrics.jsonl`, and `samples.png` of the images where a decoder is given."""
     project: str = "csdiff"
     """Project name for the trackers that have projects."""
     progress: bool = True
@@ -163,7 +161,7 @@ class TrainConfig:
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Options of the adapter, as its class takes them."""
     objective_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the objective, as its class takes them. Those of cs_aligner that are left open follow the data."""
+    """Options of the objective, as its class takes them."""
     init_from: str | None = None
     """Where to begin: a closed form fitted on the data (mean_shift, ridge, procrustes, ...), or an adapter folder of
     the same kind and shape."""

@@ -34,15 +34,16 @@ class Console:
         if self.progress and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True)
 
-    def advance(self, step: int, shown: dict[str, float] | None, rate: float | None) -> None:
-        """One step done; `shown` are the numbers of a logged step, `rate` samples a second."""
+    def advance(self, step: int, shown: dict[str, float] | None) -> None:
+        """One step done; `shown` are the numbers of a logged step."""
         if not self.progress:
             return
+        formats = {"samples_per_second": ",.0f"}
+        numbers = {name: f"{value:{formats.get(name, '.3g')}}" for name, value in (shown or {}).items()}
         if self.bar is not None:
             self.bar.update(1)
             if shown is not None:
-                postfix = {name: f"{value:.3f}" for name, value in shown.items()}
-                self.bar.set_postfix({**postfix, "samples/s": f"{rate:,.0f}"}, refresh=False)
+                self.bar.set_postfix(numbers, refresh=False)
             return
         now = time.perf_counter()
         left = (now - self._began) / (step - self._first) * (self._total - step)
@@ -50,8 +51,8 @@ class Console:
             self.say(f"About {duration(left)} to go.")
         elif shown is not None and now - self._last > 10:
             self._last = now
-            terms = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            self.say(f"step {step}/{self._total}  {terms}  {rate:,.0f} samples/s  {duration(left)} left")
+            terms = "  ".join(f"{name} {value}" for name, value in numbers.items())
+            self.say(f"step {step}/{self._total}  {terms}  {duration(left)} left")
 
     def stop(self) -> None:
         """End progress."""

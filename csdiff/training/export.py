@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from csdiff.adapters.base import Adapter
+from csdiff.training.build import all_objective_options
 from csdiff.training.config import TrainConfig
+from csdiff.training.data import TrainingData
 from csdiff.training.inputs import Inputs
-from csdiff.training.recipe import run_options
-from csdiff.training.sources import Sources
 from csdiff.training.task import AlignmentTask
 
 # Norms are calibrated on this many rows at most, and on held-out ones where there are enough for two numbers.
 _CALIBRATION_ROWS = 4096
 _HELD_OUT_ROWS = 256
 IMAGE_ADAPTER = "image_adapter"
+_FROM_THE_STORE = ("text_encoder", "image_encoder", "tokenizer", "preprocessing")
 
 
 class Exporter:
@@ -25,7 +26,7 @@ class Exporter:
 
     Args:
         config: The run.
-        sources: Its data.
+        data: Its data.
         task: Its weights.
         inputs: Prepares the rows that norms are calibrated on.
         pause: Called between blocks of rows; may raise.
@@ -34,21 +35,17 @@ class Exporter:
     def __init__(
         self,
         config: TrainConfig,
-        sources: Sources,
+        data: TrainingData,
         task: AlignmentTask,
         inputs: Inputs,
         pause: Callable[[], None] = lambda: None,
     ):
-        self.config, self.sources, self.task, self.inputs, self.pause = config, sources, task, inputs, pause
-        self.statistics = sources.train.statistics("image_embeds")
-        self.held_out = sources.validation is not None and len(sources.validation) >= _HELD_OUT_ROWS
+        self.config, self.data, self.task, self.inputs, self.pause = config, data, task, inputs, pause
+        # An image adapter has norms of its own.
+        self.calibrates = config.calibrate_norm and task.embedder.image_adapter is None
+        self.held_out = data.validation is not None and len(data.validation) >= _HELD_OUT_ROWS
         self._rows: list[dict] | None = None
         self._calibrated: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether predicted norms are matched to the real ones; an image adapter has norms of its own."""
-        return self.config.calibrate_norm and self.task.embedder.image_adapter is None
 
     @contextmanager
     def weights(self, step: int, averaged: bool) -> Iterator[Adapter]:
@@ -84,7 +81,7 @@ class Exporter:
         """Norms of predictions of the weights that are in the model now, and of the real embeddings."""
         if self._rows is None:
             # Norms fitted on what was trained on would hide what overfitting does to those of new captions.
-            pairs = self.sources.validation if self.held_out else self.sources.train
+            pairs = self.data.validation if self.held_out else self.data.train
             self._rows = self.inputs.read(pairs.sample(_CALIBRATION_ROWS))
         torch.manual_seed(0)
         norms = []
@@ -105,21 +102,19 @@ class Exporter:
 
     def metadata(self, step: int, metrics: dict, averaged: bool) -> dict:
         """Content of `csdiff.json`."""
-        config, fingerprint = self.config, self.sources.fingerprint
+        config, data = self.config, self.data
+        statistics = data.train.statistics("image_embeds")
         return {
-            **{key: fingerprint.get(key) for key in ("text_encoder", "image_encoder", "tokenizer", "preprocessing")},
-            "statistics": {
-                "count": self.statistics.count,
-                "norm_mean": self.statistics.norm_mean,
-                "norm_std": self.statistics.norm_std,
-            },
-            "normalized": self.sources.store.normalized,
-            "objective": {"name": config.objective, "options": run_options(config, self.sources)},
+            **{key: data.fingerprint.get(key) for key in _FROM_THE_STORE},
+            "statistics": {key: getattr(statistics, key) for key in ("count", "norm_mean", "norm_std")},
+            "normalized": data.store.normalized,
+            "objective": {"name": config.objective, "options": all_objective_options(config)},
             "data": {
                 "train": config.data.train,
-                "rows": len(self.sources.train),
-                "held_out": 0 if self.sources.validation is None else len(self.sources.validation),
-                "source": fingerprint.get("data"),
+                "store": str(data.store.path),
+                "rows": len(data.train),
+                "held_out": 0 if data.validation is None else len(data.validation),
+                "source": data.fingerprint.get("data"),
             },
             "training": {
                 "adapter": config.adapter,

@@ -18,7 +18,7 @@ class Interrupt:
         self._may_leave = self._at_once = False
 
     @contextmanager
-    def watched(self) -> Iterator["Interrupt"]:
+    def watched(self) -> Iterator[None]:
         """Listen within a block. Outside the main thread signals cannot be handled and keep their meaning."""
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -26,7 +26,7 @@ class Interrupt:
         except ValueError:
             pass
         try:
-            yield self
+            yield
         finally:
             self._restore()
 

@@ -1,44 +1,40 @@
-"""The training loop: batches in, updated weights, averages and numbers out."""
+"""One optimizer step after another: batches in, updated weights, averages and numbers out."""
 
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
 from csdiff.training.gradient_cache import Rows
-from csdiff.training.schedule import learning_rate_factor
-from csdiff.training.state import Progress
+from csdiff.training.optimization import learning_rate_factor
 from csdiff.training.task import AlignmentTask, NonFinite
 
 
-def make_optimizer(task: AlignmentTask, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the task's weights: decay on matrices only, fused where the device has it."""
-    decayed = {
-        name
-        for name, p in task.parameters.items()
-        if p.ndim >= 2 and name.startswith("embedder.") and "norm" not in name
-    }
-    groups = [
-        {
-            "params": [p for n, p in task.parameters.items() if n in decayed],
-            "weight_decay": config.optimizer.weight_decay,
-        },
-        {"params": [p for n, p in task.parameters.items() if n not in decayed], "weight_decay": 0.0},
-    ]
-    types = {p.device.type for p in task.parameters.values()}
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.epsilon,
-        fused=types <= {"cpu", "cuda", "xpu", "mps"},
-    )
+@dataclass
+class Progress:
+    """Counters of a run. Sample order, dropout and noise follow from seed and step and need no state."""
+
+    step: int = 0
+    """Batches seen, the skipped ones included."""
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient."""
+    skipped_in_a_row: int = 0
+    """Of these, the current run of them."""
+    best_step: int | None = None
+    """Checkpointed step with the best validation metric."""
+    best_value: float | None = None
+    """Its value."""
+    validation_left: bool = False
+    """A signal ended the validation of this step."""
+    seconds: float = 0.0
+    """Training time over all launches."""
+    baselines: dict = field(default_factory=dict)
+    """Validation metrics of the data's own baselines."""
 
 
 class Loop:
-    """One optimizer step after another.
+    """Makes the steps of a run.
 
     Every random draw of a step follows from seed, step, rank and micro-batch, so that a resumed run draws what an
     uninterrupted one would have drawn.
@@ -49,12 +45,15 @@ class Loop:
         optimizer: Over the task's weights.
         scaler: Loss scaler of float16; disabled otherwise.
         rank: Of this process.
+
+    Attributes:
+        progress: Counters.
+        skip_reason: Why the last skipped step was skipped.
     """
 
     def __init__(self, config: TrainConfig, task: AlignmentTask, optimizer, scaler, rank: int = 0):
         self.config, self.task, self.optimizer, self.scaler = config, task, optimizer, scaler
-        self.rank = rank
-        self.progress = Progress()
+        self.rank, self.progress, self.skip_reason = rank, Progress(), ""
 
     def step(self, batch: Rows) -> dict[str, torch.Tensor | float] | None:
         """One update; returns the numbers to log, or None when the step was skipped.
@@ -63,21 +62,16 @@ class Loop:
             CSDiffError: after too many skipped steps in a row.
         """
         config, progress = self.config, self.progress
-        factor = learning_rate_factor(config.schedule, progress.step, config.max_steps)
+        rate = config.learning_rate * learning_rate_factor(config.schedule, progress.step, config.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = rate
         try:
-            output = self.task.backward(
-                batch,
-                config.micro_batch_size,
-                scale=self.scaler.scale,
-                reseed=self._reseed,
-            )
+            output = self.task.backward(batch, config.micro_batch_size, scale=self.scaler.scale, reseed=self._reseed)
             self.task.average_gradients()
             norm = self._clip()
             reason = None if torch.isfinite(norm) else "the gradient is not finite"
         except NonFinite as problem:
-            output, norm, reason = None, None, str(problem)
+            reason = str(problem)
         progress.step += 1
         if reason is not None:
             self._skip(reason)
@@ -87,12 +81,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.task.ema.update(progress.step - progress.skipped)
         progress.skipped_in_a_row = 0
-        return {
-            "loss": output.loss.detach(),
-            **{name: value for name, value in output.terms.items() if name != "loss"},
-            "grad_norm": norm,
-            "learning_rate": config.learning_rate * factor,
-        }
+        return {"loss": output.loss.detach(), **output.terms, "grad_norm": norm, "learning_rate": rate}
 
     def _reseed(self, micro_batch: int) -> None:
         # Odd multipliers spread the counters over the seed's 64 bits; equal streams would need equal counters.
@@ -102,12 +91,13 @@ class Loop:
 
     def _clip(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
-        weights = list(self.task.parameters.values())
         limit = self.config.optimizer.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(weights, limit if limit > 0 else float("inf"))
+        return torch.nn.utils.clip_grad_norm_(
+            list(self.task.parameters.values()), limit if limit > 0 else float("inf")
+        )
 
     def _skip(self, reason: str) -> None:
-        progress = self.progress
+        progress, self.skip_reason = self.progress, reason
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             # Overflow is how the scaler finds its range: halve it, as it would itself.
@@ -115,41 +105,11 @@ class Loop:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise TooManySkipped(progress, reason)
-        self.skip_reason = reason
-
-    skip_reason: str | None = None
+            raise TooManySkipped(
+                f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because "
+                f"{reason}"
+            )
 
 
 class TooManySkipped(CSDiffError):
     """Training has broken down; the caller names the last good checkpoint."""
-
-    def __init__(self, progress: Progress, reason: str):
-        super().__init__(
-            f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because "
-            f"{reason}"
-        )
-
-
-def batches(loaders: dict[str, Iterator[dict]], prepare) -> Iterator[Rows]:
-    """Rows of every group side by side, prepared for the device."""
-    for parts in zip(*loaders.values(), strict=True):
-        yield prepare(dict(zip(loaders, parts, strict=True)))
-
-
-class Throughput:
-    """Samples a second over the recent past."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size, self.start, self.steps, self.last = batch_size, time.perf_counter(), 0, 0.0
-
-    def count(self) -> None:
-        """One step more."""
-        self.steps += 1
-
-    def rate(self) -> float:
-        """Samples a second since the last call."""
-        now = time.perf_counter()
-        self.last = self.batch_size * self.steps / max(now - self.start, 1e-9)
-        self.start, self.steps = now, 0
-        return self.last

@@ -1,21 +1,23 @@
-"""The course of a run: steps, validations, checkpoints, and what is said about them."""
+"""The course of a run: steps, validations, checkpoints, the finished adapter, and what is said about them."""
 
-import json
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from csdiff.errors import CSDiffError
-from csdiff.files import flatten
+from csdiff.files import flatten, read_json
+from csdiff.training.config import TrainConfig
 from csdiff.training.console import Console, duration
-from csdiff.training.curves import CURVES_NAME, draw_curves
+from csdiff.training.data import TrainingData
 from csdiff.training.export import Exporter
+from csdiff.training.inputs import Inputs
 from csdiff.training.interrupts import Interrupt, Stopped
-from csdiff.training.loop import Loop, Throughput, TooManySkipped, batches
-from csdiff.training.recipe import run_options
+from csdiff.training.loop import Loop, TooManySkipped
 from csdiff.training.run_folder import ONLINE, RunFolder
-from csdiff.training.samples import Samples, draw_sheet
+from csdiff.training.samples import Samples
 from csdiff.training.state import load_state, save_state, state_bytes
 from csdiff.training.validation import Validator
 
@@ -23,123 +25,107 @@ _BASELINE_ROWS = 20_000
 
 
 class Run:
-    """Everything of a run, ready to go.
+    """A run with all its parts.
 
     Args:
         config: The run.
         accelerator: Processes and trackers.
         console: What a person sees.
         folder: Where it goes.
-        sources: The data.
+        data: What it trains on.
         inputs: Prepares batches.
         loop: Makes the steps.
-        exporter: Writes adapters.
-        interrupt: Signals.
     """
 
     def __init__(
         self,
-        config,
-        accelerator,
+        config: TrainConfig,
+        accelerator: Accelerator,
         console: Console,
         folder: RunFolder,
-        sources,
-        inputs,
+        data: TrainingData,
+        inputs: Inputs,
         loop: Loop,
-        exporter: Exporter,
-        interrupt: Interrupt,
     ):
         self.config, self.accelerator, self.console, self.folder = config, accelerator, console, folder
-        self.sources, self.inputs, self.loop, self.exporter = sources, inputs, loop, exporter
-        self.interrupt = interrupt
-        self.task = loop.task
+        self.data, self.inputs, self.loop, self.task = data, inputs, loop, loop.task
+        self.main = accelerator.is_main_process
+        self.interrupt = Interrupt()
+        self.exporter = Exporter(config, data, loop.task, inputs, self.interrupt.pause)
         self.validator: Validator | None = None
         self.samples: Samples | None = None
         self.metrics: dict = {}
-        self._next_drawing = time.perf_counter() + 20
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the main process, which validates and writes."""
-        return self.accelerator.is_main_process
+        self.measured_at: int | None = None
 
     def prepare(self) -> None:
         """Read the held-out rows and measure the baselines; the last chance to refuse something."""
         config = self.config.validation
-        if not self.main:
-            return
-        if config.decoder is not None:
+        if self.main and config.decoder is not None:
             self.samples = Samples(self.config, self.exporter, self.interrupt.at_once)
-        if self.sources.validation is None:
+        if not self.main or self.data.validation is None:
             return
-        rows = self.inputs.read(self.sources.validation.sample(config.limit))
+        rows = self.inputs.read(self.data.validation.sample(config.limit))
         self.validator = Validator(rows, config.metric, config.mode, self.interrupt.pause)
         progress = self.loop.progress
         if not progress.baselines:
-            fitted = self.sources.train.sample(_BASELINE_ROWS).all()
+            fitted = self.data.train.sample(_BASELINE_ROWS).all()
             progress.baselines = self.validator.baselines(fitted["text_embeds"], fitted["image_embeds"])
         for metrics in progress.baselines.values():
             self.validator.value(metrics)
 
-    def announce(self, start) -> None:
+    def announce(self, start: Path | None) -> None:
         """Say what is trained, on what, with what."""
-        config, say = self.config, self.console.say
+        config, data, train, store = self.config, self.data, self.data.train, self.data.store
         weights = sum(p.numel() for p in self.task.parameters.values())
-        store = self.sources.store
-        held_out = 0 if self.sources.validation is None else len(self.sources.validation)
-        extra = "".join(
-            f", {len(pairs):,} {name.replace('_', ' ')} rows"
-            for name, pairs in (
-                ("unpaired_text", self.sources.unpaired_text),
-                ("unpaired_image", self.sources.unpaired_image),
-            )
-            if pairs is not None
-        )
-        train = self.sources.train
-        pictures = "" if train.groups is None else f" of {train.epoch_rows:,} pictures, one caption of each an epoch"
+        groups = [f"{len(train):,} pairs"]
+        if train.groups is not None:
+            groups[0] += f" of {train.epoch_rows:,} images, one caption of each an epoch"
+        for name in ("unpaired_text", "unpaired_image"):
+            if getattr(data, name) is not None:
+                groups.append(f"{len(getattr(data, name)):,} {name.replace('_', ' ')} rows")
+        groups.append(f"{0 if data.validation is None else len(data.validation):,} held out")
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
-        processes = self.accelerator.num_processes
-        say(
-            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on "
-            f"{len(train):,} pairs{pictures}{extra}, {held_out:,} held out ({store.path}, "
-            f"text {store.text_dim}, image {store.image_dim})."
+        count = self.accelerator.num_processes
+        epochs = config.max_steps * config.batch_size / train.epoch_rows
+        self.console.say(
+            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {', '.join(groups)} "
+            f"({store.path}, text {store.text_dim}, image {store.image_dim})."
         )
-        say(
-            f"{config.max_steps:,} steps of {config.batch_size:,} pairs "
-            f"({config.max_steps * config.batch_size / train.epoch_rows:.1f} epochs) on {processes} "
-            f"process{'es' if processes > 1 else ''}, {self.accelerator.device.type}, {precision}; "
+        self.console.say(
+            f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs) on {count} "
+            f"process{'es' if count > 1 else ''}, {self.accelerator.device.type}, {precision}; "
             f"output in {self.folder.path}."
         )
-        if chosen := {k: v for k, v in run_options(config, self.sources).items() if k not in config.objective_options}:
-            say("Options of the objective for these data: " + ", ".join(f"{k} {v}" for k, v in chosen.items()) + ".")
         if start is not None:
-            say(f"Continuing from {start} at step {self.loop.progress.step}.")
+            self.console.say(f"Continuing from {start} at step {self.loop.progress.step}.")
 
-    def go(self) -> dict:
-        """Train to the end; returns the last validation.
+    def go(self) -> None:
+        """Train to the end.
 
         Raises:
             CSDiffError: when training has broken down, or a checkpoint finds the disk full.
             SystemExit: after SIGTERM or SIGINT.
         """
-        config, progress = self.config, self.loop.progress
+        config, progress, interrupt = self.config, self.loop.progress, self.interrupt
         self.console.start(progress.step, config.max_steps)
-        throughput, earlier, began = Throughput(config.batch_size), progress.seconds, time.perf_counter()
-        feed, interrupt = self._feed(), self.interrupt
+        earlier, began = progress.seconds, time.perf_counter()
+        logged_at, logged_step = began, progress.step
+        feed = self._feed()
         try:
             with interrupt.watched():
                 if progress.validation_left and self._validate():
                     self._save()
                 while progress.step < config.max_steps:
                     numbers = self._step(next(feed))
-                    progress.seconds = earlier + time.perf_counter() - began
-                    throughput.count()
+                    now = time.perf_counter()
+                    progress.seconds = earlier + now - began
+                    shown = None
                     if self._due(config.logging.every) and numbers is not None:
-                        shown = {name: float(value) for name, value in numbers.items()}
-                        self._log("train", shown | {"samples_per_second": throughput.rate()})
-                        self.console.advance(progress.step, shown, throughput.last)
-                    else:
-                        self.console.advance(progress.step, None, None)
+                        rate = config.batch_size * (progress.step - logged_step) / max(now - logged_at, 1e-9)
+                        logged_at, logged_step = now, progress.step
+                        shown = {name: float(value) for name, value in numbers.items()} | {"samples_per_second": rate}
+                        self._log("train", shown)
+                    self.console.advance(progress.step, shown)
                     better = self._due(config.validation.every) and self._validate()
                     stop = not self.task.agree(interrupt.signal is None)
                     last = progress.step == config.max_steps
@@ -153,25 +139,23 @@ class Run:
         finally:
             self.console.stop()
             feed.close()
-        if not self.metrics:
+        if self.measured_at != progress.step:
             self._validate()
-        return self.metrics
 
     def _feed(self) -> Iterator[dict]:
-        config, progress = self.config, self.loop.progress
+        """Endless batches of all groups side by side, on the device."""
+        config = self.config
         unpaired = config.data.unpaired_batch_size or config.batch_size
-        groups = {
-            "pairs": (self.sources.train, config.batch_size),
-            "unpaired_text": (self.sources.unpaired_text, unpaired),
-            "unpaired_image": (self.sources.unpaired_image, unpaired),
-        }
-        process = self.accelerator.process_index, self.accelerator.num_processes
+        sizes = {"pairs": config.batch_size, "unpaired_text": unpaired, "unpaired_image": unpaired}
+        groups = {"pairs": self.data.train} | {name: getattr(self.data, name) for name in list(sizes)[1:]}
+        place = self.accelerator.process_index, self.accelerator.num_processes, self.loop.progress.step
         loaders = {
-            group: self.inputs.batches(group, pairs, size, config.seed, *process, progress.step)
-            for group, (pairs, size) in groups.items()
+            name: self.inputs.batches(name, pairs, sizes[name], config.seed, *place)
+            for name, pairs in groups.items()
             if pairs is not None
         }
-        return batches(loaders, self.inputs.prepare)
+        for parts in zip(*loaders.values(), strict=True):
+            yield self.inputs.prepare(dict(zip(loaders, parts, strict=True)))
 
     def _due(self, every: int) -> bool:
         step = self.loop.progress.step
@@ -206,23 +190,22 @@ class Run:
         try:
             with self.interrupt.may_leave():
                 if self.samples is not None:
-                    self.samples.draw(self.folder.path, progress.step)
+                    self.samples.draw(self.folder.path, progress.step, self.accelerator.trackers)
                 better = self.validator is not None and self._measure(self.validator)
         except Stopped:
             return False
         progress.validation_left = False
-        self._draw()
         return better
 
     def _measure(self, validator: Validator) -> bool:
         progress, step = self.loop.progress, self.loop.progress.step
-        with self.exporter.weights(step, averaged=True):
-            average = validator.measure(self.task)
-        with self.exporter.weights(step, averaged=False):
-            online = validator.measure(self.task)
-        self.metrics = average
-        self._log("validation", {"average": average, "online": online, "baselines": progress.baselines})
-        value = validator.value(average)
+        measured = {}
+        for name in ("average", "online"):
+            with self.exporter.weights(step, averaged=name == "average"):
+                measured[name] = validator.measure(self.task)
+        self.metrics, self.measured_at = measured["average"], step
+        self._log("validation", {**measured, "baselines": progress.baselines})
+        value = validator.value(self.metrics)
         shown = "not finite" if value is None else f"{value:.4f}"
         self.console.say(f"step {step}: {validator.metric} {shown} on {len(validator.image):,} held-out rows")
         if not validator.better(value, progress.best_value):
@@ -230,28 +213,15 @@ class Run:
         progress.best_step, progress.best_value = step, value
         return True
 
-    def _draw(self, now: bool = False) -> None:
-        """Curves and the sheet of pictures; a run does not end because they cannot be drawn, nor wait for them."""
-        began = time.perf_counter()
-        if not (self.main and self.config.logging.curves) or (began < self._next_drawing and not now):
-            return
-        try:
-            draw_curves(self.folder.path)
-            if self.samples is not None:
-                draw_sheet(self.folder.path, self.config.validation.prompts, self.config.seed)
-        except Exception as error:
-            self.console.say(f"{CURVES_NAME} could not be drawn ({type(error).__name__}: {error}); the run goes on.")
-        # A twentieth of the time at most.
-        self._next_drawing = time.perf_counter() + 20 * (time.perf_counter() - began)
-
     def _save(self) -> None:
         if not self.main:
             return
         loop, progress = self.loop, self.loop.progress
+        metrics = self.metrics if self.measured_at == progress.step else {}
 
         def write(folder: Path) -> None:
-            self.exporter.write(folder, progress.step, self.metrics)
-            save_state(folder, self.task, loop.optimizer, loop.scaler.state_dict() or None, progress)
+            self.exporter.write(folder, progress.step, metrics)
+            save_state(folder, self.task, loop.optimizer, loop.scaler, progress)
 
         self.folder.checkpoints.save(progress.step, write, state_bytes(self.task), progress.best_step)
 
@@ -270,25 +240,24 @@ class Run:
         progress, say = self.loop.progress, self.console.say
         if not self.main:
             return self.metrics
-        self._draw(now=True)
         step, metrics = progress.step, self.metrics
-        if self.config.export == "best" and progress.best_step not in (None, step):
+        if self.config.export == "best" and progress.best_step is None:
+            say("No validation gave a finite value that tells the best checkpoint: the last step is exported.")
+        elif self.config.export == "best" and progress.best_step != step:
             step = progress.best_step
             best = self.folder.checkpoints.path(step)
-            load_state(best, self.task, self.loop.optimizer)
-            metrics = json.loads((best / "csdiff.json").read_text(encoding="utf-8"))["metrics"]
+            load_state(best, self.task, self.loop.optimizer, self.loop.scaler)
+            metrics = read_json(best / "csdiff.json").get("metrics") or {}
         self.exporter.write(self.folder.path, step, metrics)
         self.exporter.write(self.folder.path / ONLINE, step, metrics, averaged=False)
         if metrics:
             self.console.table(f"step {step}, held out", {**progress.baselines, "adapter": metrics})
-        rate = self.config.batch_size * progress.step / max(progress.seconds, 1e-9)
-        best = (
-            f", best {self.validator.metric} {progress.best_value:.4f} at step {progress.best_step}"
-            if progress.best_step
-            else ""
-        )
-        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
-        say(f"Trained for {duration(progress.seconds)} ({rate:,.0f} samples/s{best}{skipped}).")
+        notes = [f"{self.config.batch_size * progress.step / max(progress.seconds, 1e-9):,.0f} samples/s"]
+        if progress.best_step:
+            notes.append(f"best {self.validator.metric} {progress.best_value:.4f} at step {progress.best_step}")
+        if progress.skipped:
+            notes.append(f"{progress.skipped} steps skipped")
+        say(f"Trained for {duration(progress.seconds)} ({', '.join(notes)}).")
         if step == progress.step and progress.best_step not in (None, step):
             say(f"To export step {progress.best_step} instead, run the same command with --export best.")
         say(f"Adapter: {self.folder.path} (step {step})")

@@ -1,7 +1,7 @@
 """What a run needs to go on as if it had never stopped, beside the adapter in every checkpoint."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,31 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
+from csdiff.training.loop import Progress
+from csdiff.training.optimization import copy_weights
+from csdiff.training.run_folder import STATE
 from csdiff.training.task import AlignmentTask
-
-FOLDER = "state"
-
-
-@dataclass
-class Progress:
-    """Counters of a run. Sample order, dropout and noise follow from seed and step and need no state."""
-
-    step: int = 0
-    """Batches seen, the skipped ones included."""
-    skipped: int = 0
-    """Steps skipped for a non-finite loss or gradient."""
-    skipped_in_a_row: int = 0
-    """Of these, the current run of them."""
-    best_step: int | None = None
-    """Checkpointed step with the best validation metric."""
-    best_value: float | None = None
-    """Its value."""
-    validation_left: bool = False
-    """A signal ended the validation of this step."""
-    seconds: float = 0.0
-    """Training time over all launches."""
-    baselines: dict = field(default_factory=dict)
-    """Validation metrics of the data's own baselines."""
 
 
 def state_bytes(task: AlignmentTask) -> int:
@@ -44,10 +24,14 @@ def state_bytes(task: AlignmentTask) -> int:
 
 
 def save_state(
-    folder: Path, task: AlignmentTask, optimizer: torch.optim.Optimizer, scaler: dict | None, progress: Progress
+    folder: Path,
+    task: AlignmentTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
 ) -> None:
-    """Write `state/` into a checkpoint folder."""
-    target = folder / FOLDER
+    """Write `state/` into a checkpoint folder: `weights` and `optimizer.safetensors`, `state.json`."""
+    target = folder / STATE
     target.mkdir()
     weights = {f"online.{name}": p for name, p in task.parameters.items()}
     weights |= {f"ema.{name}": value for name, value in task.ema.average.items()}
@@ -56,55 +40,52 @@ def save_state(
         for name, parameter in task.parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(_plain(weights), target / "weights.safetensors")
-    save_file(_plain(moments), target / "optimizer.safetensors")
-    content = {"progress": asdict(progress), "scaler": scaler}
+    for file, tensors in {"weights": weights, "optimizer": moments}.items():
+        plain = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+        save_file(plain, target / f"{file}.safetensors")
+    content = {"progress": asdict(progress), "scaler": scaler.state_dict() or None}
     (target / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, task: AlignmentTask, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict | None]:
-    """Read `state/` of a checkpoint into task and optimizer; returns the counters and the loss scaler's state.
+def load_state(
+    folder: Path, task: AlignmentTask, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress:
+    """Read `state/` of a checkpoint into task, optimizer and loss scaler; returns the counters.
 
     Raises:
         CSDiffError: if a file is missing, damaged, or of another model.
     """
-    source = folder / FOLDER
+    source = folder / STATE
     try:
         weights = load_file(source / "weights.safetensors")
         moments = load_file(source / "optimizer.safetensors")
-        content = json.loads((source / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+        content = read_json(source / "state.json")
+        progress = Progress(**content["progress"])
+    except (OSError, SafetensorError, KeyError, TypeError, CSDiffError) as error:
         raise CSDiffError(
             f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give "
             "another with --resume."
         ) from error
-    expected = {f"online.{name}": tuple(p.shape) for name, p in task.parameters.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items() if name.startswith("online.")}
-    if expected != found:
-        odd = sorted(set(expected.items()) ^ set(found.items()))
-        raise CSDiffError(
-            f"Checkpoint {folder} is of another model: {odd[0][0]} of shape {list(odd[0][1])} is on one side only; "
-            "resume with the adapter and objective of that run."
-        )
-    with torch.no_grad():
-        for name, parameter in task.parameters.items():
-            parameter.copy_(weights[f"online.{name}"])
-    task.ema.load({name: weights[f"ema.{name}"] for name in task.parameters})
-    _load_moments(optimizer, task.parameters, moments)
-    return Progress(**content["progress"]), content["scaler"]
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    parts = {prefix: _part(weights, prefix) for prefix in ("online.", "ema.")}
+    expected = {name: tuple(p.shape) for name, p in task.parameters.items()}
+    for found in parts.values():
+        odd = sorted(set(expected.items()) ^ {(name, tuple(value.shape)) for name, value in found.items()})
+        if odd:
+            raise CSDiffError(
+                f"Checkpoint {folder} is of another model: {odd[0][0]} of shape {list(odd[0][1])} is on one side "
+                "only; resume with the adapter and objective of that run."
+            )
+    copy_weights(parts["online."], task.parameters)
+    copy_weights(parts["ema."], task.ema.average)
+    names = {id(parameter): name for name, parameter in task.parameters.items()}
     packed = optimizer.state_dict()
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    packed["state"] = {}
-    for index, name in enumerate(order):
-        entries = {key.rpartition("/")[2]: v for key, v in moments.items() if key.rpartition("/")[0] == name}
-        if entries:
-            packed["state"][index] = entries
+    packed["state"] = {i: entries for i, name in enumerate(order) if (entries := _part(moments, f"{name}/"))}
     optimizer.load_state_dict(packed)
+    if scaler.is_enabled() and content.get("scaler"):
+        scaler.load_state_dict(content["scaler"])
+    return progress
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

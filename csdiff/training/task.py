@@ -1,4 +1,4 @@
-"""What is trained: adapter, objective and running average, behind one `training_forward`."""
+"""What is trained: adapter, objective and running average, behind one `backward(batch)`."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,8 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from csdiff.errors import CSDiffError
-from csdiff.training.ema import EMA
+from csdiff.losses.objective import ObjectiveOutput
+from csdiff.losses.process_group import global_sum
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
+from csdiff.training.optimization import EMA
+
+DIFFUSION = "diffusion"
 
 
 class NonFinite(ArithmeticError):
@@ -154,14 +158,6 @@ class AlignmentTask:
         frozen = set() if self.embedder.image_adapter is not None else {"unpaired_image"}
         return {group: rows for group, rows in batch.items() if group not in frozen}
 
-    def training_forward(self, batch: Rows) -> Any:
-        """Loss and terms of a batch, with the whole graph.
-
-        Raises:
-            NonFinite: if embeddings or loss are not finite, on any process.
-        """
-        return self._finite_loss(self.embed(self.trained_rows(batch)), batch)
-
     def backward(
         self,
         batch: Rows,
@@ -172,7 +168,7 @@ class AlignmentTask:
         """Adds the gradient of the loss to every weight; in micro-batches where given. Returns loss and terms.
 
         Raises:
-            NonFinite: as `training_forward`; the gradients are then to be thrown away.
+            NonFinite: if embeddings or loss are not finite, on any process; the gradients are then to be thrown away.
         """
         rows = self.trained_rows(batch)
         parts = [rows] if micro_batch_size is None else split(rows, micro_batch_size)
@@ -226,3 +222,23 @@ class AlignmentTask:
         flag = torch.tensor(float(fine), device=next(self.embedder.parameters()).device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
+
+
+class DenoisingObjective(nn.Module):
+    """The objective of the diffusion prior, the slow baseline: mean of `(f(x_s, s, text) - x0)^2` over the batch.
+
+    Args:
+        group: Process group that shares the batch, or None.
+    """
+
+    uses_unpaired = uses_tokens = uses_source_text = False
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        self.group = group
+
+    def forward(self, error: Tensor) -> ObjectiveOutput:
+        """Errors (B,) of the local rows, which the adapter computes, to the mean over all processes."""
+        count = global_sum(error.new_tensor(float(len(error))), self.group)
+        loss = global_sum(error.sum(), self.group) / count
+        return ObjectiveOutput(loss, {"denoising": loss.detach()})

@@ -19,23 +19,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from csdiff.errors import CSDiffError
 from csdiff.files import disk_full, flatten
 from csdiff.options import check_options
-from csdiff.training.assembly import (
-    build_embedder,
-    build_task,
-    check_names,
-    check_objective,
-)
+from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
-from csdiff.training.denoising import DIFFUSION
-from csdiff.training.embedding import embed_dataset
-from csdiff.training.export import Exporter
-from csdiff.training.feeding import build_inputs, caches_states, check_named_encoders, open_text_side, wants_tokens
-from csdiff.training.interrupts import Interrupt
-from csdiff.training.loop import Loop, make_optimizer
+from csdiff.training.data import embed_dataset, open_data
+from csdiff.training.inputs import check_named_encoders, open_inputs, open_text_side, reads_states, wants_tokens
+from csdiff.training.loop import Loop
+from csdiff.training.optimization import make_optimizer
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
-from csdiff.training.sources import open_sources
 from csdiff.training.state import load_state
 
 # The other processes wait while the main one validates, draws and saves.
@@ -56,7 +48,8 @@ def train(config: TrainConfig) -> TrainResult:
     The output folder becomes an adapter folder with checkpoints, `metrics.jsonl` and the resolved configuration.
 
     Raises:
-        CSDiffError: on bad input, before anything is written; on a full disk; when training has broken down.
+        CSDiffError: on bad input, before anything is written; when another run is under way in the folder; on a full
+            disk; when another process has gone; when training has broken down.
         SystemExit: with 128 + signal after SIGTERM or SIGINT, once a checkpoint is written.
     """
     check_options(config)
@@ -81,7 +74,7 @@ def train(config: TrainConfig) -> TrainResult:
             if disk_full(error):
                 what = f"nothing can be added to {folder.path}"
                 raise CSDiffError(folder.checkpoints.full_message(what)) from error
-            if _lost_a_peer(error):
+            if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm")):
                 raise CSDiffError(
                     "Another process of this run has died or cannot be reached "
                     f"({' '.join(str(error).split())[:200]}): see what it said last, then start all of them again "
@@ -92,61 +85,34 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: ExitStack) -> TrainResult:
     accelerator = _accelerator(config, folder)
+    console, device = Console(accelerator.is_main_process, config.logging.progress), accelerator.device
+    _say_how_many(console, accelerator.num_processes)
     if config.batch_size < accelerator.num_processes:
         raise CSDiffError(
             f"--batch_size {config.batch_size} leaves some of the {accelerator.num_processes} processes without a "
             "row: raise it."
         )
-    if config.batch_size < 2 and config.objective not in ("mse", DIFFUSION):
-        raise CSDiffError(
-            f"--batch_size {config.batch_size}: the objective {config.objective} compares the pairs of a batch with "
-            "each other, expected at least 2."
-        )
-    console = Console(accelerator.is_main_process, config.logging.progress)
-    _say_how_many(console, accelerator.num_processes)
-
-    states, tokens = caches_states(config), wants_tokens(config) and config.data.image != "online"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        sources = open_sources(config, partial(embed_dataset, config, accelerator, states=states, tokens=tokens))
-    for warning in caught:
-        if warning.category is UserWarning:
-            console.say(f"Note: {warning.message}")
-    if config.export == "best" and sources.validation is None:
-        raise CSDiffError(
-            "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
-            "--data.validation_fraction, or --export last."
-        )
-    check_objective(config, sources)
-    check_named_encoders(config, sources)
-    text = open_text_side(config, sources, accelerator.device)
-    embedder = build_embedder(config, sources, text)
-    inputs = build_inputs(config, sources, text, embedder, accelerator.device)
-    task = build_task(config, embedder, sources, accelerator)
-    optimizer = make_optimizer(task, config)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+    states = reads_states(config) and config.data.text != "online"
+    tokens = wants_tokens(config) and config.data.image != "online"
+    with _warnings_said(console):
+        data = open_data(config, partial(embed_dataset, config, str(device), states, tokens))
+        if config.export == "best" and data.validation is None:
+            raise CSDiffError(
+                "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
+                "--data.validation_fraction, or --export last."
+            )
+        check_named_encoders(config, data)
+        text = open_text_side(config, data, device)
+        embedder = build_embedder(config, data, text)
+        inputs = open_inputs(config, data, text, embedder, device)
+    task = build_task(config, embedder, accelerator)
+    optimizer = make_optimizer(task.parameters, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     loop = Loop(config, task, optimizer, scaler, accelerator.process_index)
     if start is not None:
-        loop.progress, scaler_state = load_state(start, task, optimizer)
-        if scaler.is_enabled() and scaler_state:
-            scaler.load_state_dict(scaler_state)
-        best = loop.progress.best_step
-        if best is not None and not folder.checkpoints.path(best).is_dir():
-            if config.export == "best" and loop.progress.step >= config.max_steps:
-                raise CSDiffError(
-                    f"--export best: the best checkpoint, {folder.checkpoints.path(best)}, is not there any more: "
-                    "use --export last."
-                )
-            # Of another run, or deleted: this one has to find its own.
-            loop.progress.best_step = loop.progress.best_value = None
-        if loop.progress.step > config.max_steps:
-            raise CSDiffError(
-                f"--max_steps {config.max_steps}: {start} has {loop.progress.step} steps already; give more, or "
-                "another --output_dir."
-            )
-    interrupt = Interrupt()
-    exporter = Exporter(config, sources, task, inputs, interrupt.pause)
-    run = Run(config, accelerator, console, folder, sources, inputs, loop, exporter, interrupt)
+        loop.progress = load_state(start, task, optimizer, scaler)
+        _check_progress(config, folder, start, loop)
+    run = Run(config, accelerator, console, folder, data, inputs, loop)
     run.prepare()
 
     if accelerator.is_main_process:
@@ -155,7 +121,8 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
             stack.enter_context(folder.lock())
         folder.open(start, loop.progress.step)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers(config.logging.project, config=_plain(flatten(asdict(config))))
+    options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(asdict(config)).items()}
+    accelerator.init_trackers(config.logging.project, config=options)
     try:
         run.announce(start)
         run.go()
@@ -163,6 +130,24 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
     finally:
         accelerator.end_training()
     return TrainResult(folder.path, metrics)
+
+
+def _check_progress(config: TrainConfig, folder: RunFolder, start: Path, loop: Loop) -> None:
+    progress = loop.progress
+    if progress.step > config.max_steps:
+        raise CSDiffError(
+            f"--max_steps {config.max_steps}: {start} has {progress.step} steps already; give more, or another "
+            "--output_dir."
+        )
+    best = progress.best_step
+    if best is not None and not folder.checkpoints.path(best).is_dir():
+        if config.export == "best" and progress.step == config.max_steps:
+            raise CSDiffError(
+                f"--export best: the best checkpoint, {folder.checkpoints.path(best)}, is not there any more: use "
+                "--export last."
+            )
+        # Of another run, or deleted: this one has to find its own.
+        progress.best_step = progress.best_value = None
 
 
 @contextmanager
@@ -182,9 +167,14 @@ def _threads(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether an error of a collective says that another process has gone."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm"))
+@contextmanager
+def _warnings_said(console: Console) -> Iterator[None]:
+    """Say warnings as notes, once, rather than with the line of code that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        console.say(f"Note: {message}")
 
 
 def _say_how_many(console: Console, found: int) -> None:
@@ -207,7 +197,17 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
                 "replicas: launch with --multi_gpu (see docs/scaling.md)."
             )
     trackers = [name for name in config.logging.trackers if name != "none"]
-    _check_trackers(trackers)
+    # Accelerate leaves out in silence what is not installed.
+    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in {*LOGGER_TYPE_TO_CLASS, "all"}:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}, or none.")
+        if name not in {*ready, "all"}:
+            raise CSDiffError(
+                f"--logging.trackers {name}: its package is not installed here: install it (pip install {name}), or "
+                f"use one of those that are ({', '.join(sorted(ready)) or 'none'})."
+            )
     try:
         return Accelerator(
             # Without this, Accelerate runs every launched process on its own where there is no accelerator.
@@ -219,21 +219,3 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
         )
     except ValueError as error:
         raise CSDiffError(f"--logging.trackers {config.logging.trackers}: {error}") from error
-
-
-def _check_trackers(names: list[str]) -> None:
-    """Refuse trackers that do not exist, and those without their package, which Accelerate leaves out in silence."""
-    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    for name in names:
-        if name not in {*LOGGER_TYPE_TO_CLASS, "all"}:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}, or none.")
-        if name not in {*ready, "all"}:
-            raise CSDiffError(
-                f"--logging.trackers {name}: its package is not installed here: install it (pip install {name}), or "
-                f"use one of those that are ({', '.join(sorted(ready)) or 'none'})."
-            )
-
-
-def _plain(flat: dict) -> dict:
-    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat.items()}

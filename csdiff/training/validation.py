@@ -1,6 +1,7 @@
 """How good the adapter is on held-out pairs, during training."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -8,10 +9,9 @@ from torch import Tensor
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_metrics
 from csdiff.evaluation.embedding_metrics import embedding_metrics
+from csdiff.evaluation.metrics import metric
 from csdiff.files import flatten
 from csdiff.training.task import AlignmentTask
-
-_LOWER_IS_BETTER = ("gap", "distance", "divergence", "median_rank")
 
 
 class Validator:
@@ -19,15 +19,13 @@ class Validator:
 
     Args:
         batches: Held-out rows, prepared for the embedder, on its device.
-        metric: Dotted key of the metric that tells the best checkpoint.
-        mode: `max`, `min`, or `auto` by the metric's name.
+        key: Dotted key of the metric that tells the best checkpoint.
+        mode: `max`, `min`, or `auto` by the table of metrics, which says of a few that neither is better: then `max`.
         pause: Called between blocks of rows; may raise.
     """
 
-    def __init__(self, batches: list[dict], metric: str, mode: str = "auto", pause: Callable[[], None] = lambda: None):
-        self.batches, self.metric, self.pause = batches, metric, pause
-        lower = mode == "min" or (mode == "auto" and any(word in metric for word in _LOWER_IS_BETTER))
-        self.sign = -1.0 if lower else 1.0
+    def __init__(self, batches: list[dict], key: str, mode: str = "auto", pause: Callable[[], None] = lambda: None):
+        self.batches, self.metric, self.mode, self.pause = batches, key, mode, pause
         self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
         texts = [rows.get("text_embeds") for rows in batches]
         self.text = None if texts[0] is None else torch.cat(texts).float()
@@ -58,9 +56,8 @@ class Validator:
         """Metrics of raw text, mean shift and ridge on the same rows."""
         if self.text is None:
             return {}
-        return baseline_metrics(
-            train_text.to(self.image.device), train_image.to(self.image.device), self.text, self.image
-        )
+        device = self.image.device
+        return baseline_metrics(train_text.to(device), train_image.to(device), self.text, self.image)
 
     def value(self, metrics: dict) -> float | None:
         """The metric that decides, or None where it could not be measured.
@@ -77,4 +74,11 @@ class Validator:
 
     def better(self, value: float | None, best: float | None) -> bool:
         """Whether a value beats the best so far."""
-        return value is not None and (best is None or self.sign * value > self.sign * best)
+        return value is not None and (best is None or self._loss(value) < self._loss(best))
+
+    def _loss(self, value: float) -> float:
+        """How bad a value is."""
+        with suppress(KeyError, ValueError):
+            if self.mode == "auto":
+                return metric(self.metric).loss(value)
+        return value if self.mode == "min" else -value

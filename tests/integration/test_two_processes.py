@@ -15,20 +15,20 @@ def gradients_of_a_batch(store, output, micro, changes):
     """The gradient of the first global batch, after whatever averaging there is; written by the main process."""
     from accelerate import Accelerator
 
-    from csdiff.training.assembly import build_embedder, build_task
-    from csdiff.training.feeding import build_inputs, open_text_side
-    from csdiff.training.sources import open_sources
+    from csdiff.training.build import build_embedder, build_task
+    from csdiff.training.data import open_data
+    from csdiff.training.inputs import open_inputs, open_text_side
 
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
     made.adapter_options["dropout"] = 0.0
-    sources = open_sources(made, None)
-    text = open_text_side(made, sources, accelerator.device)
-    embedder = build_embedder(made, sources, text)
-    inputs = build_inputs(made, sources, text, embedder, accelerator.device)
-    task = build_task(made, embedder, sources, accelerator)
+    data = open_data(made, None)
+    text = open_text_side(made, data, accelerator.device)
+    embedder = build_embedder(made, data, text)
+    inputs = open_inputs(made, data, text, embedder, accelerator.device)
+    task = build_task(made, embedder, accelerator)
     rank, size = accelerator.process_index, accelerator.num_processes
-    batch = {"pairs": next(inputs.batches("pairs", sources.train, 25, 0, rank, size, 0))}
+    batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, rank, size, 0))}
     output_of = task.backward(inputs.prepare(batch), micro)
     task.average_gradients()
     found = {name: p.grad for name, p in task.parameters.items()} | {"loss": output_of.loss.detach().reshape(1)}

@@ -106,7 +106,7 @@ def test_a_batch_larger_than_the_pictures(tmp_path):
     store = tmp_path / "store"
     write_store(store, text_embeds=rows, image_embeds=rows.flip(0), image_ids=[str(row // 4) for row in range(20)])
     made = training_runs.config(store, tmp_path / "out", batch_size=8, max_steps=1, **{"data.validation_fraction": 0})
-    refused(made, "--batch_size 8", "5 pictures", "--data.one_caption_per_image false")
+    refused(made, "--batch_size 8", "5 images", "--data.one_caption_per_image false")
     made.data.one_caption_per_image = False
     train(made)
 

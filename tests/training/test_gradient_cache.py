@@ -5,9 +5,8 @@ import torch
 
 from csdiff.adapters.registry import build_adapter
 from csdiff.losses.registry import build_objective
-from csdiff.training.denoising import DenoisingObjective
 from csdiff.training.gradient_cache import cached_gradients, split
-from csdiff.training.task import AlignmentTask, Embedder
+from csdiff.training.task import AlignmentTask, DenoisingObjective, Embedder
 
 ROWS, TEXT, IMAGE, LENGTH, STATES = 37, 12, 16, 6, 10
 TOKENS = "with tokens"

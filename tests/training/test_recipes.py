@@ -13,7 +13,7 @@ from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
 from csdiff.training.config import TrainConfig
 
-RECIPES = ["tiny", "embeddings", "retrieval", "cpu", "one-gpu", "eight-gpus"]
+RECIPES = ["tiny", "embeddings", "captions", "regression", "retrieval", "cpu", "one-gpu", "eight-gpus"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
 

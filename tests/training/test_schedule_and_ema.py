@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from csdiff.training.config import ScheduleConfig
-from csdiff.training.ema import EMA
-from csdiff.training.schedule import learning_rate_factor, warmup_steps
+from csdiff.training.optimization import EMA, learning_rate_factor
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
@@ -22,8 +21,9 @@ def test_warms_up_to_the_peak_and_ends_low(name):
 
 
 def test_default_warmup():
-    assert warmup_steps(ScheduleConfig(), 2000) == 100
-    assert warmup_steps(ScheduleConfig(), 10**6) == 500
+    for max_steps, warmup in ((2000, 100), (10**6, 500)):
+        assert learning_rate_factor(ScheduleConfig(), warmup - 2, max_steps) < 1
+        assert learning_rate_factor(ScheduleConfig(), warmup - 1, max_steps) == 1
     assert learning_rate_factor(ScheduleConfig(), 0, 1) == 1
 
 

@@ -9,7 +9,6 @@ import signal
 import pytest
 import torch
 import training_runs
-from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_plain_store
 
@@ -18,7 +17,6 @@ from csdiff.embeddings import load_text_encoder, write_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
 from csdiff.training.run_folder import Checkpoints
-from csdiff.training.samples import draw_sheet
 from csdiff.training.validation import Validator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
@@ -40,12 +38,12 @@ def norm_store(tiny_clip, tmp_path_factory):
 
 
 def test_leaves_a_complete_adapter_folder(plain_store, tmp_path):
-    made = training_runs.config(plain_store, tmp_path, **{"logging.trackers": ["tensorboard"], "logging.curves": True})
+    made = training_runs.config(plain_store, tmp_path, **{"logging.trackers": ["tensorboard"]})
     result = train(made)
     assert result.adapter_dir == tmp_path
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "csdiff.json", "README.md", "diffusion_pytorch_model.safetensors"} <= names
-    assert {"training.yaml", "metrics.jsonl", "curves.png", "checkpoints", "online", "logs"} <= names
+    assert {"training.yaml", "metrics.jsonl", "checkpoints", "online", "logs"} <= names
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
     store = EmbeddingStore.open(plain_store)
     text = store.read(range(8))["text_embeds"]
@@ -210,26 +208,10 @@ def test_pictures_of_prompts_at_validation(pooled_store, tiny_decoder, tmp_path)
     (decoder / "unet" / "config.json").write_text(json.dumps({**unet, "sample_size": 8}))
     made = training_runs.config(pooled_store, tmp_path / "out", max_steps=2, batch_size=16)
     made.validation.every, made.validation.decoder, made.validation.prompts = 0, str(decoder), ["a thing", "another"]
-    made.logging.curves = True
+    made.logging.trackers = ["tensorboard"]
     train(made)
     assert len(list((tmp_path / "out" / "pictures" / "step-00000002").glob("*.png"))) == 2
-    with Image.open(tmp_path / "out" / "samples.png") as sheet:
-        one = sheet.height
-    pictures = tmp_path / "out" / "pictures"
-    shutil.copytree(pictures / "step-00000002", pictures / "step-00000003")
-    draw_sheet(tmp_path / "out", made.validation.prompts, made.seed)
-    with Image.open(tmp_path / "out" / "samples.png") as sheet:
-        assert sheet.height > one
-        assert min(band[0] for band in sheet.getextrema()) == 0
-
-
-def test_curves_that_cannot_be_drawn_stop_nothing(plain_store, tmp_path, capsys):
-    (tmp_path / "curves.png").mkdir()
-    changes = {"logging.curves": True, "logging.trackers": ["none"]}
-    train(training_runs.config(plain_store, tmp_path, max_steps=2, **changes))
-    assert "curves.png could not be drawn" in capsys.readouterr().out
-    assert (tmp_path / "config.json").is_file()
-    assert not (tmp_path / "logs").exists()
+    assert list((tmp_path / "out" / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ def config(store, output, **changes) -> TrainConfig:
     made.data.train = str(store)
     made.adapter_options = {"width": 16, "num_layers": 1, "dropout": 0.2}
     made.checkpoint.every, made.validation.every, made.logging.every = 4, 5, 1
-    made.logging.progress = made.logging.curves = False
+    made.logging.progress = False
     made.logging.trackers = []
     for name, value in changes.items():
         *sections, option = name.split(".")

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: adapter, objective, task, inputs."""
+"""From a configuration and its data to what is trained: adapter, objective, task."""
 
 from functools import partial
 
@@ -11,19 +11,18 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
 from csdiff.errors import CSDiffError
-from csdiff.losses.registry import OBJECTIVES, build_objective
+from csdiff.losses.registry import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
-from csdiff.training.denoising import DIFFUSION, DenoisingObjective
-from csdiff.training.feeding import TextSide
-from csdiff.training.recipe import run_options
-from csdiff.training.sources import Sources
-from csdiff.training.task import AlignmentTask, Embedder
+from csdiff.training.data import TrainingData
+from csdiff.training.inputs import TextSide, wants_tokens
+from csdiff.training.task import DIFFUSION, AlignmentTask, DenoisingObjective, Embedder
 
 _FIT_ROWS = 200_000
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse unknown adapters and objectives before any data is opened."""
+    """Refuse unknown adapters and objectives, and those that do not go together, before any data is opened."""
     for option, name, known in (
         ("adapter", config.adapter, ADAPTERS),
         ("image_adapter", config.image_adapter, ADAPTERS),
@@ -36,27 +35,46 @@ def check_names(config: TrainConfig) -> None:
             f"--adapter {config.adapter} and --objective {config.objective} do not go together: the objective "
             f"{DIFFUSION} trains the adapter diffusion, and nothing else does."
         )
+    if config.objective == DIFFUSION and config.objective_options:
+        raise CSDiffError(f"--objective_options: {DIFFUSION} takes none, found {sorted(config.objective_options)}.")
+    if config.batch_size < 2 and config.objective not in ("mse", DIFFUSION):
+        raise CSDiffError(
+            f"--batch_size {config.batch_size}: the objective {config.objective} compares the pairs of a batch with "
+            "each other, expected at least 2."
+        )
+    able = [name for name, objective in OBJECTIVES.items() if objective.uses_unpaired]
+    for name in ("unpaired_text", "unpaired_image"):
+        if getattr(config.data, name) is not None and config.objective not in able:
+            raise CSDiffError(
+                f"--data.{name}: the objective {config.objective} has no term for unpaired data; use "
+                f"{', '.join(sorted(able))}, or leave it out."
+            )
 
 
-def build_embedder(config: TrainConfig, sources: Sources, text: TextSide) -> Embedder:
+def all_objective_options(config: TrainConfig) -> dict:
+    """Every option of the objective with the value that the run trains with: as given, else its default."""
+    if config.objective == DIFFUSION:
+        return {}
+    options = {**objective_options(config.objective), **config.objective_options}
+    # Without tokens the term is left out, whatever its default weight.
+    return options | ({"token_weight": 0.0} if "token_weight" in options and not wants_tokens(config) else {})
+
+
+def build_embedder(config: TrainConfig, data: TrainingData, text: TextSide) -> Embedder:
     """Adapter (and image adapter) with the statistics of the training data, at its starting point."""
     torch.manual_seed(config.seed)
-    store = sources.store
+    image, text_statistics = (data.train.statistics(f"{side}_embeds") for side in ("image", "text"))
     options = {**text.adapter_options(config), **config.adapter_options}
-    adapter = _build(config.adapter, "adapter_options", options, store.image_dim, store.text_dim)
-    image = sources.train.statistics("image_embeds")
-    text_statistics = sources.train.statistics("text_embeds")
+    adapter = _build(config.adapter, "adapter_options", options, data.store.image_dim, data.store.text_dim)
     adapter.set_statistics(image.mean, image.std, text_statistics.mean, text_statistics.std)
-    _start(adapter, config, sources)
+    _start(adapter, config, data)
     image_adapter = None
     if config.image_adapter is not None:
-        options = config.image_adapter_options
-        image_adapter = _build(
-            config.image_adapter, "image_adapter_options", options, store.image_dim, store.image_dim
-        )
+        dims = data.store.image_dim, data.store.image_dim
+        image_adapter = _build(config.image_adapter, "image_adapter_options", config.image_adapter_options, *dims)
         image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
-    for part in (adapter, image_adapter):
-        if part is not None and config.gradient_checkpointing:
+    for part in filter(None, (adapter, image_adapter)):
+        if config.gradient_checkpointing:
             if not part._supports_gradient_checkpointing:
                 raise CSDiffError(
                     f"--gradient_checkpointing: {type(part).__name__} does not support it, switch it off."
@@ -76,23 +94,21 @@ def _build(name: str, option: str, options: dict, embedding_dim: int, text_dim: 
         raise CSDiffError(f"--{option}: {error}") from error
 
 
-def _start(adapter: Adapter, config: TrainConfig, sources: Sources) -> None:
+def _start(adapter: Adapter, config: TrainConfig, data: TrainingData) -> None:
     """Begin at a closed-form map fitted on the training pairs, or at the weights of an adapter folder."""
     begin = config.init_from
     if isinstance(adapter, LinearAdapter):
         begin = begin or adapter.config.method
-    if begin is None and adapter.config.text_dim != adapter.config.embedding_dim and can_start(adapter):
+    # Between spaces of two widths nothing is near the identity; adapters that can begin at a linear map do.
+    can_start = type(adapter).init_from is not Adapter.init_from
+    if begin is None and adapter.config.text_dim != adapter.config.embedding_dim and can_start:
         begin = "ridge"
     if begin is None:
         return
     if begin in METHODS:
-        fitted = LinearAdapter.fit(sources.train.sample(_FIT_ROWS), begin, calibrate=False)
-        if isinstance(adapter, LinearAdapter):
-            adapter.load_state_dict(fitted.state_dict())
-        else:
-            adapter.init_from(fitted)
-        return
-    given = AutoAdapter.from_pretrained(begin)
+        given = LinearAdapter.fit(data.train.sample(_FIT_ROWS), begin, calibrate=False)
+    else:
+        given = AutoAdapter.from_pretrained(begin)
     if isinstance(given, LinearAdapter) and not isinstance(adapter, LinearAdapter):
         adapter.init_from(given)
         return
@@ -106,18 +122,13 @@ def _start(adapter: Adapter, config: TrainConfig, sources: Sources) -> None:
     adapter.load_state_dict(given.state_dict())
 
 
-def can_start(adapter: Adapter) -> bool:
-    """Whether an adapter can begin at a linear map."""
-    return type(adapter).init_from is not Adapter.init_from
-
-
-def build_task(config: TrainConfig, embedder: Embedder, sources: Sources, accelerator: Accelerator) -> AlignmentTask:
+def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator) -> AlignmentTask:
     """The task on the device, for the processes there are."""
+    device, precision = accelerator.device, config.mixed_precision
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
-    objective = _objective(config, sources, group)
-    embedder.to(accelerator.device)
-    objective.to(accelerator.device).train()
-    task = AlignmentTask(embedder, objective, config.ema.decay, autocast_of(config, accelerator.device), group)
+    objective = _objective(config, group).to(device).train()
+    autocast = partial(torch.autocast, device.type, dtype=_DTYPES[precision], enabled=precision != "no")
+    task = AlignmentTask(embedder.to(device), objective, config.ema.decay, autocast, group)
     if not task.parameters:
         raise CSDiffError(f"--adapter {config.adapter} has no weights to train.")
     if config.compile:
@@ -125,34 +136,10 @@ def build_task(config: TrainConfig, embedder: Embedder, sources: Sources, accele
     return task
 
 
-def _objective(config: TrainConfig, sources: Sources, group: dist.ProcessGroup | None) -> nn.Module:
+def _objective(config: TrainConfig, group: dist.ProcessGroup | None) -> nn.Module:
     if config.objective == DIFFUSION:
-        if config.objective_options:
-            raise CSDiffError(
-                f"--objective_options: {DIFFUSION} takes none, found {sorted(config.objective_options)}."
-            )
         return DenoisingObjective(group)
     try:
-        return build_objective(config.objective, **run_options(config, sources), group=group)
+        return build_objective(config.objective, **all_objective_options(config), group=group)
     except (ValueError, TypeError) as error:
         raise CSDiffError(f"--objective_options: {error}") from error
-
-
-def autocast_of(config: TrainConfig, device: torch.device):
-    """Context factory of the computation type."""
-    types = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return partial(
-        torch.autocast, device.type, dtype=types[config.mixed_precision], enabled=config.mixed_precision != "no"
-    )
-
-
-def check_objective(config: TrainConfig, sources: Sources) -> None:
-    """Refuse data that the objective would ignore."""
-    cls = OBJECTIVES.get(config.objective, DenoisingObjective)
-    for name in ("unpaired_text", "unpaired_image"):
-        if getattr(sources, name) is not None and not cls.uses_unpaired:
-            able = sorted(known for known, c in OBJECTIVES.items() if c.uses_unpaired)
-            raise CSDiffError(
-                f"--data.{name}: the objective {config.objective} has no term for unpaired data; use "
-                f"{', '.join(able)}, or leave it out."
-            )
