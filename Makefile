@@ -46,7 +46,7 @@ bench: setup ## Run the benchmarks in their quick form and print their tables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	for script in losses prior store training; do $(BIN)/python benchmarks/$$script.py --quick || exit 1; done
 
-assets: setup ## Rebuild everything in assets/ from its public sources (hours on a CPU)
+assets: setup ## Rebuild everything in assets/ from its public sources (a quarter of an hour on a GPU, days on a CPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[assets]"
 	$(BIN)/python scripts/build_assets.py
 

@@ -2,10 +2,11 @@
 
 Emoji in four drawing styles, 128x128 on white, with several captions each, in three parquet files that
 ``datasets.load_dataset("parquet", data_files=...)`` reads with pictures decoded. The same package versions give
-the same bytes.
+the same bytes. Five further sets of the same concepts, which only the shipped models are trained on, go to a fourth
+file outside `assets/`.
 
     npm ci --prefix scripts            # fetches the pinned sources into scripts/node_modules
-    python scripts/build_dataset.py    # writes assets/data/{train,combination,concept}.parquet
+    python scripts/build_dataset.py    # writes assets/data/*.parquet and build/assets/further.parquet
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ CONCEPT_SHARE = 0.05
 # style name in captions -> npm package (Iconify icon sets are SVG; the 3d set is rendered webp)
 ICON_SETS = {"noto": "noto", "twemoji": "twemoji", "flat": "fluent-emoji-flat"}
 STYLES = (*ICON_SETS, "3d")
+# Further style -> npm package, and the styles above of which it is an older or shaded version: what is held out there
+# is left out here as well.
+FURTHER_SETS = {
+    "emojione": ("emojione", ("twemoji",)),
+    "fluent": ("fluent-emoji", ("3d", "flat")),
+    "blob": ("noto-v1", ("noto",)),
+    "firefox": ("fxemoji", ()),
+    "streamline": ("streamline-emojis", ()),
+}
 # Emojibase groups left out: 2 = skin-tone and hair components; 9 = flags, which two of the four styles do not draw.
 EXCLUDED_GROUPS = {2, 9}
 
@@ -82,9 +92,10 @@ class IconSet:
         if name is None:
             return None
         name = self.icons.get("aliases", {}).get(name, {}).get("parent", name)
-        icon = self.icons["icons"].get(name)
-        if icon is None:
-            return None
+        return self.draw(name) if name in self.icons["icons"] else None
+
+    def draw(self, name: str) -> Image.Image:
+        icon = self.icons["icons"][name]
         width = icon.get("width", self.icons.get("width", 16))
         height = icon.get("height", self.icons.get("height", 16))
         svg = (
@@ -165,7 +176,41 @@ def write_parquet(rows: list[dict], path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", row_group_size=500)
 
 
-def build(sources: Path, output: Path) -> dict[str, int]:
+def make_row(picture: bytes, concept: str, entry: dict, style: str, split: str) -> dict:
+    return {
+        "image": {"bytes": picture, "path": f"{style}/{concept}.webp"},
+        "captions": make_captions(entry["label"], entry["tags"], style),
+        "label": entry["label"],
+        "style": style,
+        "concept": concept,
+        "group": entry["group"],
+        "split": split,
+    }
+
+
+def further_rows(sources: Path, concepts: dict[str, dict], splits: dict[tuple[str, str], str]) -> list[dict]:
+    """The further sets, whose icons are known by name only, without any held-out concept or near twin."""
+
+    def letters(name: str) -> str:
+        return "".join(c for c in name.lower() if c.isascii() and c.isalnum())
+
+    known = {concept for concept, _ in splits}
+    by_name = {letters(concepts[concept]["label"]): concept for concept in sorted(known)}
+    held_out = {concept for (concept, _), split in splits.items() if split == "concept"}
+    rows = []
+    for style, (package, twins) in FURTHER_SETS.items():
+        icons = IconSet(sources / "@iconify-json" / package)
+        for name, icon in icons.icons["icons"].items():
+            concept = by_name.get(letters(name))
+            twin_held_out = any(splits.get((concept, twin)) == "combination" for twin in twins)
+            if concept is None or concept in held_out or twin_held_out or icon.get("hidden"):
+                continue
+            data = webp_bytes(on_white(icons.draw(name)))
+            rows.append(make_row(data, concept, concepts[concept], style, "further"))
+    return rows
+
+
+def build(sources: Path, output: Path, further: Path) -> dict[Path, int]:
     concepts = load_concepts(sources)
     renderers = {style: IconSet(sources / "@iconify-json" / package) for style, package in ICON_SETS.items()}
     renderers["3d"] = WebpSet(sources / "@lobehub/fluent-emoji-3d")
@@ -180,35 +225,26 @@ def build(sources: Path, output: Path) -> dict[str, int]:
     splits = assign_splits(styles_by_concept)
     rows: dict[str, list[dict]] = {"train": [], "combination": [], "concept": []}
     for (concept, style), data in pictures.items():
-        entry = concepts[concept]
         split = splits[concept, style]
-        rows[split].append(
-            {
-                "image": {"bytes": data, "path": f"{style}/{concept}.webp"},
-                "captions": make_captions(entry["label"], entry["tags"], style),
-                "label": entry["label"],
-                "style": style,
-                "concept": concept,
-                "group": entry["group"],
-                "split": split,
-            }
-        )
-    for split, split_rows in rows.items():
-        write_parquet(split_rows, output / f"{split}.parquet")
-    print("pictures by style:", dict(Counter(style for _, style in pictures)))
-    return {split: len(split_rows) for split, split_rows in rows.items()}
+        rows[split].append(make_row(data, concept, concepts[concept], style, split))
+    files = {output / f"{split}.parquet": split_rows for split, split_rows in rows.items()}
+    files[further] = further_rows(sources, concepts, splits)
+    for path, file_rows in files.items():
+        write_parquet(file_rows, path)
+    counts = Counter(row["style"] for file_rows in files.values() for row in file_rows)
+    print("pictures by style:", dict(counts))
+    return {path: len(file_rows) for path, file_rows in files.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, default=ROOT / "scripts/node_modules", help="folder of npm packages")
     parser.add_argument("--output", type=Path, default=ROOT / "assets/data", help="where the parquet files go")
+    parser.add_argument("--further", type=Path, default=ROOT / "build/assets/further.parquet", help="the fourth file")
     arguments = parser.parse_args()
-    counts = build(arguments.sources, arguments.output)
-    for split in counts:
-        path = arguments.output / f"{split}.parquet"
+    for path, count in build(arguments.sources, arguments.output, arguments.further).items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        print(f"{split}: {counts[split]} pictures, {path.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
+        print(f"{path.name}: {count} pictures, {path.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,28 @@
-"""Train the shipped autoencoder (a diffusers ``VQModel``, factor 8) on the train pictures.
+"""Train the shipped autoencoder: a diffusers ``VQModel``, factor 8, eight latent channels.
 
-The codebook is not used: Kandinsky 2.2 decodes with ``force_not_quantize=True``, so the latents stay continuous.
-They are kept at unit variance by a batch normalisation that is folded into the two 1x1 convolutions around it at
-the end, because the pipeline applies no scaling factor of its own. Noise on the latents makes the decoder forgive
-the small errors of a diffusion model. Most steps see 64x64 crops (a quarter of the cost, all of the texture); the
-last fifth sees whole pictures.
+The codebook is not used: Kandinsky 2.2 decodes with ``force_not_quantize=True``, so the latents stay continuous. They
+are kept at unit variance by a batch normalisation that is folded into the two 1x1 convolutions around it at the end,
+because the pipeline applies no scaling factor of its own. Noise on the latents makes the decoder forgive the small
+errors of a diffusion model. Mirrored images are no mistake here: an autoencoder names nothing.
 
-    python scripts/train_autoencoder.py --output build/autoencoder
+    python scripts/train_autoencoder.py    # after build_dataset.py; writes build/assets/autoencoder/movq
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checkpoint import load, save
 from diffusers import VQModel
-from pictures import load_pictures
-from torch import nn
+from efficientnet import PerceptualLoss
+from images import SPLITS, load_split, load_training
+from loop import DEVICE, Loop, indices, parse_arguments
+from torch import Tensor, nn
 
+LATENT_CHANNELS = 8
 LATENT_NOISE = 0.1
+PERCEPTUAL_WEIGHT = 0.15
 
 
 def build_autoencoder() -> VQModel:
@@ -34,24 +32,17 @@ def build_autoencoder() -> VQModel:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         # The full-resolution level decides the cost, so it is narrow.
-        block_out_channels=(16, 32, 64, 128),
+        block_out_channels=(32, 64, 128, 128),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        vq_embed_dim=4,
+        vq_embed_dim=LATENT_CHANNELS,
         num_vq_embeddings=16,
         mid_block_add_attention=False,
     )
 
 
-def reconstruct(model: VQModel, whitening: nn.BatchNorm2d, pixels: torch.Tensor, noise: float) -> torch.Tensor:
-    latents = whitening(model.quant_conv(model.encoder(pixels)))
-    if noise:
-        latents = latents + noise * torch.randn_like(latents)
-    return model.decoder(model.post_quant_conv(latents))
-
-
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 + 4 MSE, half the L1 between the image gradients, which keeps outlines sharp, and the L1 between 4x4 means,
     which keeps flat colours true (without it saturated greens fade to grey).
     """
@@ -61,81 +52,68 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return difference.abs().mean() + 4 * difference.square().mean() + 0.5 * edges + colours
 
 
-def fold_whitening(model: VQModel, whitening: nn.BatchNorm2d) -> None:
-    """Make `quant_conv` emit unit-variance latents, as the model itself without the batch normalisation."""
+@torch.no_grad()
+def fold_whitening(model: VQModel, whitening: nn.BatchNorm2d, pixels: Tensor) -> None:
+    """Make `quant_conv` emit unit-variance latents: statistics of `pixels` under the final weights, folded in."""
+    whitening.reset_running_stats()
+    whitening.momentum = None
+    whitening.train()
+    for chunk in pixels.split(128):
+        whitening(model.quant_conv(model.encoder(chunk.float() / 127.5 - 1)))
+    whitening.eval()
     scale = (whitening.running_var + whitening.eps).rsqrt()
-    with torch.no_grad():
-        model.quant_conv.weight.mul_(scale[:, None, None, None])
-        model.quant_conv.bias.sub_(whitening.running_mean).mul_(scale)
-
-
-def sample_batch(pixels: torch.Tensor, batch: int, crop: int, generator: torch.Generator) -> torch.Tensor:
-    index = torch.randint(len(pixels), (batch,), generator=generator)
-    top, left = torch.randint(0, 128 - crop + 1, (2, batch), generator=generator).tolist()
-    crops = [pixels[i, :, t : t + crop, x : x + crop] for i, t, x in zip(index, top, left, strict=True)]
-    views = torch.stack(crops).float().div(127.5).sub(1)
-    flip = torch.rand(batch, generator=generator) < 0.5
-    return torch.where(flip[:, None, None, None], views.flip(-1), views)
+    model.quant_conv.weight.mul_(scale[:, None, None, None])
+    model.quant_conv.bias.sub_(whitening.running_mean).mul_(scale)
 
 
 @torch.no_grad()
-def psnr(model: VQModel, pixels: torch.Tensor) -> float:
-    """Mean over pictures of 10 log10(1 / MSE), pixels in [0, 1], by the public encode / decode calls."""
+def psnr(model: VQModel, pixels: Tensor) -> dict[str, float]:
+    """Mean over images of 10 log10(1 / MSE), pixels in [0, 1], by the public encode / decode calls; its error."""
     values = []
     for chunk in pixels.split(32):
-        target = chunk.float().div(255)
+        target = chunk.to(model.device).float().div(255)
         latents = model.encode(target * 2 - 1).latents
         output = model.decode(latents, force_not_quantize=True).sample.add(1).div(2).clamp(0, 1)
         values.append(-10 * (output - target).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10())
-    return torch.cat(values).mean().item()
+    found = torch.cat(values)
+    return {"mean": found.mean().item(), "error": found.std().item() / len(found) ** 0.5}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/autoencoder"))
-    parser.add_argument("--steps", type=int, default=6200)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    options = parse_arguments(__doc__, "autoencoder", steps=1650, batch=64)
+    pixels = load_training(options.further, options.every, DEVICE).pixels
+    torch.manual_seed(options.seed)
+    model = build_autoencoder().to(DEVICE, memory_format=torch.channels_last)
+    model.quantize.requires_grad_(False)
+    whitening = nn.BatchNorm2d(LATENT_CHANNELS, affine=False, momentum=0.02).to(DEVICE)
+    perceptual = PerceptualLoss()
 
-    torch.manual_seed(arguments.seed)
-    model = build_autoencoder()
-    whitening = nn.BatchNorm2d(4, affine=False, momentum=0.02)
-    # The codebook takes no part in the reconstruction.
-    parameters = [p for name, p in model.named_parameters() if not name.startswith("quantize.")]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    modules = {"model": model, "whitening": whitening}
-    step = load(arguments.output / "checkpoint", modules, optimizer)
-    pixels = load_pictures("train").pixels
-    warm_up, whole_from = 100, int(0.85 * arguments.steps)
-    started, running = time.time(), 0.0
-    while step < arguments.steps:
-        generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + step)
-        torch.manual_seed(arguments.seed * 1_000_003 + step)
-        progress = step / arguments.steps
-        rate = min(1, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * rate
-        crop, batch = (64, arguments.batch) if step < whole_from else (128, max(1, arguments.batch // 4))
-        target = sample_batch(pixels, batch, crop, generator)
-        loss = reconstruction_loss(reconstruct(model, whitening, target, LATENT_NOISE), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step} loss {running:.4f} lr {group['lr']:.2e} {time.time() - started:.0f} s", flush=True)
-        if step % 500 == 0 or step == arguments.steps:
-            save(arguments.output / "checkpoint", step, modules, optimizer)
-    fold_whitening(model, whitening)
-    model.eval().save_pretrained(arguments.output / "movq")
-    figures = {f"psnr_{split}": psnr(model, load_pictures(split).pixels[:540]) for split in ("combination", "concept")}
-    figures["parameters"] = sum(p.numel() for p in model.parameters())
-    (arguments.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures))
+    def losses() -> dict[str, Tensor]:
+        target = pixels[indices(len(pixels), options.batch)].float() / 127.5 - 1
+        mirrored = torch.rand(options.batch, device=DEVICE) < 0.5
+        target = torch.where(mirrored[:, None, None, None], target.flip(-1), target)
+        target = target.contiguous(memory_format=torch.channels_last)
+        latents = whitening(model.quant_conv(model.encoder(target)).float())
+        latents = latents + LATENT_NOISE * torch.randn_like(latents)
+        output = model.decoder(model.post_quant_conv(latents)).float()
+        return {"pixels": reconstruction_loss(output, target), "perceptual": perceptual(output, target)}
+
+    Loop(
+        {"model": model, "whitening": whitening},
+        losses,
+        options.output,
+        steps=options.steps,
+        learning_rate=1e-3,
+        decay=0.9,
+        weight_decay=1e-4,
+        betas=(0.9, 0.98),
+        ema=0.998,
+        weights={"perceptual": PERCEPTUAL_WEIGHT},
+        seed=options.seed,
+    ).run()
+    fold_whitening(model, whitening, pixels[torch.randperm(len(pixels))[:2048].to(DEVICE)])
+    model.half().save_pretrained(options.output / "movq")
+    print(json.dumps({s: psnr(model.float(), load_split(s, options.every).pixels) for s in SPLITS[1:]}))
 
 
 if __name__ == "__main__":
