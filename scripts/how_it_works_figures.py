@@ -121,7 +121,7 @@ def denoise(embeds: dict[str, Tensor], show: tuple[int, ...], steps: int = 25) -
         return inputs
 
     decoder(
-        **embeds, height=128, width=128, num_inference_steps=steps, guidance_scale=2.0,
+        **embeds, height=128, width=128, num_inference_steps=steps, guidance_scale=3.0,
         generator=torch.Generator().manual_seed(0), output_type="latent", callback_on_step_end=keep,
     )  # fmt: skip
     with torch.inference_mode():

@@ -34,8 +34,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from csdiff import AutoAdapter
 from csdiff.embeddings import load_image_encoder, load_text_encoder
-from csdiff.evaluation.concepts import concept_rate
-from csdiff.evaluation.embedding_metrics import baseline_metrics, embedding_metrics
+from csdiff.evaluation import baseline_metrics, concept_rate, embedding_metrics
 
 PARTS = ("clip", "decoder", "adapter", "text")
 JUDGES = {"tiny-clip": 5, "efficientnet-lite0": 10, "efficientnet-lite1": 10}
@@ -218,24 +217,23 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=BUILD / "measured", help="where drawn images are kept")
     arguments = parser.parse_args()
     path = ASSETS / "figures.json"
-    figures = json.loads(path.read_text()) if path.is_file() else {}
     splits = {split: load_split(split) for split in SPLITS}
     train = splits["train"]
     chosen = {split: choose(splits[split], arguments.images, train) for split in ("combination", "train")}
     kept = Kept(arguments.build)
     judges = Judges(train, chosen["train"], kept)
-    figures["images"] = {split: len(images) for split, images in splits.items()}
+    measure = {
+        "clip": lambda: measure_clip(splits),
+        "decoder": lambda: measure_decoder(splits, chosen["combination"], judges, kept),
+        "adapter": lambda: measure_adapter(splits),
+        "text": lambda: measure_text(splits, chosen, judges, kept),
+    }
     for part in arguments.parts:
-        if part == "clip":
-            figures[part] = measure_clip(splits)
-        elif part == "decoder":
-            figures[part] = measure_decoder(splits, chosen["combination"], judges, kept)
-        elif part == "adapter":
-            figures[part] = measure_adapter(splits)
-        else:
-            figures["from_text"] = measure_text(splits, chosen, judges, kept)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+        found = {part: measure[part](), "images": {split: len(images) for split, images in splits.items()}}
+        print(json.dumps(found, indent=2), flush=True)
+        # Read again each time, so that parts can be measured side by side.
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(figures | found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from csdiff.app.tasks import updates
 from csdiff.app.theme import status
 from csdiff.errors import CSDiffError
 
-EXAMPLES = ("a red apple, 3d style", "a yellow duck", "a purple flower, flat style", "a grinning cat")
+# Of the sixteen of docs/pictures.md, four where raw text, ridge and adapter visibly differ.
+EXAMPLES = (
+    "a sunflower in a pot, 3d style",
+    "a snowman with a hat, flat style",
+    "one shiny purple heart, 3d style",
+    "a sailing boat on the sea, flat style",
+)
 STRIP = {
     "raw": ("Raw text", "The text embedding as it is"),
     "ridge": ("Ridge", "A linear map fitted to the same pairs"),
