@@ -1,23 +1,34 @@
-"""Every Python snippet of docs/decoders.md runs, tiny models standing in for the repositories it names."""
+"""Every Python snippet of docs/decoders.md runs, tiny models standing in for the repositories it names.
+
+So do the three commands for FLUX.1.
+"""
 
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     KandinskyV22CombinedPipeline,
     KandinskyV22ControlnetPipeline,
     KandinskyV22InpaintPipeline,
+    MotionAdapter,
     UnCLIPScheduler,
 )
 from PIL import Image
 from tiny_pipelines import (
     DIM,
     clip_parts,
+    flux,
+    flux_ip_adapter_weights,
     ip_adapter_weights,
     kandinsky_parts,
     karlo_folder,
     prior_transformer,
+    stable_cascade_prior,
     stable_diffusion,
     stable_diffusion_xl,
     stable_unclip_img2img,
@@ -37,7 +48,8 @@ def stand_ins(tiny_clip, tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("hub")
     prior = {"prior": prior_transformer(tiny_clip, DIM), "scheduler": UnCLIPScheduler(prediction_type="sample")}
     prior = {f"prior_{name}": part for name, part in {**prior, **clip_parts(tiny_clip)}.items()}
-    sd15, sdxl = stable_diffusion(tiny_clip), stable_diffusion_xl(tiny_clip)
+    sd15, sdxl, flux1 = stable_diffusion(tiny_clip), stable_diffusion_xl(tiny_clip), flux(tiny_clip)
+    motion = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
     pipelines = {
         "kandinsky-community/kandinsky-2-2-decoder": KandinskyV22CombinedPipeline(**kandinsky_parts(DIM), **prior),
         "kandinsky-community/kandinsky-2-2-decoder-inpaint": KandinskyV22InpaintPipeline(
@@ -49,30 +61,31 @@ def stand_ins(tiny_clip, tmp_path_factory) -> dict[str, str]:
         "stabilityai/stable-diffusion-2-1-unclip-small": stable_unclip_img2img(tiny_clip, DIM),
         "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
         "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
+        "black-forest-labs/FLUX.1-dev": flux1,
+        "stabilityai/stable-cascade-prior": stable_cascade_prior(tiny_clip, DIM),
+        "lllyasviel/control_v11f1p_sd15_depth": ControlNetModel.from_unet(
+            sd15.unet, conditioning_embedding_out_channels=(8, 16)
+        ),
+        "guoyww/animatediff-motion-adapter-v1-5-2": MotionAdapter(**motion, motion_norm_num_groups=8),
     }
     for name, pipe in pipelines.items():
         pipe.save_pretrained(root / name)
     karlo_folder(root / "kakaobrain/karlo-v1-alpha", tiny_clip, DIM)
     for folder, file, unet in (
         ("models", "ip-adapter_sd15.safetensors", sd15.unet),
-        ("sdxl_models", "ip-adapter_sdxl.safetensors", sdxl.unet),
+        ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors", sdxl.unet),
     ):
         weights = root / "h94/IP-Adapter" / folder
         ip_adapter_weights(weights, unet, DIM).rename(weights / file)
-    names = [*pipelines, "kakaobrain/karlo-v1-alpha", "h94/IP-Adapter"]
+    flux_ip_adapter_weights(root / "XLabs-AI/flux-ip-adapter-v2", flux1.transformer, DIM)
+    names = [*pipelines, "kakaobrain/karlo-v1-alpha", "h94/IP-Adapter", "XLabs-AI/flux-ip-adapter-v2"]
     return {f'"{name}"': f'"{root / name}"' for name in names}
 
 
-def test_the_page_has_a_snippet_for_every_decoder(root):
-    text = (root / PAGE).read_text()
-    for name in ("kandinsky-2-2-decoder", "unclip-small", "karlo-v1-alpha", "ip-adapter_sd15", "ip-adapter_sdxl"):
-        assert any(name in snippet for snippet in snippets(text))
-
-
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(12))
 def test_snippet(index, root, stand_ins, adapter_folder, tmp_path, monkeypatch):
     found = snippets((root / PAGE).read_text())
-    assert len(found) == 9
+    assert len(found) == 12
     code = found[index]
     for name, folder in stand_ins.items():
         code = code.replace(name, folder)
@@ -80,11 +93,13 @@ def test_snippet(index, root, stand_ins, adapter_folder, tmp_path, monkeypatch):
     code = code.replace('"runs/kandinsky22-prior"', '"saved-prior"')
     code = re.sub(r'"runs/[\w-]+"', repr(str(adapter_folder)), code)
     # a processor, few pixels, three steps
-    code = code.replace('"cuda"', '"cpu"').replace("float16", "float32").replace("512", "64")
+    code = code.replace('"cuda"', '"cpu"').replace("512", "64").replace("num_frames=16", "num_frames=2")
+    code = re.sub(r"b?float16", "float32", code)
     code = re.sub(r"num_inference_steps=\d+", "num_inference_steps=3", code)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), "red").save("photo.png")
     Image.new("L", (64, 64), 255).save("mask.png")
+    Image.new("RGB", (32, 32), "gray").save("depth.png")
     if "karlo" in code:
         # Karlo's own text tower is another one than the tiny CLIP
         code = code.replace("dtype=", "check=False, dtype=")
@@ -92,3 +107,28 @@ def test_snippet(index, root, stand_ins, adapter_folder, tmp_path, monkeypatch):
     exec(compile(code, f"{PAGE}, snippet {index}", "exec"), names)
     if "image" in names:
         assert isinstance(names["image"], Image.Image)
+
+
+def test_three_commands_from_a_folder_of_captioned_images_to_an_image_of_flux(
+    root, stand_ins, tiny_clip, captioned_images, tmp_path
+):
+    text = (root / PAGE).read_text()
+    commands = re.search(r"```bash\n(csdiff train.*?)```", text, re.DOTALL)[1].strip().splitlines()
+    assert [command.split()[1] for command in commands] == ["train", "info", "generate"]
+    (tmp_path / "configs").symlink_to(root / "configs")
+    (tmp_path / "my-images").symlink_to(captioned_images)
+    small = {
+        "train": f"--data.text_encoder={tiny_clip} --data.image_encoder={tiny_clip} --max_steps=2 --batch_size=8 "
+        "--mixed_precision=no --adapter_options.num_layers=1 --logging.progress=false",
+        "info": "",
+        "generate": "--steps=2 --height=32 --width=32 --progress=false --ip_adapter="
+        + stand_ins['"XLabs-AI/flux-ip-adapter-v2"'].strip('"'),
+    }
+    for command in commands:
+        words = shlex.split(command)
+        folder = stand_ins['"black-forest-labs/FLUX.1-dev"'].strip('"')
+        words = [folder if word == "flux-ip-adapter-v2" else word for word in words]
+        call = [sys.executable, "-m", "csdiff.cli", *words[1:], *shlex.split(small[words[1]])]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "a-red-apple-on-a-table-0.png").is_file()
