@@ -5,8 +5,6 @@ So do the three commands for FLUX.1.
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,6 +31,8 @@ from tiny_pipelines import (
     stable_diffusion_xl,
     stable_unclip_img2img,
 )
+
+from csdiff.cli import run_command
 
 PAGE = "docs/decoders.md"
 
@@ -110,25 +110,27 @@ def test_snippet(index, root, stand_ins, adapter_folder, tmp_path, monkeypatch):
 
 
 def test_three_commands_from_a_folder_of_captioned_images_to_an_image_of_flux(
-    root, stand_ins, tiny_clip, captioned_images, tmp_path
+    root, stand_ins, tiny_clip, captioned_images, tmp_path, monkeypatch
 ):
     text = (root / PAGE).read_text()
     commands = re.search(r"```bash\n(csdiff train.*?)```", text, re.DOTALL)[1].strip().splitlines()
-    assert [command.split()[1] for command in commands] == ["train", "info", "generate"]
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(root / "configs")
     (tmp_path / "my-images").symlink_to(captioned_images)
+    base, weights = (
+        stand_ins[f'"{name}"'].strip('"') for name in ("black-forest-labs/FLUX.1-dev", "XLabs-AI/flux-ip-adapter-v2")
+    )
     small = {
-        "train": f"--data.text_encoder={tiny_clip} --data.image_encoder={tiny_clip} --max_steps=2 --batch_size=8 "
-        "--mixed_precision=no --adapter_options.num_layers=1 --logging.progress=false",
-        "info": "",
-        "generate": "--steps=2 --height=32 --width=32 --progress=false --ip_adapter="
-        + stand_ins['"XLabs-AI/flux-ip-adapter-v2"'].strip('"'),
-    }
-    for command in commands:
-        words = shlex.split(command)
-        folder = stand_ins['"black-forest-labs/FLUX.1-dev"'].strip('"')
-        words = [folder if word == "flux-ip-adapter-v2" else word for word in words]
-        call = [sys.executable, "-m", "csdiff.cli", *words[1:], *shlex.split(small[words[1]])]
-        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        "train": [
+            f"--data.text_encoder={tiny_clip}", f"--data.image_encoder={tiny_clip}", "--max_steps=2", "--batch_size=8",
+            "--mixed_precision=no", "--adapter_options.num_layers=1", "--logging.progress=false",
+            "--adapter_options.num_attention_heads=2", "--adapter_options.attention_head_dim=8",
+        ],
+        "info": [],
+        "generate": [f"--ip_adapter={weights}", "--steps=2", "--height=32", "--width=32", "--progress=false"],
+    }  # fmt: skip
+    for words in map(shlex.split, commands):
+        words = [base if word == "flux-ip-adapter-v2" else word for word in words]
+        assert run_command(words[1], [*words[2:], *small.pop(words[1])], prog="csdiff") == 0
+    assert not small
     assert (tmp_path / "outputs" / "a-red-apple-on-a-table-0.png").is_file()
