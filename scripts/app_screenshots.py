@@ -31,6 +31,7 @@ def shoot(page: Page, name: str) -> None:
 
 def create(page: Page, prompt: str, count: int) -> None:
     page.fill("#prompt textarea", prompt)
+    page.check("#compare input")
     page.fill("#count input[type=number]", str(count))
     page.click("#draw")
     wait_for(page, "#create-status", "Done")
@@ -46,7 +47,7 @@ def blend(page: Page) -> None:
 def look_inside(page: Page) -> None:
     page.get_by_role("tab", name="Look inside").click()
     page.click("#look")
-    page.wait_for_selector("#plot-projection img")
+    page.wait_for_selector("#plot-gap img")
     page.wait_for_timeout(3000)
 
 

@@ -1,11 +1,13 @@
 """Options of `csdiff app`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from csdiff.options import Port, PositiveInt
 
 
 @dataclass
 class AppConfig:
-    """Serves a page in the browser: prompts to pictures, blends, and a look inside adapters and stores."""
+    """Serves a page in the browser: prompts to images, blends, and a look inside adapters and stores."""
 
     adapter: str | None = None
     """Adapter the page starts with: a folder (or a hub repository), or none for the raw text embedding. Default: the
@@ -15,17 +17,20 @@ class AppConfig:
     --help`."""
     host: str = "127.0.0.1"
     """Address to serve on. Any other than this machine's own (0.0.0.0: all of its addresses) needs a password."""
-    port: int = 7860
+    port: Port = 7860
     """Port to serve on; 0 takes a free one."""
     password: str | None = None
     """Ask for this password. Other users of this machine can read it in the list of processes; the environment
     variable CSDIFF_APP_PASSWORD does the same without that."""
-    max_images: int = 8
-    """Most pictures for one press of the button."""
-    max_upload_mb: int = 200
+    allow_host: list[str] = field(default_factory=list)
+    """Name under which a proxy offers the page, as browsers send it in Host (example.org); give it again for more.
+    Without a password, requests for any other name than this machine's own are refused."""
+    max_images: PositiveInt = 8
+    """Most images for one press of the button."""
+    max_upload_mb: PositiveInt = 200
     """Largest file that can be uploaded, in megabytes."""
-    max_waiting: int = 32
-    """Most presses of the button that may wait; pictures are drawn one after the other."""
+    max_waiting: PositiveInt = 32
+    """Most presses of the button that may wait; images are drawn one after the other."""
     device: str = "auto"
     """Where the models run: auto, cpu, cuda, cuda:1, mps, ..."""
     dtype: str = "auto"

@@ -1,36 +1,40 @@
-"""Drawing for the page: what is asked for, checked, and drawn picture by picture with reports on the way."""
+"""Drawing for the page: what is asked for, checked, and drawn image by image with reports on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from csdiff.app.models import Models
-from csdiff.app.pictures import write_png
-from csdiff.app.streaming import Report
+from csdiff.app.work import Progress, Report
+from csdiff.data.images import UnreadableImage, decode_image
+from csdiff.embeddings.tokenizer import clean_text
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import DecoderSource
 from csdiff.pipelines.decoding import DrawingOptions
-from csdiff.pipelines.embedding import PromptEmbedder
-from csdiff.pipelines.generate import check_config, read_prompts, redraw_command, sampling
+from csdiff.pipelines.generate import check_config, redraw_command, sampling
 from csdiff.pipelines.pairing import AdapterCard
+from csdiff.pipelines.pictures import picture_name, read_settings, write_picture
 
 MOST_STEPS = 200
 LONGEST_PROMPT = 2000
-OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
+LARGEST_SIDE = 1024
+WAY = (0.0, 0.25, 0.5, 0.75, 1.0)
+_OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What one press of the button asks for; None leaves steps and guidance to the decoder."""
 
-    prompt: str
+    prompt: str = ""
     negative: str = ""
     seed: int = 0
     count: int = 1
@@ -43,18 +47,19 @@ class Settings:
         """The same as options of `csdiff generate`.
 
         Raises:
-            CSDiffError: a number or a text that makes no picture.
+            CSDiffError: a number or a text that makes no image.
         """
-        most = models.config.max_images
-        if not 1 <= self.count <= most:
-            raise CSDiffError(f"Expected 1 to {most} pictures, found {self.count}.")
-        if self.steps is not None and self.steps > MOST_STEPS:
-            raise CSDiffError(f"Expected at most {MOST_STEPS} steps, found {self.steps}.")
+        if not self.prompt.strip():
+            raise CSDiffError("Type what to draw first: the prompt is empty.")
+        if not 1 <= self.count <= models.config.max_images:
+            raise CSDiffError(f"Expected 1 to {models.config.max_images} images, found {self.count}.")
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
+            raise CSDiffError(f"Expected 1 to {MOST_STEPS} steps, found {self.steps}.")
         if max(len(self.prompt), len(self.negative)) > LONGEST_PROMPT:
             raise CSDiffError(f"Expected a text of at most {LONGEST_PROMPT} characters, found a longer one.")
         config = GenerateConfig(
-            prompt=[self.prompt.strip()],
-            negative_prompt=self.negative.strip() or None,
+            prompt=[clean_text(self.prompt.strip())],
+            negative_prompt=clean_text(self.negative.strip()) or None,
             seed=self.seed,
             num_images=self.count,
             steps=self.steps,
@@ -68,15 +73,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far the work is: done of total steps, and a few words."""
-
-    text: str
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True)
 class Started:
     """The settings are good and the drawing begins; `command` does the same on the command line."""
 
@@ -85,16 +81,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture: where it is, what stands under it, and to which part of the page it belongs."""
+    """A finished image: where it is, what stands under it, and to which part of the page it belongs."""
 
     path: str
     caption: str
-    place: str = "pictures"
+    place: str = "images"
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A picture that cannot be drawn, and why."""
+    """An image that cannot be drawn, and why."""
 
     reason: str
     place: str
@@ -112,91 +108,126 @@ def adapter_name(card: AdapterCard | None) -> str:
     if card is None:
         return "Raw text"
     objective = (card.metadata.get("objective") or {}).get("name")
-    return OBJECTIVES.get(objective, objective or card.kind)
+    return _OBJECTIVES.get(objective, objective or card.kind)
 
 
 def create(models: Models, settings: Settings, compare: bool, report: Report) -> None:
-    """Draws the pictures of a prompt, then the same prompt and seed without the adapter and with a ridge map."""
-    config = settings.options(models)
-    prompts = read_prompts(config)
-    card, source = models.find(settings.adapter, settings.decoder)
+    """Draws the images of a prompt; then, to compare, its first seed without the adapter and with a ridge map."""
+    drawing = _Drawing(models, settings, report, settings.count + (2 if compare else 0))
+    prompt, config = settings.prompt.strip(), drawing.config
     seeds = range(config.seed, config.seed + config.num_images)
-    report(Started(redraw_command(config, prompts, [(prompts[0], seed) for seed in seeds])))
-    report(Progress("Loading the models"))
-    with models.turn(lambda text: report(Progress(text))):
-        session = Session(models, card, source, config, report)
-        session.total = config.num_images + (2 if compare else 0)
+    report(Started(redraw_command(config, [prompt], [(prompt, seed) for seed in seeds])))
+    with drawing:
         for seed in seeds:
             generator = torch.Generator("cpu").manual_seed(seed)
-            embeds = session.embed(prompts[0], [generator])
-            image = session.draw(prompts[0], embeds, session.negative(), generator)
-            command = redraw_command(config, prompts, [(prompts[0], seed)])
-            record = {"prompt": prompts[0], "seed": seed, "command": command}
-            path = write_png(models.folder, image, prompts[0], seed, record)
-            report(Drawn(path, f"seed {seed}"))
+            embeds = drawing.embed(prompt, generator)
+            image = drawing.draw(prompt, embeds, generator)
+            path = drawing.write(image, prompt, seed, redraw_command(config, [prompt], [(prompt, seed)]))
+            report(Drawn(path, f"{prompt}, seed {seed}"))
             if compare and seed == config.seed:
-                report(Drawn(path, adapter_name(card), "adapter"))
+                report(Drawn(path, adapter_name(drawing.card), "adapter"))
         if compare:
-            session.compare(prompts[0])
+            for place, embed in (("raw", drawing.raw_text), ("ridge", drawing.ridge)):
+                drawing.other_map(place, embed, prompt)
 
 
-class Session:
-    """One press of the button: its models, its settings, its progress. Nothing of it outlives the drawing."""
+def blend(
+    models: Models, settings: Settings, second: str | Image.Image, weights: Sequence[float], report: Report
+) -> None:
+    """Draws `(1 - w) a + w b` of raw image embeddings for every weight `w`, all from one seed.
 
-    def __init__(
-        self, models: Models, card: AdapterCard | None, source: DecoderSource, config: GenerateConfig, report: Report
-    ):
-        self.models, self.card, self.source, self.config, self.report = models, card, source, config, report
-        self.steps, self.guidance = sampling(config, source)
-        self.embedder: PromptEmbedder = models.embedder(card, source)
-        self.decoder = models.decoder(source)
-        self.drawn, self.total = 0, 1
+    Args:
+        models: where the models come from.
+        settings: with `prompt` the first of the two.
+        second: a prompt, or an image.
+        weights: the share of the second, from 0 to 1.
+        report: is told of progress and images.
 
-    def embed(self, prompt: str, generators: list[torch.Generator] | None = None) -> Tensor:
+    Raises:
+        CSDiffError: an empty prompt.
+    """
+    if isinstance(second, str):
+        if not settings.prompt.strip() or not second.strip():
+            raise CSDiffError("A blend needs two prompts, or a prompt and an image: one of them is empty.")
+        replace(settings, prompt=second).options(models)
+    drawing = _Drawing(models, settings, report, len(weights))
+    first, seed = settings.prompt.strip(), drawing.config.seed
+    with drawing:
+        start = drawing.embed(first, torch.Generator("cpu").manual_seed(seed))
+        if isinstance(second, str):
+            end = drawing.embed(second.strip(), torch.Generator("cpu").manual_seed(seed))
+        else:
+            end = models.image_embeds(drawing.embedder, second)
+        for weight in weights:
+            # some decoders read the prompt beside the embedding: the nearer one
+            nearer = first if weight <= 0.5 else second.strip() if isinstance(second, str) else ""
+            generator = torch.Generator("cpu").manual_seed(seed)
+            image = drawing.draw(nearer, torch.lerp(start, end, weight), generator)
+            other = second if isinstance(second, str) else "an image"
+            path = drawing.write(image, first, seed, None, {"blend": {"second": other, "share": weight}})
+            report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
+
+
+class _Drawing:
+    """One press of the button: its models, its settings, its progress. Entering it waits for the models."""
+
+    def __init__(self, models: Models, settings: Settings, report: Report, total: int):
+        self.models, self.settings, self.report, self.total = models, settings, report, total
+        self.config = settings.options(models)
+        self.card, self.source = models.find(settings.adapter, settings.decoder)
+        self.steps, self.guidance = sampling(self.config, self.source)
+        self.drawn = 0
+
+    def __enter__(self) -> _Drawing:
+        self._turn = self.models.line.turn(self.report, self.steps * self.total)
+        self._left = self._turn.__enter__()
+        try:
+            self.report(Progress("Loading the models"))
+            self.embedder = self.models.embedder(self.card, self.source)
+            self.decoder = self.models.decoder(self.source)
+        except BaseException:
+            self._turn.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._turn.__exit__(None, None, None)
+
+    def embed(self, prompt: str, generator: torch.Generator | None = None) -> Tensor:
         """A prompt through the adapter; the page is told when the text encoder does not read all of it."""
         encoder = self.embedder.encoder
-        count = len(encoder.tokenizer([prompt], verbose=False).input_ids[0])
+        (count,) = encoder.caption_tokenizer.lengths([prompt])
         if count > encoder.max_length:
             self.report(Note(f"The prompt has {count} tokens; the text encoder reads the first {encoder.max_length}."))
-        return self.embedder.embed([prompt], generators if self.embedder.samples else None)
+        return self.embedder.embed([prompt], [generator] if self.embedder.samples else None)
 
-    def negative(self) -> Tensor | None:
-        return self.embedder.negative(self.config.negative_prompt) if self.guidance > 1 else None
-
-    def draw(self, prompt: str, embeds: Tensor, negative: Tensor | None, generator: torch.Generator) -> Image.Image:
-        """One picture, with a report at every step."""
+    def draw(
+        self, prompt: str, embeds: Tensor, generator: torch.Generator, negative: Tensor | None = None
+    ) -> Image.Image:
+        """One image, with a report at every step."""
+        if negative is None and self.guidance > 1:
+            negative = self.embedder.negative(self.config.negative_prompt)
         options = DrawingOptions(self.steps, self.guidance, self.config.negative_prompt)
-        with _each_step(self.decoder.pipe, self._stepped):
-            image = self.decoder.draw([prompt], embeds, negative, [generator], options)[0]
+        image = self.decoder.draw([prompt], embeds, negative, [generator], options, on_step=self._stepped)[0]
         self.drawn += 1
         return image
 
-    def compare(self, prompt: str) -> None:
-        """The first seed's picture from the raw text embedding and from a ridge map."""
-        for place, embed in (("raw", self._raw), ("ridge", self._ridge)):
-            try:
-                embeds = embed(prompt)
-                # without a negative of its own every map shares the decoder's default
-                text = self.config.negative_prompt
-                negative = (embed(text) if text else self.negative()) if self.guidance > 1 else None
-            except CSDiffError as error:
-                self.report(Missing(str(error), place))
-                self.drawn += 1
-                continue
-            generator = torch.Generator("cpu").manual_seed(self.config.seed)
-            image = self.draw(prompt, embeds, negative, generator)
-            record = {"prompt": prompt, "seed": self.config.seed, "map": place}
-            path = write_png(self.models.folder, image, prompt, self.config.seed, record, f"-{place}")
-            self.report(Drawn(path, place, place))
+    def other_map(self, place: str, embed: Callable[[str], Tensor], prompt: str) -> None:
+        """The first seed's image from another map than the adapter, or why there is none."""
+        text = self.config.negative_prompt
+        try:
+            embeds = embed(prompt)
+            # without a negative of its own every map shares the decoder's default
+            negative = embed(text) if text and self.guidance > 1 else None
+        except CSDiffError as error:
+            self.drawn += 1
+            self.report(Missing(str(error), place))
+            return
+        image = self.draw(prompt, embeds, torch.Generator("cpu").manual_seed(self.config.seed), negative)
+        self.report(Drawn(self.write(image, prompt, self.config.seed, None, {"map": place}), place, place))
 
-    def _text(self, prompt: str) -> Tensor:
-        # an adapter inside the text encoder has changed that one
-        inside = self.card is not None and self.card.kind == "LoRAAdapter"
-        encoder = (self.models.embedder(None, self.source) if inside else self.embedder).encoder
-        with torch.no_grad():
-            return encoder.encode([prompt]).embeds
-
-    def _raw(self, prompt: str) -> Tensor:
+    def raw_text(self, prompt: str) -> Tensor:
+        """The text embedding as it is; CSDiffError where the decoder takes another width."""
         embeds = self._text(prompt)
         if embeds.shape[1] != self.source.embedding_dim:
             raise CSDiffError(
@@ -205,33 +236,89 @@ class Session:
             )
         return embeds
 
-    def _ridge(self, prompt: str) -> Tensor:
+    @torch.no_grad()
+    def ridge(self, prompt: str) -> Tensor:
+        """The text embedding through a ridge map."""
         ridge = self.models.ridge(self.card, self.source)
-        with torch.no_grad():
-            return ridge.embed(self._text(prompt).float()).to(self.models.dtype)
+        return ridge.embed(self._text(prompt).float()).to(self.models.dtype)
 
-    def _stepped(self, step: int) -> None:
-        number = f"picture {self.drawn + 1} of {self.total}, " if self.total > 1 else ""
-        done = self.drawn * self.steps + min(step, self.steps)
-        self.report(Progress(f"{number}step {step} of {self.steps}".capitalize(), done, self.total * self.steps))
+    @torch.no_grad()
+    def _text(self, prompt: str) -> Tensor:
+        # an adapter inside the text encoder has changed that one
+        inside = self.card is not None and self.card.kind == "LoRAAdapter"
+        encoder = (self.models.embedder(None, self.source) if inside else self.embedder).encoder
+        return encoder.encode([prompt]).embeds
+
+    def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
+        done = self.drawn * self.steps + step
+        number = f"Image {self.drawn + 1} of {self.total}, step" if self.total > 1 else "Step"
+        text = f"{number} {step} of {total}{self._left(done)}"
+        seen = preview() if step % max(2, total // 5) == 0 and step < total else None
+        self.report(Progress(text, done, self.total * self.steps, seen))
+
+    def write(
+        self, image: Image.Image, prompt: str, seed: int, command: str | None, more: Mapping[str, Any] | None = None
+    ) -> str:
+        """Writes a PNG that holds its settings, under a name that says what it is; returns the path."""
+        record = asdict(replace(self.settings, prompt=prompt, seed=seed, count=1))
+        record |= {"steps": self.steps, "guidance": self.guidance, **(more or {})}
+        record |= {"command": command} if command else {}
+        folder = Path(tempfile.mkdtemp(dir=self.models.folder))
+        return str(write_picture(folder, picture_name(prompt, seed), image, record))
 
 
-@contextmanager
-def _each_step(pipe, stepped) -> Iterator[None]:
-    """Calls `stepped(number)` before each denoising step; what it raises ends the drawing.
+def settings_of(path: str) -> Settings:
+    """The settings with which a PNG was drawn, by the page or by `csdiff generate`.
 
-    A hook on the network that denoises: some pipelines have no callback.
+    Raises:
+        CSDiffError: no PNG, or one that holds none.
     """
-    network = getattr(pipe, "unet", None) or pipe.decoder
-    count = 0
+    record = read_settings(path)
+    record.setdefault("negative", record.get("negative_prompt"))
+    return from_mapping(record)
 
-    def before(module, arguments):
-        nonlocal count
-        count += 1
-        stepped(count)
 
-    hook = network.register_forward_pre_hook(before)
+def from_mapping(record: Mapping[str, Any]) -> Settings:
+    """Settings from a PNG, a link or the browser's memory, all of which may hold anything: what does not fit is left.
+
+    Adapters and decoders that `csdiff generate` records by their folders are taken by these.
+    """
+
+    def value(name: str, kind: type, default: Any) -> Any:
+        found = record.get(name)
+        if isinstance(found, Mapping):
+            found = found.get("folder") or found.get("source")
+        try:
+            return default if found is None or isinstance(found, (list, dict)) else kind(found)
+        except (TypeError, ValueError, OverflowError):
+            return default
+
+    given = Settings(
+        prompt=value("prompt", str, "")[:LONGEST_PROMPT],
+        negative=value("negative", str, "")[:LONGEST_PROMPT],
+        seed=max(0, value("seed", int, 0)),
+        count=max(1, value("count", int, 1)),
+        steps=value("steps", int, None),
+        guidance=value("guidance", float, None),
+        adapter=value("adapter", str, None),
+        decoder=value("decoder", str, None),
+    )
+    return replace(given, adapter=given.adapter or None, decoder=given.decoder or None)
+
+
+def read_upload(path: str | None) -> Image.Image:
+    """An uploaded image, upright, in RGB, at most 1024 pixels a side.
+
+    Raises:
+        CSDiffError: nothing uploaded, no image, or one whose decoding would take too much memory.
+    """
+    if path is None:
+        raise CSDiffError("Drop an image into the field first, or use a second prompt.")
     try:
-        yield
-    finally:
-        hook.remove()
+        image = decode_image(Path(path))
+    except (UnreadableImage, OSError) as error:
+        raise CSDiffError(
+            f"{Path(path).name} cannot be read as an image ({error}); use a whole PNG, JPEG, WebP or GIF."
+        ) from error
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return image

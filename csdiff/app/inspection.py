@@ -5,15 +5,14 @@ from __future__ import annotations
 import html
 import re
 import shutil
-import threading
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csdiff.app.drawing import Progress, adapter_name
-from csdiff.app.streaming import Report
-from csdiff.app.uploads import gather
+from csdiff.app.drawing import adapter_name
+from csdiff.app.work import Line, Progress, Report
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import cross_fitted_predictions
@@ -27,6 +26,10 @@ from csdiff.resources import assets_dir
 
 MOST_ROWS = 4000
 ADAPTERS = ("adapter", "run", "checkpoint")
+# What adapters and stores are made of; nothing else is of use here, and pickles are not even kept.
+SUFFIXES = frozenset((".json", ".safetensors", ".npy", ".parquet", ".md"))
+SHARD = re.compile(r"(?P<folder>img_emb|text_emb|text_states|text_mask|image_tokens|metadata)_\d+\.(npy|parquet)$")
+MOST_FILES = 200
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Look:
         card: The model card, in Markdown; empty for a store.
         table: Metrics as an HTML table; empty where there is nothing to measure on.
         note: What the metrics and the plots were computed from, or why there are none.
-        figures: matplotlib figures: projection, similarities, retrieval.
+        figures: matplotlib figures: gap, projection, similarities, retrieval.
     """
 
     title: str
@@ -57,15 +60,15 @@ class Inspector:
         device: Where adapters run.
         held_out: Captioned pictures that adapters for the shipped encoders are measured on; by default the shipped
             ones.
-        lock: Held while models are loaded and used, which is not safe in two threads at once.
+        line: Where to wait for a turn: loading models is not safe in two threads at once.
     """
 
-    def __init__(self, device: str = "cpu", held_out: Path | None = None, lock: threading.Lock | None = None):
+    def __init__(self, device: str = "cpu", line: Line | None = None, held_out: Path | None = None):
         self.device = device
         self.held_out = held_out or assets_dir() / "data" / "combination.parquet"
         self._resources = ExitStack()
         self._held_out: dict[str, HeldOutPairs] = {}
-        self._turn = lock or threading.Lock()
+        self._line = line or Line()
 
     def close(self) -> None:
         """Removes the files of embedded pictures."""
@@ -96,15 +99,11 @@ class Inspector:
             facts = inspect_path(InfoConfig(path=str(folder)))
             kind = facts["kind"]
             text = as_text(facts).replace(str(folder), "uploaded files" if uploaded else str(folder))
-            while not self._turn.acquire(timeout=0.2):
-                report(Progress("Waiting for the models"))
-            try:
+            with self._line.turn(report):
                 if kind in ADAPTERS and not facts["problems"]:
                     return self._adapter(folder, kind, text, store.strip(), report)
                 if kind == "store" and not facts["problems"]:
                     return self._store(folder, text, report)
-            finally:
-                self._turn.release()
             return Look(kind.capitalize(), text, note="Plots and metrics are made of adapters and stores.")
         finally:
             if uploaded and folder:
@@ -177,11 +176,37 @@ def _measure(pairs: HeldOutPairs, predictions: Mapping) -> tuple[str, dict]:
 
 
 def _figures(pairs: HeldOutPairs, prediction, curves: Mapping) -> dict:
-    return {
+    figures = {
+        "gap": plot_projection(pairs.text, pairs.image, prediction, "gap"),
         "projection": plot_projection(pairs.text, pairs.image, prediction),
         "similarities": plot_similarities(pairs.text, pairs.image, prediction, pairs.image_ids),
         "retrieval": plot_retrieval(curves, pairs.image, pairs.image_ids),
     }
+    for figure in figures.values():
+        _for_page(figure)
+    return figures
+
+
+def _for_page(figure) -> None:
+    """Letters that can be read at the page's width, and a grey that can be read on white and on black."""
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    figure.set_size_inches(figure.get_size_inches() * 0.75)
+    figure.set_dpi(200)
+    figure.patch.set_alpha(0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0)
+        axis.tick_params(colors=_GREY)
+        for spine in axis.spines.values():
+            spine.set_edgecolor(_GREY)
+    for text in figure.findobj(Text):
+        text.set_color(_GREY)
+    for legend in figure.findobj(lambda artist: type(artist).__name__ == "Legend"):
+        next(iter(legend.findobj(Patch))).set_alpha(0)
+
+
+_GREY = "#7d8594"
 
 
 def metrics_table(columns: Mapping[str, Mapping]) -> str:
@@ -192,6 +217,32 @@ def metrics_table(columns: Mapping[str, Mapping]) -> str:
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         lines.append(f"<tr><th>{html.escape(label)}</th><td>{better}</td>{cells}</tr>")
     return f"<div class='metrics'><table>{''.join(lines)}</table></div>"
+
+
+def gather(files: Sequence[str]) -> Path:
+    """Copies uploaded files into a new folder, shards of a store into the folders of their names.
+
+    Raises:
+        CSDiffError: too many files, or none that an adapter or a store is made of.
+    """
+    if len(files) > MOST_FILES:
+        raise CSDiffError(
+            f"Expected the files of an adapter or a store, at most {MOST_FILES}, found {len(files)}; type the path of "
+            "a larger one."
+        )
+    kept = [Path(file) for file in files if Path(file).suffix.lower() in SUFFIXES]
+    if not kept:
+        names = ", ".join(Path(file).name for file in files[:4])
+        raise CSDiffError(
+            f"Expected the files of an adapter or a store (*.json, *.safetensors, *.npy, *.parquet), found {names}."
+        )
+    target = Path(tempfile.mkdtemp(prefix="csdiff-upload-"))
+    for file in kept:
+        shard = SHARD.match(file.name)
+        folder = target / shard["folder"] if shard else target
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+    return target
 
 
 def plain_markdown(card: str) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from csdiff.adapters.linear import LinearAdapter
 from csdiff.app.config import AppConfig
-from csdiff.app.ridge import fit_ridge
-from csdiff.app.streaming import Report
+from csdiff.app.work import Line
 from csdiff.embeddings import load_image_encoder
+from csdiff.embeddings.fingerprint import compare_encoders
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource, check_pairing, resolve_decoder
@@ -30,40 +31,31 @@ logger = logging.getLogger(__name__)
 
 RAW_TEXT = "none"
 SHIPPED = "shipped"
+# Enough for a ridge map of any width of CLIP, and a second's work.
+_RIDGE_ROWS = 1 << 17
 
 
 class Models:
     """Adapters with their encoders, decoders and ridge maps, by what they were loaded from.
 
     Two of each are kept. A pipeline holds the state of the drawing that goes on, so that drawings take turns: whoever
-    uses the models holds `turn`.
+    uses the models holds a turn of `line`.
 
     Args:
         config: device, number format and offloading.
-        folder: where pictures are written that are drawn with these models.
+        folder: where images are written that are drawn with these models.
     """
 
     def __init__(self, config: AppConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device, self.dtype = device_and_dtype(GenerateConfig(device=config.device, dtype=config.dtype))
-        # Shared with whatever else loads models: loading is not safe in two threads at once.
-        self.lock = threading.Lock()
+        self.line = Line(config.max_waiting)
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
-
-    @contextmanager
-    def turn(self, report: Report) -> Iterator[None]:
-        """Waits until the models are free; `report` is called while waiting, and may raise to give up."""
-        while not self.lock.acquire(timeout=0.2):
-            report("Waiting for the models")
-        try:
-            yield
-        finally:
-            self.lock.release()
 
     def warm_up(self) -> None:
         """Loads what the page starts with, while its reader still reads."""
         try:
-            with self.turn(lambda _: None):
+            with self.line.turn(lambda _: None):
                 card, source = self.find(None, None)
                 self.embedder(card, source)
                 self.decoder(source)
@@ -106,29 +98,29 @@ class Models:
             lambda: load_decoder(source, self.device, self.dtype, self.config.offload, progress=False),
         )
 
-    def ridge(self, card: AdapterCard | None, source: DecoderSource):
-        """The ridge map between the encoders of an adapter.
+    def ridge(self, card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
+        """The ridge map between the encoders of an adapter: the shipped one, or one fitted to its training store.
 
         Raises:
-            CSDiffError: there are no pairs to fit it to.
+            CSDiffError: that store is not on this machine.
         """
-        return self._keep(("ridge", _state(card), source.source), lambda: fit_ridge(card, source).to(self.device))
+        return self._keep(("ridge", _state(card), source.source), lambda: _ridge(card, source).to(self.device))
 
     @torch.no_grad()
-    def image_embeds(self, embedder: PromptEmbedder, picture) -> Tensor:
-        """A picture as a raw image embedding `(1, D)`.
+    def image_embeds(self, embedder: PromptEmbedder, image) -> Tensor:
+        """An image as a raw image embedding `(1, D)`.
 
         Raises:
             CSDiffError: neither decoder nor adapter names the image encoder.
         """
         known = embedder.image_encoder or {}
         if not known.get("id"):
-            raise CSDiffError("Neither the decoder nor the adapter names an image encoder, which pictures need.")
+            raise CSDiffError("Neither the decoder nor the adapter names an image encoder, which an upload needs.")
         encoder = self._keep(
             ("image encoder", known["id"], known.get("revision")),
             lambda: load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision")),
         )
-        return encoder.encode([picture]).embeds.to(self.dtype)
+        return encoder.encode([image]).embeds.to(self.dtype)
 
     def _keep(self, key: tuple, load: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -146,3 +138,27 @@ def _state(card: AdapterCard | None) -> tuple | None:
         return None
     files = sorted(file for file in Path(card.path).iterdir() if file.suffix in (".json", ".safetensors"))
     return (str(card.path), *((file.name, file.stat().st_mtime_ns) for file in files))
+
+
+def _ridge(card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
+    def encoder(side: str) -> dict | None:
+        return (card.metadata.get(f"{side}_encoder") if card else None) or source.encoder(side)
+
+    shipped = LinearAdapter.from_pretrained(assets_dir() / "ridge").eval()
+    verdicts = [
+        compare_encoders(shipped.metadata.get(f"{side}_encoder"), encoder(side), side).verdict
+        for side in ("text", "image")
+    ]
+    if verdicts == ["same", "same"]:
+        return shipped
+    train = ((card.metadata.get("data") or {}).get("train") if card else None) or ""
+    if not train or not (Path(train) / "text_emb").is_dir():
+        raise CSDiffError("No ridge map: the embedding store that the adapter was trained on is not on this machine.")
+    return LinearAdapter.fit(_pairs(EmbeddingStore.open(train)), "ridge").eval()
+
+
+def _pairs(store: EmbeddingStore, block: int = 4096) -> Iterator[dict]:
+    """Blocks of rows, evenly spread over a store that has more than are needed."""
+    blocks = max(1, min(len(store), _RIDGE_ROWS) // block)
+    for start in np.unique(np.linspace(0, max(0, len(store) - block), blocks).astype(int)):
+        yield store.read(range(start, min(start + block, len(store))), ["text_embeds", "image_embeds"])

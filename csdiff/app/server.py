@@ -13,9 +13,11 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from csdiff.app.config import AppConfig
 from csdiff.errors import CSDiffError
+from csdiff.options import check_options
 
 PASSWORD = "CSDIFF_APP_PASSWORD"
 # Read by gradio and huggingface_hub when they are imported.
@@ -30,12 +32,26 @@ SECONDS_AFTER_WRONG_PASSWORD = 1.0
 
 
 class LocalOnly:
-    """ASGI middleware that forbids browsers to fetch anything from elsewhere."""
+    """ASGI middleware: browsers fetch nothing from elsewhere, and pages from elsewhere do not reach this one.
 
-    def __init__(self, app):
-        self.app = app
+    A web page whose name is made to point at this machine (DNS rebinding) sends its own name as Host and Origin.
+
+    Args:
+        app: What is served.
+        hosts: Names under which it is asked for; None takes all, where a password protects it.
+    """
+
+    def __init__(self, app, hosts: frozenset[str] | None):
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and (foreign := self._foreign(dict(scope["headers"]))):
+            text = f"This page is not served as {foreign}; csdiff app --allow_host {foreign} would do so."
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": text.encode()})
+            return
+
         async def with_policy(message):
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", []))
@@ -45,6 +61,15 @@ class LocalOnly:
             await send(message)
 
         await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+
+    def _foreign(self, headers: dict[bytes, bytes]) -> str | None:
+        """The first name of a request that is not one of ours."""
+        if self.hosts is None:
+            return None
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        names = [urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname]
+        names += [urlsplit(origin).hostname or "null"] if origin else []
+        return next((name or "(no name)" for name in names if name not in self.hosts and not is_loopback(name)), None)
 
 
 @dataclass
@@ -62,7 +87,7 @@ class Server:
     _environment: dict[str, str | None]
 
     def close(self) -> None:
-        """Stops serving and removes the uploads and pictures."""
+        """Stops serving and removes the uploads and images."""
         self._page.close(verbose=False)
         self._inspector.close()
         _restore(self._folder, self._environment)
@@ -92,7 +117,8 @@ def serve(config: AppConfig) -> None:
 def start(config: AppConfig) -> Server:
     """Serves the page in the background; raises as :func:`serve`."""
     password = config.password if config.password is not None else os.environ.get(PASSWORD)
-    check_options(config, password)
+    check_options(config)
+    check_access(config, password)
     port = free_port(config.host, config.port)
     folder = Path(tempfile.mkdtemp(prefix="csdiff-app-"))
     environment = {**QUIET, "GRADIO_TEMP_DIR": str(folder)}
@@ -107,7 +133,7 @@ def start(config: AppConfig) -> Server:
             auth=(lambda _, given: right_password(given, password)) if password else None,
             auth_message="Any name, and the password of this page." if password else None,
             max_file_size=config.max_upload_mb * 10**6,
-            app_kwargs={"middleware": [_middleware()], "docs_url": None, "redoc_url": None},
+            app_kwargs={"middleware": [_middleware(config, password)], "docs_url": None, "redoc_url": None},
             theme=theme,
             css=css,
             footer_links=[],
@@ -152,28 +178,24 @@ def _build(config: AppConfig, folder: Path):
     models = Models(config, folder)
     # a bad --adapter or --decoder is said at once, not at the first press of a button
     models.find(None, None)
-    inspector = Inspector(str(models.device), lock=models.lock)
+    inspector = Inspector(str(models.device), models.line)
     threading.Thread(target=models.warm_up, daemon=True).start()
     return build_page(models, inspector), inspector, theme(), CSS
 
 
-def _middleware():
+def _middleware(config: AppConfig, password: str | None):
     from starlette.middleware import Middleware
 
-    return Middleware(LocalOnly)
+    hosts = None if password else frozenset({config.host, *config.allow_host})
+    return Middleware(LocalOnly, hosts=hosts)
 
 
-def check_options(config: AppConfig, password: str | None) -> None:
-    """Refuses numbers out of range, and an address that others reach without a password.
+def check_access(config: AppConfig, password: str | None) -> None:
+    """Refuses an empty password, and an address that others reach without one.
 
     Raises:
         CSDiffError: naming the option.
     """
-    if not 0 <= config.port <= 65535:
-        raise CSDiffError(f"port: expected a number from 0 to 65535, found {config.port}.")
-    for name in ("max_images", "max_upload_mb", "max_waiting"):
-        if getattr(config, name) < 1:
-            raise CSDiffError(f"{name}: expected a whole number of 1 or more, found {getattr(config, name)}.")
     if password is not None and not password:
         raise CSDiffError("password: expected a password, found an empty one.")
     if not is_loopback(config.host) and not password:
@@ -183,12 +205,12 @@ def check_options(config: AppConfig, password: str | None) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback(host: str | None) -> bool:
     """Whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return False
 

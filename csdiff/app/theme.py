@@ -6,7 +6,7 @@ import html
 
 import gradio as gr
 
-from csdiff.app.drawing import Progress
+from csdiff.app.work import Progress
 
 FONTS = ("system-ui", "sans-serif")
 MONOSPACE = ("ui-monospace", "monospace")
@@ -48,7 +48,7 @@ CSS = """
 .status .bar.waiting div { width: 30%; animation: wait 1.4s ease-in-out infinite alternate; }
 .status p.error { color: #b42318; font-weight: 600; }
 .status p.note { color: #8a5a00; }
-/* One column on a phone: pictures follow the button, settings come last. */
+/* One column on a phone: images follow the button, settings come last. */
 @media (max-width: 720px) {
   .workplace { flex-direction: column; flex-wrap: nowrap; }
   .workplace > .asked { display: contents; }
@@ -57,8 +57,8 @@ CSS = """
   .workplace > .asked > .settings { order: 2; }
 }
 @keyframes wait { from { margin-left: 0; } to { margin-left: 70%; } }
-/* All pictures at once: a second row would hide behind a scroll bar. */
-#pictures .grid-wrap, #blended .grid-wrap { max-height: none; }
+/* All images at once: a second row would hide behind a scroll bar. */
+#images .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .metrics { overflow-x: auto; }
 .metrics table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }

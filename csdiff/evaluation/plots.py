@@ -17,7 +17,11 @@ from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_
 TEXT, IMAGE, PREDICTED = "#d55e00", "#0072b2", "#009e73"
 """Colours that stay apart for colour-blind readers (Okabe and Ito)."""
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000")
-PROJECTIONS = ("pca", "tsne")
+PROJECTIONS = {
+    "gap": "across: the gap direction; up: the first principal component without it",
+    "pca": "PCA",
+    "tsne": "t-SNE",
+}
 _LIMIT = 600
 
 
@@ -32,7 +36,9 @@ def plot_projection(
         text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
         image: `(N, D)` real image embeddings.
         predicted: `(N, D)` predictions, row i for the picture of row i.
-        method: "pca" or "tsne".
+        method: "pca", "tsne", or "gap": the direction from the centroid of the images to that of the text (of the
+            predictions, where there is no text), in which the distance of two centroids is the part of the gap along
+            it, and the first principal component at a right angle to it.
         seed: Of the points shown and of t-SNE.
         limit: Points shown of each set.
 
@@ -49,7 +55,12 @@ def plot_projection(
     sets = {"images": unit(image[rows].cpu()), "predictions": unit(predicted[rows].cpu())}
     if text is not None and text.shape[1] == image.shape[1]:
         sets["text"] = unit(text[rows].cpu())
-    plane = _project(np.concatenate([z.numpy() for z in sets.values()]), method, seed)
+    rows = np.concatenate([z.numpy() for z in sets.values()])
+    if method == "gap":
+        across = (sets.get("text", sets["predictions"]).mean(0) - sets["images"].mean(0)).numpy()
+        plane = _along(rows - sets["images"].mean(0).numpy(), across, seed)
+    else:
+        plane = _project(rows, method, seed)
     places = dict(zip(sets, np.split(plane, len(sets)), strict=True))
     panels = [("text", TEXT, "before: text and images")] if "text" in sets else []
     panels.append(("predictions", PREDICTED, "after: predictions and images"))
@@ -64,10 +75,15 @@ def plot_projection(
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{title}, centroid gap {gap:.2f}", fontsize=10)
         axis.legend(loc="best", frameon=False, markerscale=2)
-    figure.supxlabel(
-        f"{'PCA' if method == 'pca' else 't-SNE'} of unit vectors; lines join 40 of the pairs", fontsize=9
-    )
+    figure.supxlabel(f"{PROJECTIONS[method]}, of unit vectors; lines join 40 of the pairs", fontsize=9)
     return figure
+
+
+def _along(rows: np.ndarray, direction: np.ndarray, seed: int) -> np.ndarray:
+    direction = direction / max(float(np.linalg.norm(direction)), 1e-12)
+    across = rows @ direction
+    up = _project(rows - across[:, None] * direction, "pca", seed)[:, 0]
+    return np.stack([across, up], axis=1)
 
 
 def _project(rows: np.ndarray, method: str, seed: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Look inside: adapters and stores give facts, a table and three plots; what is missing is said."""
 
 import shutil
-import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,10 +8,11 @@ import torch
 
 from csdiff.adapters import build_adapter
 from csdiff.app.inspection import Inspector, metrics_table, plain_markdown
+from csdiff.app.work import Line
 from csdiff.errors import CSDiffError
 from csdiff.resources import assets_dir
 
-FIGURES = {"projection", "similarities", "retrieval"}
+FIGURES = {"gap", "projection", "similarities", "retrieval"}
 
 
 def ignore(message):
@@ -90,12 +90,11 @@ def test_names_in_tables_are_text():
 
 
 def test_waits_for_whoever_uses_the_models():
-    lock = threading.Lock()
-    inspector = Inspector(lock=lock)
+    line = Line()
 
     def give_up(message):
-        if "Waiting for the models" in str(message):
+        if "1 before you" in str(message):
             raise InterruptedError
 
-    with lock, pytest.raises(InterruptedError):
-        inspector.look("", None, "", give_up)
+    with line.turn(ignore), pytest.raises(InterruptedError):
+        Inspector(line=line).look("", None, "", give_up)

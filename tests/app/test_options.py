@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from csdiff.app.config import AppConfig
-from csdiff.app.server import PASSWORD, check_options, free_port, is_loopback, right_password, start
+from csdiff.app.server import PASSWORD, check_access, free_port, is_loopback, right_password, start
 from csdiff.errors import CSDiffError
 from csdiff.resources import assets_dir
 
@@ -21,11 +21,11 @@ from csdiff.resources import assets_dir
 def test_only_loopback_needs_no_password(host, alone):
     assert is_loopback(host) is alone
     if alone:
-        check_options(AppConfig(host=host), None)
+        check_access(AppConfig(host=host), None)
     else:
         with pytest.raises(CSDiffError, match="--password"):
-            check_options(AppConfig(host=host), None)
-        check_options(AppConfig(host=host), "secret")
+            check_access(AppConfig(host=host), None)
+        check_access(AppConfig(host=host), "secret")
 
 
 def test_other_address_is_refused_before_anything_is_served(monkeypatch):
@@ -67,14 +67,14 @@ def test_missing_gradio_is_one_sentence(monkeypatch):
 def test_sliders_take_what_any_decoder_is_made_for(models, tmp_path, steps, guidance, shown):
     """Gradio refuses a press of the button with a number beyond a slider's bounds."""
     gr = pytest.importorskip("gradio")
-    from csdiff.app.settings import defaults, sampling_fields
+    from csdiff.app.page import Fields, sampling_of
 
     decoder = shutil.copytree(assets_dir() / "decoder", tmp_path / "decoder")
     fingerprint = json.loads((decoder / "csdiff.json").read_text())
     fingerprint["sampling"] = {"steps": steps, "guidance": guidance}
     (decoder / "csdiff.json").write_text(json.dumps(fingerprint))
     with gr.Blocks():
-        fields = sampling_fields(models)
-    numbers = defaults(models, str(decoder))
+        fields = Fields(models)
+    numbers = sampling_of(models, str(decoder))
     assert numbers == shown
     assert (fields.steps.preprocess(numbers[0]), fields.guidance.preprocess(numbers[1])) == shown

@@ -1,4 +1,4 @@
-"""Uploads: what is no picture, or too large a one, is said in a sentence before it is decoded."""
+"""Uploads: what is no image, or too large a one, is said in a sentence before it is decoded."""
 
 import struct
 import zlib
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from csdiff.app.pictures import LARGEST_SIDE, read_upload
-from csdiff.app.uploads import gather
+from csdiff.app.drawing import LARGEST_SIDE, read_upload
+from csdiff.app.inspection import gather
 from csdiff.errors import CSDiffError
 
 
@@ -23,20 +23,11 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b""))
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"not a picture", "cannot be read as a picture"),
-        (b"", "cannot be read as a picture"),
-        (png_header(9000, 9000), "9000 x 9000 pixels"),
-        (png_header(60000, 60000), "too many pixels"),
-        (png_header(64, 64), "damaged or not whole"),
-    ],
-)
-def test_bad_pictures(tmp_path, content, said):
+@pytest.mark.parametrize("content", [b"not an image", b"", png_header(60000, 60000), png_header(64, 64)])
+def test_bad_images_are_a_sentence(tmp_path, content):
     path = tmp_path / "upload.png"
     path.write_bytes(content)
-    with pytest.raises(CSDiffError, match=said) as error:
+    with pytest.raises(CSDiffError, match=r"upload\.png cannot be read as an image") as error:
         read_upload(path)
     assert "\n" not in str(error.value)
 

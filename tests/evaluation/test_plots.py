@@ -52,6 +52,16 @@ def test_a_figure_is_a_png_and_pyplot_is_not_touched():
     assert module is None or not module.get_fignums()
 
 
+def test_the_gap_projection_shows_the_gap():
+    image, text = cloud(50, 8), cloud(50, 8)
+    text[:, 0] += 2
+    figure = plot_projection(text, image, image, "gap")
+    images, texts = (points.get_offsets() for points in figure.axes[0].collections[:2])
+    rows = [z / z.norm(dim=1, keepdim=True) for z in (image, text)]
+    gap = float((rows[0].mean(0) - rows[1].mean(0)).norm())
+    assert abs(texts[:, 0].mean() - images[:, 0].mean() - gap) < 1e-5
+
+
 def test_unknown_projection():
-    with pytest.raises(CSDiffError, match="expected one of pca, tsne, found 'umap'"):
+    with pytest.raises(CSDiffError, match=r"tsne.*umap"):
         plot_projection(None, cloud(9, 3), cloud(9, 3), "umap")
