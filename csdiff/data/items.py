@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MAX_CAPTION = 100_000
+"""Captions of more characters are left out: a whole file has been taken for a caption."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -41,11 +44,15 @@ class Problem:
 
 
 REASONS = {
-    "unreadable_image": "the image cannot be decoded",
+    "unreadable_image": "the image cannot be decoded, or is too large to be",
     "missing_image": "there is no such file, or no image in the entry",
+    "outside_image": "the image lies outside the source; --allow_outside true reads it",
+    "ambiguous_entry": "an entry of an archive with several images and no telling which is meant",
     "no_caption": "an image without any caption",
     "empty_caption": "a caption of nothing but white space",
     "long_caption": "a caption of more tokens than the text encoder takes",
+    "huge_caption": f"a caption of more than {MAX_CAPTION:,} characters: a whole file in its place",
+    "unreadable_caption": "a caption file that is not text in UTF-8",
     "unreadable_archive": "an archive that ends early or is damaged",
 }
 
@@ -56,4 +63,21 @@ def caption_list(value: object) -> list[str]:
         return []
     if isinstance(value, (list, tuple)):
         return [caption for part in value for caption in (caption_list(part) or [""])]
-    return [value if isinstance(value, str) else str(value)]
+    return [well_formed(value if isinstance(value, str) else str(value))]
+
+
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can hold: pairs of surrogates become their character, single ones U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def printable(name: str) -> str:
+    r"""A file name that UTF-8 can hold: bytes of another encoding as `\udce9`, so that names stay distinct."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
+def extra_columns(values: dict, names: list[str]) -> dict[str, str | None]:
+    """The columns to keep of an entry, as text."""
+    return {name: None if values.get(name) is None else well_formed(str(values[name])) for name in names}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from csdiff.data.items import Item, Problem, caption_list
+from csdiff.data.columns import Columns
+from csdiff.data.items import Item, Problem
 from csdiff.data.sources import Source
-from csdiff.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from csdiff.data.tables import IMAGE_COLUMNS, check_rows, find_column
 from csdiff.errors import CSDiffError
+
+_ROWS_AT_ONCE = 64
 
 
 class ParquetSource(Source):
@@ -24,9 +26,10 @@ class ParquetSource(Source):
         image_column: By default the first of the usual names.
         caption_column: By default the first of the usual names.
         extra_columns: Further columns to keep, as text.
+        allow_outside: Read images that a row names outside the folder of its file.
 
     Raises:
-        CSDiffError: A file is not parquet, or a column is not there.
+        CSDiffError: A file is not parquet, or has too many rows for its size, or a column is not there.
     """
 
     has_images = True
@@ -37,66 +40,44 @@ class ParquetSource(Source):
         image_column: str | None = None,
         caption_column: str | None = None,
         extra_columns: Sequence[str] = (),
+        allow_outside: bool = False,
     ):
-        self.files, self.extra_columns = list(files), list(extra_columns)
-        self.starts = [0]
+        self.files = list(files)
+        self.groups: list[tuple[Path, int, int, int]] = []
+        """File, number, first row and last row + 1 of every row group."""
+        self.count = 0
         for file in self.files:
-            self.starts.append(self.starts[-1] + parquet_footer(file).num_rows)
-        names = pq.read_schema(self.files[0]).names
-        self.image_column = find_column(names, image_column, IMAGE_COLUMNS, self.files[0], "image_column")
-        self.caption_column = find_column(names, caption_column, CAPTION_COLUMNS, self.files[0], "caption_column")
-        for name in self.extra_columns:
-            find_column(names, name, (), self.files[0], "metadata_columns")
-        self.has_captions = self.caption_column is not None
-        self.count = self.starts[-1]
+            footer = parquet_footer(file)
+            check_rows(file, footer.num_rows)
+            for group in range(footer.num_row_groups):
+                rows = footer.row_group(group).num_rows
+                self.groups.append((file, group, self.count, self.count + rows))
+                self.count += rows
+        names = parquet_footer(self.files[0]).schema.to_arrow_schema().names
+        image = find_column(names, image_column, IMAGE_COLUMNS, self.files[0], "image_column")
+        folders = None if allow_outside else list(dict.fromkeys(file.parent for file in self.files))
+        self.columns = Columns(names, image, caption_column, extra_columns, self.files[0], folders)
+        self.has_captions = self.columns.caption is not None
 
     def units(self, size: int) -> int:
         return -(-self.count // size)
 
     def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
         start, stop = unit * size, min((unit + 1) * size, self.count)
-        number = bisect.bisect_right(self.starts, start) - 1
-        while start < stop:
-            until = min(stop, self.starts[number + 1])
-            yield from self._rows(number, start - self.starts[number], until - self.starts[number])
-            start, number = until, number + 1
+        for file, group, row, end in self.groups:
+            if row >= stop or end <= start:
+                continue
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self.columns.names):
+                    if row < stop and row + len(batch) > start:
+                        for index, values in enumerate(batch.to_pylist(), row):
+                            if start <= index < stop:
+                                yield self.columns.item(index, values)
+                    row += len(batch)
 
     def identity(self) -> dict:
         files = [[file.name, file.stat().st_size] for file in self.files]
         return {"kind": "parquet", "items": self.count, "files": files}
-
-    def _rows(self, number: int, start: int, stop: int) -> Iterator[Item | Problem]:
-        columns = [name for name in (self.image_column, self.caption_column, *self.extra_columns) if name]
-        with pq.ParquetFile(self.files[number]) as file:
-            first, groups = 0, []
-            skipped = 0
-            for group in range(file.metadata.num_row_groups):
-                length = file.metadata.row_group(group).num_rows
-                if first < stop and first + length > start:
-                    groups.append(group)
-                elif first + length <= start:
-                    skipped = first + length
-                first += length
-            row = skipped
-            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=list(dict.fromkeys(columns))):
-                if row + len(batch) > start:
-                    for offset, values in enumerate(batch.to_pylist()):
-                        if start <= row + offset < stop:
-                            yield self._item(self.starts[number] + row + offset, values)
-                row += len(batch)
-                if row >= stop:
-                    return
-
-    def _item(self, index: int, values: dict) -> Item | Problem:
-        image = values[self.image_column]
-        path = None
-        if isinstance(image, dict):
-            image, path = image.get("bytes"), image.get("path")
-        if not isinstance(image, bytes):
-            return Problem(str(index), "missing_image", f"row {index} has no image bytes ({path})")
-        captions = caption_list(values[self.caption_column]) if self.caption_column else []
-        extra = {name: None if values[name] is None else str(values[name]) for name in self.extra_columns}
-        return Item(str(index), captions, image, path, extra)
 
 
 def parquet_footer(file: Path):

@@ -16,11 +16,13 @@ class Source(ABC):
         has_images: Its items have images.
         has_captions: Its items have captions.
         count: Number of items, or None if only reading them all would tell.
+        not_read: Files of its folder that are neither images nor captions, by ending: `{"count", "first"}`.
     """
 
     has_images: bool
     has_captions: bool
     count: int | None
+    not_read: dict[str, dict] = {}
 
     @abstractmethod
     def units(self, size: int) -> int:

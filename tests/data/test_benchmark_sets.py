@@ -121,7 +121,7 @@ def test_pictures_elsewhere(tmp_path, pictures):
     elsewhere = pictures("far/away")
     file = tmp_path / "results_20130124.token"
     file.write_text("one.jpg#0\ta red square\n")
-    with pytest.raises(CSDiffError, match=r"expected its pictures beside it \(one.jpg in .*captions_file"):
+    with pytest.raises(CSDiffError, match=r"expected its images beside it \(one.jpg in .*captions_file"):
         open_source(file)
     assert read(elsewhere, captions_file=file) == {"one.jpg": ["a red square"]}
 
@@ -130,7 +130,7 @@ def test_damaged_and_foreign_files(tmp_path, pictures):
     pictures("images")
     (tmp_path / "coco.json").write_text('{"images": [{"id": 1}], "annotations": []}')
     (tmp_path / "cut.json").write_text('{"images": [')
-    for name, expected in (("coco.json", "at least one picture with captions"), ("cut.json", "not readable JSON")):
+    for name, expected in (("coco.json", "at least one image with captions"), ("cut.json", "not readable JSON")):
         with pytest.raises(CSDiffError, match=expected):
             open_source(tmp_path / name)
     (tmp_path / "images/metadata.json").write_text(json.dumps([{"file_name": "one.jpg", "caption": "red"}]))

@@ -179,7 +179,7 @@ def test_captions_file_beside_the_folder_and_named_columns(pictures: Path, tmp_p
 def test_the_split_of_a_parquet_folder_is_chosen_by_name(captioned: Path):
     path = as_parquet_with_images(captioned)
     assert len(read_all(open_source(path, split="test"))) == 1
-    with pytest.raises(CSDiffError, match=r"split 'validation'.*found test\.parquet"):
+    with pytest.raises(CSDiffError, match=r"split 'validation'.*found test"):
         open_source(path, split="validation")
 
 
@@ -225,10 +225,10 @@ def test_exif_orientation_is_applied(tmp_path: Path):
         (lambda p: "pipe:echo hello.tar", "expected a tar file"),
         (
             lambda p: write(p / "x.csv", "a,b\n1,2,3\n"),
-            r"x\.csv is not a readable \.csv table \(line 2 has not 2 fields\)",
+            r"x\.csv is not a readable \.csv table \(line 2 has not 2 fields",
         ),
         (lambda p: write(p / "x.jsonl", '{"text": "a"}\n{"text"\n'), "line 2"),
-        (lambda p: write(p / "x.csv", "one,two\n1,2\n"), "expected a column of captions .* found one, two"),
+        (lambda p: write(p / "x.csv", "one,two\n1,2\n"), "expected a column of captions .* found .one., .two."),
         (lambda p: write(p / "x.parquet", "no parquet"), r"x\.parquet is not a readable parquet file"),
         (lambda p: write(p / "x.doc", ""), r"found '\.doc'"),
         (lambda p: write(p / "notes.md", "").parent, "expected images"),
