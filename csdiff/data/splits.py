@@ -22,7 +22,7 @@ def data_files(folder: Path, names: Sequence[str], split: str, subset: str | Non
         subset: Configuration that the README declares, or a folder.
 
     Returns:
-        Some of the names. Without any split in any name all of them are "train".
+        Some of the names; all of them where none names a split.
 
     Raises:
         CSDiffError: No such subset or split.
@@ -39,7 +39,9 @@ def data_files(folder: Path, names: Sequence[str], split: str, subset: str | Non
         named: dict[str, list[str]] = {}
         for name in names:
             named.setdefault(_split_of(name) or "", []).append(name)
-        splits = {name: files for name, files in named.items() if name} or {"train": list(names)}
+        splits = {name: files for name, files in named.items() if name}
+        if not splits:
+            return sorted(names)
     if split == ALL:
         return sorted({file for files in splits.values() for file in files})
     wanted = _split_of(split) or split

@@ -24,7 +24,7 @@ class EmbedConfig:
     image_revision: str | None = None
     """Commit, tag or branch of the image encoder on the hub."""
     split: str = "train"
-    """Split of a data set that has several."""
+    """Split of a data set that has several; all for every file of a folder."""
     subset: str | None = None
     """Configuration of a data set on the hub."""
     captions_file: str | None = None
@@ -36,6 +36,9 @@ class EmbedConfig:
     """Column of captions; the usual names are tried by default."""
     metadata_columns: list[str] = field(default_factory=list)
     """Further columns of the source to keep in the store's metadata, as text."""
+    allow_outside: bool = False
+    """Read images that a table or a row of the source names outside its folder (`../x.png`, `/data/x.png`); without it
+    they are left out and counted."""
     captions_per_image: Literal["all", "first", "random"] = "all"
     """Which captions of an image become rows: all (the image embedding is repeated), the first, or one by the seed."""
     seed: int = 0

@@ -43,6 +43,8 @@ class EmbedReport:
         rows: Rows of the store.
         skipped: How many images and captions were left out, by reason.
         truncated_captions: How many captions were cut.
+        replaced_captions: How many captions hold U+FFFD, in place of what was no character.
+        not_read: How many files of the source's folder were neither images nor captions, by ending.
         seconds: Time this run took.
     """
 
@@ -51,6 +53,8 @@ class EmbedReport:
     rows: int
     skipped: dict[str, int]
     truncated_captions: int
+    replaced_captions: int
+    not_read: dict[str, int]
     seconds: float
 
 
@@ -83,6 +87,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
         image_column=config.image_column,
         caption_column=config.caption_column,
         metadata_columns=config.metadata_columns,
+        allow_outside=config.allow_outside,
     )
     with_images = bool(config.image_encoder) and source.has_images
     with_text = bool(config.text_encoder) and source.has_captions
@@ -136,6 +141,8 @@ def embed(config: EmbedConfig) -> EmbedReport:
         rows=content["rows"],
         skipped=content["skipped"],
         truncated_captions=content["truncated_captions"],
+        replaced_captions=content["replaced_captions"],
+        not_read={ending: entry["count"] for ending, entry in content["not_read"].items()},
         seconds=time.monotonic() - started,
     )
     if state.is_main_process:
@@ -145,7 +152,11 @@ def embed(config: EmbedConfig) -> EmbedReport:
 
 def _plan(config: EmbedConfig, source: Source, text_files, image_files) -> dict:
     """Everything that decides the content of the store."""
-    plan = {"source": source.identity(), **{name: asdict(config)[name] for name in CONTENT_OPTIONS}}
+    plan = {
+        "source": source.identity(),
+        "decoding": DECODING,
+        **{name: asdict(config)[name] for name in CONTENT_OPTIONS},
+    }
     for tower, files, id in (("text", text_files, config.text_encoder), ("image", image_files, config.image_encoder)):
         plan[f"{tower}_encoder"] = None
         if files is not None:
@@ -177,6 +188,7 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, with_image
         "versions": {m.__name__: m.__version__ for m in (numpy, torch, transformers)},
     }
     content = {"source": config.source, **content, "reasons": {k: REASONS[k] for k in content["skipped"]}}
+    content["not_read"] = source.not_read
     writer.finish(fingerprint, content)
 
 
@@ -192,4 +204,8 @@ def _summary(result: EmbedReport, finished: bool) -> str:
     done = "is complete already" if finished else f"in {result.seconds:.0f} s"
     left_out = f"; left out: {_skipped(result.skipped)}, see report.json" if result.skipped else ""
     cut = f"; {result.truncated_captions:,} long captions were cut" if result.truncated_captions else ""
-    return f"{result.output}: {result.rows:,} rows of {result.items:,} items {done}{left_out}{cut}"
+    mended = f"; {result.replaced_captions:,} captions hold U+FFFD in place of half a character"
+    mended = mended if result.replaced_captions else ""
+    endings = ", ".join(f"{count:,} {ending}" for ending, count in result.not_read.items())
+    other = f"; not an image: {endings}" if endings else ""
+    return f"{result.output}: {result.rows:,} rows of {result.items:,} items {done}{left_out}{cut}{mended}{other}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from csdiff.data.items import Item, Problem
+from csdiff.data.items import MAX_CAPTION, Item, Problem
 
 # A shard's report lists this many cut captions by name; all are counted.
 LISTED_TRUNCATIONS = 20
@@ -42,6 +42,7 @@ class ShardRows:
         self.items = 0
         self.problems: list[Problem] = []
         self.truncated: list[str] = []
+        self.replaced = 0
         self._columns: dict[str, list] = {
             name: [] for name in ("caption", "image_id", "image_path", "caption_index", *extra_columns)
         }
@@ -56,7 +57,11 @@ class ShardRows:
             self.problem(Problem(item.id, "no_caption", "the image has no caption"))
         kept = []
         for place, caption in enumerate(item.captions):
-            if caption.strip():
+            if len(caption) > MAX_CAPTION:
+                detail = f"caption {place} has {len(caption):,} characters and begins {caption[:40]!r}"
+                self.problem(Problem(item.id, "huge_caption", detail))
+            elif caption.strip():
+                self.replaced += "\ufffd" in caption
                 kept.append((place, caption.strip()))
             else:
                 self.problem(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
@@ -104,6 +109,7 @@ class ShardRows:
             "rows": len(self),
             "problems": [[problem.id, problem.reason, problem.detail] for problem in self.problems],
             "truncated": len(self.truncated),
+            "replaced": self.replaced,
             "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
         }
 
@@ -116,6 +122,7 @@ def report(shards: Sequence[dict]) -> dict:
         "rows": sum(shard["rows"] for shard in shards),
         "skipped": dict(sorted(Counter(reason for _, reason, _ in problems).items())),
         "truncated_captions": sum(shard["truncated"] for shard in shards),
+        "replaced_captions": sum(shard["replaced"] for shard in shards),
         "problems": [{"id": id, "reason": reason, "detail": detail} for id, reason, detail in problems],
         "truncated": [line for shard in shards for line in shard["truncated_listed"]][:LISTED_TRUNCATIONS],
     }

@@ -48,6 +48,8 @@ class DataConfig:
     """Image encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
     store: str | None = None
     """Folder for the embeddings of a captioned dataset; by default `store` inside the output folder."""
+    allow_outside: bool = False
+    """Read images that a captioned dataset names outside its folder."""
     accept_normalized: bool = False
     """Train on unit-norm embeddings, for retrieval; image decoders need the norms that such a store has lost."""
 

@@ -259,6 +259,7 @@ def embed_dataset(
             image_encoder=(config.data.image_encoder or DEFAULT_ENCODER) if "image" in sides else None,
             text_states=states and "text" in sides,
             image_tokens=tokens and "image" in sides,
+            allow_outside=config.data.allow_outside,
             device=device,
             progress=config.logging.progress,
         )

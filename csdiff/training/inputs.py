@@ -145,11 +145,12 @@ class DatasetImages:
 
     Args:
         path: Dataset in any form that `csdiff embed` reads.
+        allow_outside: Read images that it names outside its folder.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, allow_outside: bool = False):
         self.path = path
-        source = open_source(path)
+        source = open_source(path, allow_outside=allow_outside)
         if not source.has_images:
             raise CSDiffError(f"{path} has no images, and an image encoder is to see them at every step.")
         self._images: dict[str, bytes | Path] = {
@@ -347,4 +348,6 @@ def _open_image_tokens(
         )
     encoder = load_image_encoder(name, device)
     check_same_encoder(data.encoder("image"), encoder.describe(), "image", str(store.path), name)
-    return encoder, None if cached and config.data.image != "online" else DatasetImages(dataset)
+    if cached and config.data.image != "online":
+        return encoder, None
+    return encoder, DatasetImages(dataset, config.data.allow_outside)
