@@ -89,13 +89,14 @@ def decode_image(image: bytes | Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
             _check_size(*opened.size)
+            deep = "16" in str(opened.tile)
             opened.load()
             # Some formats turn, or know their size, only when they load.
             _check_size(*opened.size)
             orientation = 1
             with suppress(Exception):  # Damaged EXIF of an image that does decode.
                 orientation = opened.getexif().get(0x0112, 1)
-            rgb = _to_rgb(opened)
+            rgb = _to_rgb(opened, deep)
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
@@ -112,7 +113,7 @@ def _check_size(width: int, height: int) -> None:
         raise UnreadableImage(f"it has {width:,} x {height:,} pixels, at most 1 to {MAX_ASPECT} is decoded")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, deep: bool = False) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
@@ -126,7 +127,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(_floats(np.asarray(image))).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
-    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+    if deep and isinstance(transparent, tuple):
         # Pillow reads the high bytes of 16-bit colour, but both of the transparent one.
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if transparent is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):

@@ -53,8 +53,8 @@ def open_source(
 
             - a folder of images, captioned by `metadata.jsonl` / `.csv` / `.parquet` / `.json` in it or in its
               folders, by `captions_file`, by files beside them, or not at all; `train/`, ... are splits;
-            - a table (`.jsonl`, `.csv`, `.tsv`, `.txt` with a line of names, `.json`, `.parquet`) of captions and image
-              files, relative to its folder;
+            - a table (`.jsonl`, `.csv`, `.tsv`, `.json`, `.parquet`) of captions and image
+              files, relative to its folder; also `.txt` whose first line names its columns;
             - a table or `.txt` file of captions alone;
             - a parquet file with the images inside, or a folder of them or of tables, as the hub lays them out;
             - webdataset shards: a `.tar` file, a folder of them, or a pattern such as `data/{00000..00099}.tar`;
@@ -129,7 +129,7 @@ def _open_folder(path: Path, wanted: _Wanted) -> Source:
         tables = [file.relative_to(path).as_posix() for file in _files(path, others, wanted)]
         if len({PurePosixPath(name).suffix for name in tables}) > 1:
             raise CSDiffError(
-                f"{path}: expected images, or tables of one kind, found {', '.join(tables[:5])}; give one file."
+                f"{path}: expected images, or tables of one kind, found {', '.join(tables[:5])}; give one."
             )
         return _with_table(path, tables, wanted)
     if wanted.columns[2]:
