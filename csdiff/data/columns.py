@@ -19,7 +19,8 @@ class Columns:
         caption: Column of the captions; by default the first of the usual names.
         extra: Further columns to keep, as text.
         where: Of the data, for messages.
-        folders: Images that a row names lie below one of these; None: anywhere.
+        folders: Images that a row names are relative to one of these, and lie below it.
+        allow_outside: They may lie anywhere.
 
     Raises:
         CSDiffError: A column is not there.
@@ -32,9 +33,10 @@ class Columns:
         caption: str | None,
         extra: Sequence[str],
         where: object,
-        folders: Sequence[Path] | None,
+        folders: Sequence[Path],
+        allow_outside: bool,
     ):
-        self.image, self.extra, self.folders = image, list(extra), folders
+        self.image, self.extra, self.folders, self.allow_outside = image, list(extra), folders, allow_outside
         self.caption = find_column(names, caption, CAPTION_COLUMNS, where, "caption_column")
         for name in extra:
             find_column(names, name, (), where, "metadata_columns")
@@ -55,7 +57,7 @@ class Columns:
             return Item(str(index), captions, content, label, extra)
         if path is None:
             return Problem(str(index), "missing_image", f"row {index} has no image")
-        places = [inside(folder, path, False) for folder in self.folders] if self.folders is not None else [Path(path)]
+        places = [inside(folder, path, self.allow_outside) for folder in self.folders]
         places = [place for place in places if place is not None]
         if not places:
             return Problem(str(index), "outside_image", f"{label} is outside; --allow_outside true reads it")

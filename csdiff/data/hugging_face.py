@@ -20,7 +20,8 @@ class HuggingFaceSource(IndexedSource):
         image_column: By default the first column of images.
         caption_column: By default the first of the usual names.
         extra_columns: Further columns to keep, as text.
-        folders: Images that a row names lie below one of these; None: anywhere.
+        folders: Images that a row names are relative to one of these, and lie below it.
+        allow_outside: They may lie anywhere.
 
     Raises:
         CSDiffError: A column is not there.
@@ -33,7 +34,8 @@ class HuggingFaceSource(IndexedSource):
         image_column: str | None = None,
         caption_column: str | None = None,
         extra_columns: Sequence[str] = (),
-        folders: Sequence[Path] | None = None,
+        folders: Sequence[Path] = (),
+        allow_outside: bool = False,
     ):
         from datasets import Image
 
@@ -41,7 +43,9 @@ class HuggingFaceSource(IndexedSource):
         image = find_column(dataset.column_names, image_column, (), name, "image_column")
         if image is None and images:
             image = find_column(images, None, IMAGE_COLUMNS, name, "image_column") or images[0]
-        self.columns = Columns(dataset.column_names, image, caption_column, extra_columns, name, folders)
+        self.columns = Columns(
+            dataset.column_names, image, caption_column, extra_columns, name, folders, allow_outside
+        )
         dataset = dataset.select_columns(self.columns.names)
         if image in images:
             dataset = dataset.cast_column(image, Image(decode=False))

@@ -244,8 +244,7 @@ def _open_saved(path: Path, wanted: _Wanted) -> Source:
                 f"{path}: expected the split {wanted.split!r}, found {', '.join(dataset)}; choose one of them."
             )
         dataset = dataset[wanted.split]
-    folders = None if wanted.allow_outside else [path]
-    return HuggingFaceSource(dataset, f"{path.name}/{wanted.split}", *wanted.columns, folders=folders)
+    return HuggingFaceSource(dataset, f"{path.name}/{wanted.split}", *wanted.columns, [path], wanted.allow_outside)
 
 
 def _open_hub(name: str, wanted: _Wanted) -> Source:
@@ -263,6 +262,6 @@ def _open_hub(name: str, wanted: _Wanted) -> Source:
             f"({reason})."
         ) from error
     # Files of a data set of the hub lie in its caches, and nowhere else.
-    folders = None if wanted.allow_outside else [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
+    folders = [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
     label = "/".join(filter(None, (name, wanted.subset, wanted.split)))
-    return HuggingFaceSource(dataset, label, *wanted.columns, folders=folders)
+    return HuggingFaceSource(dataset, label, *wanted.columns, folders, wanted.allow_outside)

@@ -55,8 +55,8 @@ class ParquetSource(Source):
                 self.count += rows
         names = parquet_footer(self.files[0]).schema.to_arrow_schema().names
         image = find_column(names, image_column, IMAGE_COLUMNS, self.files[0], "image_column")
-        folders = None if allow_outside else list(dict.fromkeys(file.parent for file in self.files))
-        self.columns = Columns(names, image, caption_column, extra_columns, self.files[0], folders)
+        folders = list(dict.fromkeys(file.parent for file in self.files))
+        self.columns = Columns(names, image, caption_column, extra_columns, self.files[0], folders, allow_outside)
         self.has_captions = self.columns.caption is not None
 
     def units(self, size: int) -> int:

@@ -103,7 +103,10 @@ class WebDatasetSource(Source):
         own = [
             stem
             for stem, parts in stems.items()
-            if not by_suffix and any(map(_is_image_suffix, parts)) and any(suffix in _TEXTS for suffix in parts)
+            if stem != key
+            and not by_suffix
+            and any(map(_is_image_suffix, parts))
+            and any(suffix in _TEXTS for suffix in parts)
         ]
         for stem in own:
             yield stem, stems.pop(stem)
