@@ -83,9 +83,9 @@ def uncaptioned_folder(folder: Path, names: Sequence[str]) -> ImageFolderSource:
         stem = image.removesuffix(PurePosixPath(image).suffix)
         places = [name + suffix for suffix in _CAPTION_SUFFIXES for name in (stem, image)]
         file = next((beside[place] for place in (*places, stem + ".json") if place in beside), None)
+        used |= {beside[place] for place in (*places, stem + ".json") if place in beside}
         try:
             captions.append([] if file is None else _captions(folder / file))
-            used |= {beside[place] for place in (*places, stem + ".json") if place in beside}
         except UnreadableText as error:
             captions.append([""])
             problems[image] = Problem(printable(image), "unreadable_caption", f"{file}: {error}")

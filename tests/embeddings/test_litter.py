@@ -11,7 +11,12 @@ from PIL import Image
 
 from csdiff.embeddings import EmbeddingStore, embed
 
-ENDINGS = ["heic", "docx", "pdf", "svg", "psd_old", "zip", "rar", "7z", "mp4", "mov", "mp3", "wav", "xlsx", "pptx", "html", "css", "js", "py", "ipynb", "sh", "exe", "dll", "so", "log", "ini", "cfg", "toml", "yaml", "lock", "bak", "tmp", "part", "crdownload", "url", "lnk", "db", "sqlite", "h5ad", "npy", "npz", "pt", "bin", "safetensors", "onnx", "blend", "obj", "stl", "md", "rst", "tex"]
+KINDS = """
+heic docx pdf svg psd_old zip rar 7z mp4 mov mp3 wav xlsx pptx html css js py ipynb sh exe dll so log ini cfg
+toml yaml lock bak tmp part crdownload url lnk db sqlite h5ad npy npz pt bin safetensors onnx blend obj stl md
+rst tex
+"""
+ENDINGS = KINDS.split()
 HIDDEN = ("._00.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/00.png", "__MACOSX/00.png")
 
 
