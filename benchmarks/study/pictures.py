@@ -1,10 +1,17 @@
 """The part with generated images: a few methods drawn by the shipped decoder, measured in two feature spaces."""
 
+import io
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-from csdiff.evaluation import EvaluateConfig, evaluate
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from csdiff.evaluation import EvaluateConfig, concept_rate, evaluate, load_extractor
+from csdiff.evaluation.drawing import jobs
 from csdiff.evaluation.metrics import IMAGE_METRICS, SPACE_METRICS, lookup
 from csdiff.tables import markdown_table
 
@@ -35,7 +42,7 @@ def draw(folder: Path, count: int | None) -> dict:
             fitted.adapter.save_pretrained(path)
             shutil.rmtree(folder / "fit", ignore_errors=True)
         adapters.append(str(path))
-    return evaluate(
+    result = evaluate(
         EvaluateConfig(
             compare=adapters,
             pictures=str(ASSETS / "data/combination.parquet"),
@@ -45,6 +52,39 @@ def draw(folder: Path, count: int | None) -> dict:
             output=str(folder / "pictures"),
         )
     )
+    for name, rate in concept_rates(result, count).items():
+        result["pictures"]["adapters"][name]["concept"] = rate
+    return result
+
+
+def concept_rates(result: dict, count: int | None) -> dict[str, dict]:
+    """Right concept among the ten nearest of the train images, by EfficientNet's features, for every drawn method."""
+    judge = load_extractor("efficientnet-lite0")
+
+    def features(images) -> torch.Tensor:
+        images = list(images)
+        return torch.cat([judge(images[start : start + 32]) for start in range(0, len(images), 32)])
+
+    train, held_out = (_table(split) for split in ("train", "combination"))
+    # The prompts that `csdiff evaluate` chooses.
+    places = torch.linspace(0, len(held_out) - 1, min(count or len(held_out), len(held_out))).round().long().unique()
+    chosen = [held_out[place] for place in places.tolist()]
+    drawn = jobs([row["captions"][0] for row in chosen], 1, 0)
+    reference, originals = (features(_decode(row) for row in rows) for rows in (train, chosen))
+    names, known = ([row["concept"] for row in rows] for rows in (chosen, train))
+    rates = {}
+    for name, path in result["manifest"]["pictures"]["folders"].items():
+        made = features(Image.open(Path(path) / f"{job.key}.png").convert("RGB") for job in drawn)
+        rates[name] = asdict(concept_rate(made, names, reference, known, originals))
+    return rates
+
+
+def _table(split: str) -> list[dict]:
+    return pq.read_table(ASSETS / f"data/{split}.parquet", columns=["image", "captions", "concept"]).to_pylist()
+
+
+def _decode(row: dict) -> Image.Image:
+    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
 
 
 def picture_table(file: Path) -> str:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csdiff.errors import CSDiffError
 from csdiff.evaluation.distances import feature_frechet_distance, frechet_extrapolated
+from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, retrieval
 
 CMMD_BANDWIDTH = 10.0
@@ -29,10 +29,10 @@ class _Features(nn.Module):
 
 def fid(drawn: Tensor, real: Tensor) -> float:
     """Frechet distance of features `(N, D)` and `(M, D)`, by torchmetrics (Heusel et al. 2017); biased upwards."""
-    metric = _torchmetrics("fid", "FrechetInceptionDistance")(feature=_Features(drawn.shape[1]))
-    metric.update(real.float(), real=True)
-    metric.update(drawn.float(), real=False)
-    return metric.compute().item()
+    require("torchmetrics", "FID")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    return _compute(FrechetInceptionDistance(feature=_Features(drawn.shape[1])), drawn, real).item()
 
 
 def kid(drawn: Tensor, real: Tensor, subset_size: int = 500, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
@@ -40,26 +40,22 @@ def kid(drawn: Tensor, real: Tensor, subset_size: int = 500, subsets: int = 50, 
 
     Unbiased MMD^2 under `(x.y / D + 1)^3` (Binkowski et al. 2018).
     """
+    require("torchmetrics", "KID")
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(subset_size, len(drawn), len(real))
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        metric = _torchmetrics("kid", "KernelInceptionDistance")(
-            feature=_Features(drawn.shape[1]), subset_size=size, subsets=subsets
-        )
-        metric.update(real.float(), real=True)
-        metric.update(drawn.float(), real=False)
-        mean, spread = metric.compute()
+        metric = KernelInceptionDistance(feature=_Features(drawn.shape[1]), subset_size=size, subsets=subsets)
+        mean, spread = _compute(metric, drawn, real)
     return 1000 * mean.item(), 1000 * spread.item()
 
 
-def _torchmetrics(module: str, name: str):
-    try:
-        import importlib
-
-        return getattr(importlib.import_module(f"torchmetrics.image.{module}"), name)
-    except ImportError as error:
-        raise CSDiffError(f"{name} needs torchmetrics; pip install 'csdiff[eval]'.") from error
+def _compute(metric, drawn: Tensor, real: Tensor):
+    metric.update(real.float(), real=True)
+    metric.update(drawn.float(), real=False)
+    return metric.compute()
 
 
 def cmmd(drawn: Tensor, real: Tensor, bandwidth: float = CMMD_BANDWIDTH) -> float:

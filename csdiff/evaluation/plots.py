@@ -12,6 +12,7 @@ from torch import Tensor
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.distances import unit
+from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
 
 TEXT, IMAGE, PREDICTED = "#d55e00", "#0072b2", "#009e73"
@@ -87,11 +88,10 @@ def _along(rows: np.ndarray, direction: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _project(rows: np.ndarray, method: str, seed: int) -> np.ndarray:
-    try:
-        from sklearn.decomposition import PCA
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise CSDiffError("plots need scikit-learn; pip install 'csdiff[eval]'.") from error
+    require("sklearn", "plots")
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(rows)
     reduced = PCA(min(50, *rows.shape), random_state=seed).fit_transform(rows)
@@ -176,11 +176,10 @@ def _colours(names: Mapping) -> list[str]:
 
 
 def _figure(width: float, height: float):
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CSDiffError("plots need matplotlib; pip install 'csdiff[eval]'.") from error
+    require("matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -15,7 +15,7 @@ from csdiff.evaluation.drawing import Job, PictureFolder
         ("steps", "0", "steps"),
         ("steps", "1001", "steps"),
         ("seed", "-1", "0"),
-        ("seed", "99999999999999999999", "9223372036854775808"),
+        ("seed", "99999999999999999999", "2^63"),
         ("size", "12", "8"),
         ("max_rows", "3", "8"),
         ("picture_baselines", "magic", "mean_shift"),
