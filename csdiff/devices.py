@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from csdiff.errors import CSDiffError
@@ -24,3 +27,17 @@ def choose_device(name: str = "auto") -> torch.device:
             f"that torch cannot use ({str(error).splitlines()[0]})."
         ) from error
     return device
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on so many processor threads within a block, or a function that it decorates.
+
+    Linear algebra on matrices of a few hundred rows wants one: its threads wait longer for each other than they work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -30,6 +30,12 @@ def read_fingerprint(path: Path) -> dict | None:
     if not isinstance(fingerprint, dict) or fingerprint.get("kind") != "store":
         kind = fingerprint.get("kind") if isinstance(fingerprint, dict) else type(fingerprint).__name__
         raise CSDiffError(f'{file}: expected "kind": "store", found {kind!r}; give the folder of an embedding store.')
+    for name in ("text_encoder", "image_encoder", "data", "files"):
+        if not isinstance(found := fingerprint.get(name), dict | None):
+            raise CSDiffError(
+                f'{file}: expected an object for "{name}", found {str(found)[:60]!r}; restore the file, or remove it '
+                "to read the folder as foreign."
+            )
     return fingerprint
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csdiff.devices import threads
+
 _BLOCK = 2048
 
 
@@ -43,6 +45,7 @@ def distribution_gap(x: Tensor, y: Tensor) -> float:
     return _centred_frechet(unit(x), unit(y))
 
 
+@threads(1)
 def _centred_frechet(x: Tensor, y: Tensor) -> float:
     """`Tr(S1 S2)^(1/2)` is the sum of the square roots of the eigenvalues of `A S2 A^T` for `S1 = A^T A`.
 

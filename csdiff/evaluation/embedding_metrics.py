@@ -7,6 +7,7 @@ Directions are compared on the unit sphere; only :func:`norm_ratios` looks at le
 import torch
 from torch import Tensor
 
+from csdiff.devices import threads
 from csdiff.evaluation.distances import (
     centred,
     centroid_gap,
@@ -66,6 +67,7 @@ def norm_ratios(prediction: Tensor, image: Tensor) -> dict[str, float]:
     return {"mean_ratio": (p.mean() / r.mean()).item(), "std_ratio": ratio}
 
 
+@threads(1)
 def effective_rank(x: Tensor) -> float:
     """`exp(H(s / sum s))` of the singular values `s` of the centred unit vectors (Roy and Vetterli 2007).
 

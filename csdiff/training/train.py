@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from csdiff.devices import threads
 from csdiff.errors import CSDiffError
 from csdiff.files import disk_full, flatten
 from csdiff.options import check_options
@@ -65,7 +66,8 @@ def train(config: TrainConfig) -> TrainResult:
         if folder.path.is_dir() and os.environ.get("RANK", "0") == "0":
             stack.enter_context(folder.lock())
         start = folder.start_from()
-        stack.enter_context(_threads(config, folder))
+        config.threads = _threads(config, folder)
+        stack.enter_context(threads(config.threads))
         try:
             return _train(config, folder, start, stack)
         except CSDiffError:
@@ -150,21 +152,14 @@ def _check_progress(config: TrainConfig, folder: RunFolder, start: Path, loop: L
         progress.best_step = progress.best_value = None
 
 
-@contextmanager
-def _threads(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
-    """Compute on as many threads as the run was started with, or as are configured.
+def _threads(config: TrainConfig, folder: RunFolder) -> int:
+    """Those that the run was started with, or that are configured; at first all cores, shared among processes.
 
     Launchers set OMP_NUM_THREADS each in their own way, and sums depend on it in the last bits.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fresh = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    config.threads = config.threads or folder.saved_options().get("threads") or fresh
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return config.threads or folder.saved_options().get("threads") or fresh
 
 
 @contextmanager

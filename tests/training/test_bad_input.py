@@ -188,5 +188,12 @@ def test_one_row(tmp_path):
     refused(made, str(store), "1 row", "at least 2")
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "files", "data"])
+def test_a_fingerprint_of_other_types(tmp_path, name):
+    store = make_plain_store(tmp_path / "store")
+    (store / "csdiff.json").write_text(json.dumps({"format": 1, "kind": "store", name: "tiny-clip"}))
+    refused(training_runs.config(store, tmp_path / "out"), "csdiff.json", name, "tiny-clip")
+
+
 def test_every_default_passes_the_checks():
     check_options(TrainConfig())
