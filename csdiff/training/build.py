@@ -14,7 +14,7 @@ from csdiff.errors import CSDiffError
 from csdiff.losses.registry import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData
-from csdiff.training.inputs import TextSide, wants_tokens
+from csdiff.training.encoders import TextSide, wants_tokens
 from csdiff.training.task import DIFFUSION, AlignmentTask, DenoisingObjective, Embedder
 
 _FIT_ROWS = 200_000

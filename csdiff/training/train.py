@@ -24,7 +24,7 @@ from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
 from csdiff.training.data import embed_dataset, open_data
-from csdiff.training.inputs import check_named_encoders, open_inputs, open_text_side, reads_states, wants_tokens
+from csdiff.training.encoders import check_named_encoders, open_inputs, open_text_side, reads_states, wants_tokens
 from csdiff.training.loop import Loop
 from csdiff.training.optimization import make_optimizer
 from csdiff.training.run import Run
