@@ -21,8 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup ## Train an adapter on the shipped data and draw four prompts (a few minutes)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_adapter.py --config configs/tiny.yaml --output_dir runs/demo --resume never
+	$(BIN)/csdiff train --config configs/tiny.yaml --output_dir runs/demo --resume never
 	$(BIN)/python generate.py --adapter runs/demo --output outputs/demo --seed 0 \
 		--prompt "a sunflower in a pot, 3d style" --prompt "a snowman with a hat, flat style" \
 		--prompt "one shiny purple heart, 3d style" --prompt "a sailing boat on the sea, flat style"
