@@ -11,6 +11,7 @@ from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csdiff.embeddings.encoders import nearby
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json, read_safetensors_header
 
@@ -107,6 +108,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 f"{path / METADATA}: {name} must be {_TYPE_NAMES[expected]}, found a {type(value).__name__}; copy or "
                 "save the adapter again."
             )
+    for tower in ("text", "image"):
+        if metadata.get(f"{tower}_encoder"):
+            metadata[f"{tower}_encoder"] = nearby(metadata[f"{tower}_encoder"], tower, path)
     return metadata
 
 

@@ -159,7 +159,8 @@ class LoRAAdapter(Adapter):
         found = [folder.read_header([file]) for file in files]
         _check_peft_config(path, values, found[1])
         if options.get("base_model") is None:
-            find_encoder({"id": values.get("text_encoder")}, "text", of=f"the adapter {path}")
+            known = {"id": values.get("text_encoder")}
+            values["text_encoder"] = find_encoder(known, "text", of=f"the adapter {path}", beside=[path])["id"]
         try:
             adapter = cls(**values, base_model=options.get("base_model"))
         except TypeError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from csdiff.app.models import Models
 from csdiff.app.work import Progress, Report
 from csdiff.data.images import UnreadableImage, decode_image
-from csdiff.embeddings.tokenizer import clean_text
+from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoding import DrawingOptions
@@ -58,8 +58,8 @@ class Settings:
         if max(len(self.prompt), len(self.negative)) > LONGEST_PROMPT:
             raise CSDiffError(f"Expected a text of at most {LONGEST_PROMPT} characters, found a longer one.")
         config = GenerateConfig(
-            prompt=[clean_text(self.prompt.strip())],
-            negative_prompt=clean_text(self.negative.strip()) or None,
+            prompt=[well_formed(self.prompt.strip())],
+            negative_prompt=well_formed(self.negative.strip()) or None,
             seed=self.seed,
             num_images=self.count,
             steps=self.steps,

@@ -1,209 +1,159 @@
-"""One column of a store: npy shards on disk read as one long array."""
+"""One column of a store: npy shards on disk, mapped into memory and read as one long array."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-import warnings
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from csdiff.errors import CSDiffError
 
-# Linux 5.14 and later; maps all pages of a range at once instead of one fault each. Python names it from 3.15 on.
-_MADV_POPULATE_READ = 22
-# A mapped array is populated once this part of its rows has been asked for: it is being trained on.
-POPULATE_AFTER = 1 / 64
+# Dimensions of a column's array, rows included.
+DIMENSIONS = {"text_embeds": 2, "image_embeds": 2, "text_states": 3, "text_mask": 2, "image_tokens": 3}
 
 
-class NpyShard:
-    """One npy file; never unpickles.
-
-    The header is read and checked against the size of the file when the shard is made; its rows are opened on first
-    use.
+class Shard:
+    """One npy file; never unpickles. It is checked when the shard is made, and mapped on first use.
 
     Args:
         path: The npy file.
+        key: Its column, as `EmbeddingStore.read` names it.
         bfloat16: npy has no bfloat16: such a shard holds its bits as uint16.
 
     Raises:
-        CSDiffError: Not an npy file, an object array, Fortran order, an unusable dtype, or a wrong file size.
+        CSDiffError: Not a whole npy file, or an array of another kind than the column's.
     """
 
-    def __init__(self, path: Path, bfloat16: bool = False):
-        self.path, self.bfloat16 = path, bfloat16
+    def __init__(self, path: Path, key: str, bfloat16: bool = False):
+        self.path = path
         try:
-            with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-                self.shape, fortran, self.dtype = read_header[version[0]](file)
-                self.offset = file.tell()
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            raise CSDiffError(f"{path} is not a readable npy file ({error}); write this shard again.") from error
-        allowed = ("uint16",) if bfloat16 else ("float16", "float32", "float64", "bool")
-        if self.dtype.name not in allowed or not self.dtype.isnative or len(self.shape) < 2 or fortran:
+        except (OSError, ValueError, EOFError) as error:
+            raise CSDiffError(f"{path} is not a whole npy file ({error}); restore it or write it again.") from error
+        allowed = ("bool",) if key == "text_mask" else ("uint16",) if bfloat16 else ("float16", "float32", "float64")
+        found = type(array).__name__
+        if isinstance(array, np.ndarray):
+            order = "C" if array.flags.c_contiguous else "Fortran"
+            found = f"{array.dtype} {array.shape} in {order} order"
+        if (
+            not isinstance(array, np.memmap)
+            or array.dtype.name not in allowed
+            or array.ndim != DIMENSIONS[key]
+            or not array.dtype.isnative
+            or not array.flags.c_contiguous
+            or array.offset % array.itemsize
+        ):
             raise CSDiffError(
-                f"{path}: expected a C-ordered array of at least two dimensions of {' / '.join(allowed)}, found "
-                f"{self.dtype} {self.shape}{' in Fortran order' if fortran else ''}; save it again in that form."
+                f"{path}: expected {' / '.join(allowed)} in {DIMENSIONS[key]} dimensions, in C order, found {found}; "
+                "save it again in that form."
             )
-        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
-        expected, found = self.offset + len(self) * self.row_bytes, path.stat().st_size
-        # A longer file than the header says is as wrong as a truncated one.
-        if expected != found:
-            raise CSDiffError(f"{path} is damaged: its header says {expected:,} bytes, found {found:,}; restore it.")
-        self._tensor: torch.Tensor | None = None
-        self._map = None
-        self._file = None
+        size = array.offset + array.nbytes
+        # A longer file than the header says is as wrong as a truncated one, which numpy refuses.
+        if path.stat().st_size != size:
+            raise CSDiffError(
+                f"{path} is damaged: expected {size:,} bytes by its header, found {path.stat().st_size:,}; restore it."
+            )
+        self.shape, self.offset, self.bytes = array.shape, array.offset, array.nbytes
+        self.dtype = torch.bfloat16 if array.dtype == np.uint16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
+        self._tensor: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def tensor(self) -> torch.Tensor:
-        """The whole shard as a read-only tensor over a memory map (nothing is read yet)."""
-        if self._tensor is None:
-            if len(self) == 0:  # An empty range cannot be mapped.
-                array = np.empty(self.shape, self.dtype)
-            else:
-                array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-                self._map = array._mmap
-            with warnings.catch_warnings():
-                # torch warns of the missing write permission; the tensor is only gathered from.
-                warnings.simplefilter("ignore", UserWarning)
-                self._tensor = torch.from_numpy(array)
-            if self.bfloat16:
-                self._tensor = self._tensor.view(torch.bfloat16)
+    @property
+    def tensor(self) -> Tensor:
+        """The whole shard as a tensor over a memory map; nothing is read yet."""
+        if self._tensor is None and self.bytes == 0:
+            self._tensor = torch.empty(self.shape, dtype=self.dtype)
+        elif self._tensor is None:
+            # Unlike numpy's maps it keeps no file open: a store of millions of rows has more shards than a process
+            # may have open files.
+            size = (self.offset + self.bytes) // self.dtype.itemsize
+            mapped = torch.from_file(str(self.path), size=size, dtype=self.dtype)
+            self._tensor = mapped[self.offset // self.dtype.itemsize :].view(self.shape)
         return self._tensor
 
-    def populate(self) -> None:
-        """Read the whole shard and map its pages at once: twenty times cheaper than one page fault a row."""
-        self.tensor()
-        # An older system faults the pages in one by one.
-        with contextlib.suppress(AttributeError, OSError):
-            self._map.madvise(_MADV_POPULATE_READ)
 
-    def descriptor(self) -> int:
-        """An open file descriptor for positioned reads."""
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):
-                # Rows are far apart: what the system would read ahead is not wanted.
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return self._file.fileno()
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` read sequentially from the file, past the memory map."""
-        shape = (max(stop - start, 0), *self.shape[1:])
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.row_bytes).reshape(shape)
-        tensor = torch.from_numpy(array)
-        return tensor.view(torch.bfloat16) if self.bfloat16 else tensor
-
-
-class ShardedArray:
-    """Several shards as one array (N, ...) with random access.
+class Column:
+    """Several shards as one array (N, ...) with random access, given as float32, or bool for masks.
 
     Args:
-        shards: In row order, all of one shape but for the rows.
-        mapped: Gather rows through memory maps, the fastest once mapped. Otherwise by positioned reads, at about half
-            the
-            speed: mapped pages count as memory of the process, and mapping one page for each row of an array much
-            larger than memory costs more than reading it.
+        shards: In row order.
+
+    Raises:
+        CSDiffError: Their rows differ in shape or dtype.
     """
 
-    def __init__(self, shards: list[NpyShard], mapped: bool = True):
+    def __init__(self, shards: list[Shard]):
         first = shards[0]
         for shard in shards[1:]:
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
                 raise CSDiffError(
-                    f"{shard.path}: expected rows of {first.dtype} {first.shape[1:]} as in {first.path.name}, found "
-                    f"{shard.dtype} {shard.shape[1:]}; all shards of a folder must come from one encoder."
+                    f"{shard.path}: expected rows of {first.shape[1:]} {first.dtype} as in {first.path.name}, found "
+                    f"{shard.shape[1:]} {shard.dtype}; all shards of a folder must come from one encoder."
                 )
-        self.shards, self.mapped = shards, mapped or not hasattr(os, "preadv")
-        self.row_shape = tuple(first.shape[1:])
-        self.row_bytes = first.row_bytes
+        self.shards, self.dtype, self.row_shape = shards, first.dtype, tuple(first.shape[1:])
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
-        self._buffers = threading.local()
-        self._gathered, self._populated = 0, False
-        self.storage_dtype = torch.bfloat16 if first.bfloat16 else torch.from_numpy(np.empty(0, first.dtype)).dtype
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def gather(self, indices: np.ndarray) -> torch.Tensor:
-        """Rows `indices` (int64, in range), in that order: float32, or bool for masks."""
-        if not self.mapped:
-            return self._converted(self._gather_read(indices))
-        if not self._populated:
-            self._gathered += len(indices)
-            if self._gathered > POPULATE_AFTER * len(self):
-                self.populate()
-        if len(self.shards) == 1:
-            return self._converted(self.shards[0].tensor().index_select(0, torch.from_numpy(indices)))
-        return self._converted(self._gather_mapped(indices))
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """These rows (int64, in range), in that order.
 
-    def _gather_mapped(self, indices: np.ndarray) -> torch.Tensor:
-        shard_of = np.searchsorted(self.starts, indices, side="right") - 1
+        Raises:
+            CSDiffError: One is not finite.
+        """
+        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(shard_of, kind="stable")
-        local = torch.from_numpy((indices - self.starts[shard_of])[order])
+        local = torch.from_numpy((rows - self.starts[shard_of])[order])
         used, first = np.unique(shard_of[order], return_index=True)
-        edges = [*first.tolist(), len(indices)]
-        gathered = torch.empty((len(indices), *self.row_shape), dtype=self.storage_dtype)
+        gathered = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
+        edges = [*first.tolist(), len(rows)]
         for shard, start, stop in zip(used.tolist(), edges[:-1], edges[1:], strict=True):
-            torch.index_select(self.shards[shard].tensor(), 0, local[start:stop], out=gathered[start:stop])
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        # Back to the caller's order in the narrow type, before the conversion doubles the bytes.
-        return gathered.index_select(0, torch.from_numpy(back))
+            torch.index_select(self.shards[shard].tensor, 0, local[start:stop], out=gathered[start:stop])
+        if len(used) > 1:
+            back = np.empty_like(order)
+            back[order] = np.arange(len(order))
+            # In the narrow type, before the conversion doubles the bytes.
+            gathered = gathered.index_select(0, torch.from_numpy(back))
+        return self._checked(gathered, rows)
 
-    def _gather_read(self, indices: np.ndarray) -> torch.Tensor:
-        shard_of = np.searchsorted(self.starts, indices, side="right") - 1
-        offsets = (indices - self.starts[shard_of]) * self.row_bytes
-        if len(self.shards) == 1:
-            files, headers = repeat(self.shards[0].descriptor()), self.shards[0].offset
-        else:
-            files = [self.shards[shard].descriptor() for shard in shard_of.tolist()]
-            headers = np.array([shard.offset for shard in self.shards])[shard_of]
-        rows = self._buffer(len(indices))
-        # The loop over rows runs inside `sum` and `map`: as Python statements it would cost as much as the reads.
-        read = sum(map(os.preadv, files, zip(rows), (offsets + headers).tolist()))
-        if read != rows.nbytes:
-            raise OSError(
-                f"{self.shards[0].path.parent}: expected {rows.nbytes} bytes, read {read}; a shard was cut short."
-            )
-        return torch.from_numpy(rows.reshape(-1)).view(self.storage_dtype).reshape(len(indices), *self.row_shape)
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop`.
 
-    def _buffer(self, count: int) -> np.ndarray:
-        if self.storage_dtype in (torch.float32, torch.bool):
-            return np.empty((count, self.row_bytes), np.uint8)
-        # What is converted is copied: one buffer a thread serves all batches.
-        buffer = getattr(self._buffers, "rows", None)
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers.rows = np.empty((count, self.row_bytes), np.uint8)
-        return buffer[:count]
-
-    def slice(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop`, read sequentially: float32, or bool for masks."""
-        parts = []
+        Raises:
+            CSDiffError: One is not finite.
+        """
+        parts = [torch.empty((0, *self.row_shape), dtype=self.dtype)]
         for shard, first in zip(self.shards, self.starts[:-1].tolist(), strict=True):
             low, high = max(start - first, 0), min(stop - first, len(shard))
             if low < high:
-                parts.append(shard.rows(low, high))
-        return self._converted(
-            torch.cat(parts) if parts else torch.empty((0, *self.row_shape), dtype=self.storage_dtype)
-        )
+                parts.append(shard.tensor[low:high])
+        return self._checked(torch.cat(parts), range(start, stop))
 
-    def populate(self) -> None:
-        """Map all pages now, see `NpyShard.populate`."""
-        self._populated = True
-        for shard in self.shards:
-            shard.populate()
+    def place(self, row: int) -> str:
+        """Where a row is on the disk: "row 3 of img_emb/img_emb_0.npy"."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        file = self.shards[number].path
+        return f"row {row - int(self.starts[number])} of {file.parent.name}/{file.name}"
 
-    @staticmethod
-    def _converted(rows: torch.Tensor) -> torch.Tensor:
-        return rows if rows.dtype == torch.bool else rows.float()
+    def _checked(self, stored: Tensor, rows: np.ndarray | range) -> Tensor:
+        if stored.dtype == torch.bool:
+            return stored
+        values = stored.float()
+        # One sum instead of a look at every value: NaN and infinity reach it.
+        if not torch.isfinite(values.sum()):
+            wrong = (~values.flatten(1).isfinite().all(1)).nonzero()
+            if len(wrong):
+                place = self.place(int(rows[int(wrong[0])]))
+                raise CSDiffError(
+                    f"{self.shards[0].path.parent.parent}: {place} is not finite (NaN or infinity, as half precision "
+                    f"gives on overflow; {len(wrong)} of {len(values)} rows read): embed these again, or leave them "
+                    "out."
+                )
+        return values

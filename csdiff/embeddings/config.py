@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from csdiff.errors import CSDiffError
+from csdiff.options import ClosedUnitInterval, PositiveInt, Seed
 
 
 @dataclass
@@ -41,11 +41,11 @@ class EmbedConfig:
     they are left out and counted."""
     captions_per_image: Literal["all", "first", "random"] = "all"
     """Which captions of an image become rows: all (the image embedding is repeated), the first, or one by the seed."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random caption."""
     long_captions: Literal["truncate", "skip"] = "truncate"
     """Captions of more tokens than the text encoder takes are cut, or left out; both are counted."""
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     """Tokens a caption may have; by default the tokenizer's limit, at most 512."""
     pooling: Literal["projection", "mean", "last", "cls"] | None = None
     """How token states become one text embedding; by default what fits the encoder."""
@@ -55,32 +55,17 @@ class EmbedConfig:
     """Also store the token states of the text encoder, for adapters that read them (77 times the space for CLIP)."""
     image_tokens: bool = False
     """Also store the token states of the image encoder, for the token-level term."""
-    shard_size: int = 10000
+    shard_size: PositiveInt = 10000
     """Items of the source in a shard, the unit of work; webdataset shards stay as they are."""
-    batch_size: int = 64
-    """Images or captions a forward pass."""
-    max_skipped: float = 0.1
+    batch_size: PositiveInt = 64
+    """Images or captions a forward pass; on a CPU each of its threads takes a batch of its own."""
+    max_skipped: ClosedUnitInterval = 0.1
     """The run stops when more than this part of the items is left out; ten are always allowed unless it is 0."""
-    device: str | None = None
-    """Device of the encoders; by default the accelerator of the process, if there is one."""
+    device: str = "auto"
+    """Device of the encoders: auto (the accelerator of the process, else the CPU), cpu, cuda, mps, ..."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the encoders; auto is float32 on the CPU and the checkpoint's own elsewhere."""
-    workers: int = 4
+    workers: PositiveInt = 4
     """Threads a process that decode images."""
     progress: bool = True
     """Show a progress bar on stderr."""
-
-    def __post_init__(self):
-        if not self.text_encoder and not self.image_encoder:
-            raise CSDiffError("text_encoder, image_encoder: expected at least one encoder, found none; name one.")
-        for name in ("shard_size", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise CSDiffError(f"{name}: expected at least 1, found {getattr(self, name)}.")
-        if not 0 <= self.max_skipped <= 1:
-            raise CSDiffError(f"max_skipped: expected a part between 0 and 1, found {self.max_skipped}.")
-        if self.max_length is not None and self.max_length < 1:
-            raise CSDiffError(f"max_length: expected at least 1, found {self.max_length}.")
-        if self.text_states and not self.text_encoder:
-            raise CSDiffError("text_states: expected a text encoder, found none; name one with text_encoder.")
-        if self.image_tokens and not self.image_encoder:
-            raise CSDiffError("image_tokens: expected an image encoder, found none; name one with image_encoder.")

@@ -1,26 +1,18 @@
-"""Finding and loading text and image encoders by id."""
+"""Finding the files of text and image encoders by id, and loading their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, check_same_encoder, weights_sha256
+from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, Tower, check_same_encoder, weights_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute
 from csdiff.hub import unreachable
 from csdiff.resources import assets_dir
-
-if TYPE_CHECKING:
-    import torch
-
-    from csdiff.embeddings.image_encoder import ImageEncoder
-    from csdiff.embeddings.text_encoder import TextEncoder
-
-Tower = Literal["text", "image"]
 
 # Where a saved diffusers pipeline keeps the two towers and what prepares their input.
 _PIPELINE_FOLDERS = {
@@ -53,57 +45,12 @@ def resolve_encoder(id: str | Path) -> str:
     return str(assets_dir() / "clip") if id == "tiny-clip" else str(id)
 
 
-def load_text_encoder(
-    id: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    revision: str | None = None,
-    pooling: str | None = None,
-    max_length: int | None = None,
-) -> TextEncoder:
-    """Load any transformers text encoder: a CLIP text tower with its projection, a sentence encoder, a language model.
-
-    Args:
-        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has a text encoder), or a hub id.
-        device: Where to put it; the CPU by default.
-        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
-        revision: Branch, tag or commit on the hub.
-        pooling: "projection" (CLIP), "mean", "last" or "cls". By default the projection for CLIP, what
-            `1_Pooling/config.json` says for sentence encoders, the last token for causal language models, else the
-            mean.
-        max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
-
-    Raises:
-        CSDiffError: Nothing there, not a text encoder, weights missing, or pickled weights.
-    """
-    from csdiff.embeddings.text_encoder import TextEncoder
-
-    files = encoder_files(id, "text", revision)
-    return TextEncoder.load(str(id), files, device=device, dtype=dtype, pooling=pooling, max_length=max_length)
-
-
-def load_image_encoder(
-    id: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    revision: str | None = None,
-) -> ImageEncoder:
-    """Load an image encoder: a CLIP vision tower with its projection, or another vision model with a pooled output.
-
-    Args:
-        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has an image encoder), or a hub id.
-        device: Where to put it; the CPU by default.
-        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        CSDiffError: Nothing there, not an image encoder, weights missing, or pickled weights.
-    """
-    from csdiff.embeddings.image_encoder import ImageEncoder
-
-    return ImageEncoder.load(str(id), encoder_files(id, "image", revision), device=device, dtype=dtype)
+def encoder_name(id: str | Path) -> str:
+    """The one name of an encoder, as a `csdiff.json` records it: "tiny-clip", an absolute folder, or a hub id."""
+    if id == "tiny-clip":
+        return str(id)
+    folder = absolute(id)
+    return str(folder) if folder.is_dir() else str(id)
 
 
 def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> EncoderFiles:
@@ -113,7 +60,7 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
         CSDiffError: Neither a folder nor an id that the hub (or its local cache, when offline) knows.
     """
     name = resolve_encoder(id)
-    folder, commit = Path(name), None
+    folder, commit = Path(name).expanduser(), None
     if not folder.is_dir():
         folder = _download(name, tower, revision)
         commit = folder.name
@@ -133,20 +80,27 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
     return EncoderFiles(folder, folder, commit)
 
 
-def find_encoder(known: dict | None, tower: Tower, given: str | Path | None = None, of: str = "the adapter") -> dict:
+def find_encoder(
+    known: dict | None,
+    tower: Tower,
+    given: str | Path | None = None,
+    of: str = "the adapter",
+    beside: Iterable[str | Path | None] = (),
+) -> dict:
     """Where an encoder is that a `csdiff.json` names; what the user names instead must have the same weights.
 
-    A record comes from whoever made the folder. So a hub repository that only the record names is not fetched, unless
-    it is one of the published encoders: it must be here already, or be named by the user.
+    A record comes from whoever made the folder: a hub repository that only the record names is not fetched, unless it
+    is one of the published encoders; it must be here already, or be named by the user.
 
     Args:
         known: The encoder's part of a `csdiff.json`: `{"id", "revision", "weights_sha256", ...}`.
         tower: "text" or "image".
         given: The folder or hub id the user names, e.g. of an encoder that has moved.
         of: Whose record it is, for the message.
+        beside: Folders that may have moved together with the encoder, see `nearby`.
 
     Returns:
-        `known`, with "id" (of a folder, its absolute path), "revision" and "weights_sha256" of what the user names.
+        `known`, with the "id" that was found (of a folder, its absolute path).
 
     Raises:
         CSDiffError: Nothing known and nothing given, nothing there, or another encoder than the one known.
@@ -154,15 +108,17 @@ def find_encoder(known: dict | None, tower: Tower, given: str | Path | None = No
     known, option = known or {}, f"name it with --{tower}_encoder (in Python {tower}_encoder=)"
     if given is not None:
         files = encoder_files(given, tower)
-        id = str(absolute(given)) if Path(given).is_dir() else str(given)
-        found = {"id": id, "revision": files.revision, "weights_sha256": weights_sha256(files.model, tower)}
+        digest = weights_sha256(files.model, tower)
+        found = {"id": encoder_name(given), "revision": files.revision, "weights_sha256": digest}
         check_same_encoder(known, found, tower, of, str(given))
         return {**known, **found}
     id = known.get("id")
     if not id:
         raise CSDiffError(f"{of} names no {tower} encoder; {option}.")
-    if Path(resolve_encoder(id)).is_dir() or any(id in names[tower] for names in PUBLISHED.values()):
-        return known
+    known = nearby(known, tower, *beside)
+    id = known["id"]
+    if Path(resolve_encoder(id)).expanduser().is_dir() or any(id in names[tower] for names in PUBLISHED.values()):
+        return {**known, "id": encoder_name(id)}
     if not HUB_ID.fullmatch(id):
         raise CSDiffError(f"{of} names the {tower} encoder {id}, which is no folder here; {option} where it is now.")
     from huggingface_hub import try_to_load_from_cache
@@ -176,6 +132,35 @@ def find_encoder(known: dict | None, tower: Tower, given: str | Path | None = No
             f"have it fetched from the hub, {option}."
         )
     return known
+
+
+def nearby(known: dict, tower: Tower, *beside: str | Path | None) -> dict:
+    """A record of an encoder whose folder may have moved with other folders: `known`, or with the "id" found.
+
+    A recorded folder that is gone is looked for beside these places and in the folders above them, under the end of
+    its old name (`models/clip`, `clip`), with the recorded hash of its weights.
+    """
+    id = str(known.get("id") or "tiny-clip")
+    if id == "tiny-clip" or Path(id).expanduser().is_dir() or any(id in n[tower] for n in PUBLISHED.values()):
+        return known
+    # A hub id is no place; only its weights tell that a folder of its name is it.
+    if HUB_ID.fullmatch(id) and not known.get("weights_sha256"):
+        return known
+    parts = [part for part in re.split(r"[/\\]+", id) if part not in ("", ".", "..", "~")]
+    bases = [base for place in beside if place for base in (absolute(place), *list(absolute(place).parents)[:3])]
+    for folder in (base.joinpath(*parts[start:]) for base in dict.fromkeys(bases) for start in range(len(parts))):
+        if folder.is_dir() and _holds(folder, tower, known.get("weights_sha256")):
+            return {**known, "id": str(folder)}
+    return known
+
+
+def _holds(folder: Path, tower: Tower, digest: str | None) -> bool:
+    """Whether a folder is an encoder, with these weights where they are known."""
+    try:
+        files = encoder_files(folder, tower)
+        return digest is None or weights_sha256(files.model, tower) == digest
+    except CSDiffError:
+        return False
 
 
 @contextmanager
@@ -240,7 +225,10 @@ def _download(name: str, tower: Tower, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CSDiffError(f"{name}: expected a folder with a {tower} encoder, found none; check the path.")
+        raise CSDiffError(
+            f"{name}: expected a folder with a {tower} encoder, found none; check the path, or say where it is with "
+            f"--{tower}_encoder."
+        )
     silent = unreachable()
     try:
         return Path(

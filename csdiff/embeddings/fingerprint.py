@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
 
 Tower = Literal["text", "image"]
 
@@ -184,10 +185,17 @@ def weights_sha256(folder: str | Path, tower: Tower | None = None) -> str:
     # Not a weight: older checkpoints carry this index buffer, newer ones do not.
     names = sorted(name for name in opened if not name.endswith(".position_ids"))
     own = [name for name in names if name.startswith(TOWER_PREFIXES.get(tower, ()))]
+    # A SigLIP tower saved alone has lost the prefix of its names.
+    lost = TOWER_PREFIXES[tower][0] if tower and not own and _is_siglip(folder) else ""
     digest = hashlib.sha256()
     for name in own or names:
         entry = opened[name].get_slice(name)
-        digest.update(json.dumps([name, entry.get_dtype(), entry.get_shape()]).encode())
+        digest.update(json.dumps([lost + name, entry.get_dtype(), entry.get_shape()]).encode())
         tensor = opened[name].get_tensor(name).contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _is_siglip(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and str(read_json(config).get("model_type")).startswith("siglip")

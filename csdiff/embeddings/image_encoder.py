@@ -6,17 +6,33 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights, quiet_loading
+from csdiff.embeddings.encoders import (
+    EncoderFiles,
+    encoder_files,
+    encoder_name,
+    load_config,
+    load_weights,
+    quiet_loading,
+)
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.errors import CSDiffError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+# Types of models with an image tower, whole or that tower alone, and its class.
+VISION_TOWERS = {
+    "clip": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,9 @@ class ImageEncoding:
 class ImageEncoder:
     """A frozen image encoder with its image processor; made by `load_image_encoder`.
 
+    Pixel values are one tensor for every encoder, so that images make batches. Encoders of images of any shape
+    (SigLIP 2 NaFlex) take P patches, their mask and their grid instead: these are its last three columns.
+
     Attributes:
         dim: D, width of the embeddings.
         tokens_dim: H, width of the token states.
@@ -43,46 +62,23 @@ class ImageEncoder:
     def __init__(self, model, processor, id: str, files: EncoderFiles):
         self.model, self.processor, self.id, self.files = model, processor, id, files
         self.is_clip = hasattr(model, "visual_projection")
+        self.takes_patches = model.config.model_type == "siglip2_vision_model"
         self.tokens_dim: int = model.config.hidden_size
         self.dim: int = model.config.projection_dim if self.is_clip else self.tokens_dim
-
-    @classmethod
-    def load(cls, id, files, *, device=None, dtype=None) -> ImageEncoder:
-        model_class, processor = cls.inspect(id, files)
-        model = load_weights(model_class, files, id, device, dtype)
-        if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
-            kind = model.config.model_type
-            raise CSDiffError(f"{id}: expected an image encoder, found a {kind} model; choose another.")
-        return cls(model, processor, id, files)
-
-    @staticmethod
-    def inspect(id: str, files: EncoderFiles) -> tuple:
-        """Everything about an encoder but its weights: model class and image processor.
-
-        Raises:
-            CSDiffError: No image processor.
-        """
-        from transformers import AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
-
-        is_clip = load_config(id, files).model_type in ("clip", "clip_vision_model")
-        with quiet_loading():
-            try:
-                # One resize for everybody, whether torchvision is installed or not.
-                processor = AutoImageProcessor.from_pretrained(files.processor, backend="pil", local_files_only=True)
-            except (OSError, ValueError, KeyError) as error:
-                raise CSDiffError(
-                    f"{id}: expected an image processor in {files.processor}, found none ({error})."
-                ) from error
-        return (CLIPVisionModelWithProjection if is_clip else AutoModel), processor
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     def preprocess(self, images: Sequence[Image]) -> Tensor:
-        """Pixel values (B, 3, S, S) on the CPU: resized, cropped and normalised as the encoder wants them."""
+        """Pixel values (B, 3, S, S) or (B, P, F + 3), on the CPU: resized, cropped and normalised for the encoder."""
         rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
-        return self.processor(images=rgb, return_tensors="pt")["pixel_values"]
+        values = self.processor(images=rgb, return_tensors="pt")
+        pixels = values["pixel_values"]
+        if not self.takes_patches:
+            return pixels
+        grids = values["spatial_shapes"][:, None].expand(-1, pixels.shape[1], -1)
+        return torch.cat([pixels, values["pixel_attention_mask"][..., None].to(pixels), grids.to(pixels)], dim=-1)
 
     def blank(self) -> Tensor:
         """Pixel values (3, S, S) of a black image."""
@@ -92,7 +88,11 @@ class ImageEncoder:
 
     def forward(self, pixel_values: Tensor) -> ImageEncoding:
         """Encode pixel values; differentiable when the model's weights are."""
-        output = self.model(pixel_values.to(self.device, self.model.dtype))
+        if self.takes_patches:
+            pixels, mask, grids = pixel_values.to(self.device).split([pixel_values.shape[-1] - 3, 1, 2], dim=-1)
+            output = self.model(pixels.to(self.model.dtype), mask[..., 0].long(), grids[:, 0].long())
+        else:
+            output = self.model(pixel_values.to(self.device, self.model.dtype))
         tokens = output.last_hidden_state
         if self.is_clip:
             return ImageEncoding(output.image_embeds, tokens)
@@ -105,7 +105,16 @@ class ImageEncoder:
         return self.forward(self.preprocess(images))
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Token states (B, V, H) in the space of the embeddings (B, V, D); as they are without a projection."""
+        """Token states (B, V, H) in the space of the embeddings (B, V, D); as they are without a projection.
+
+        Raises:
+            CSDiffError: The encoder pools its tokens by attention, and single ones have no place among the embeddings.
+        """
+        if getattr(self.model, "use_head", False):
+            raise CSDiffError(
+                f"{self.id}: a {type(self.model).__name__} pools its image tokens by attention and projects no single "
+                "one, so they cannot be compared with text tokens; leave the token term out (token_weight 0)."
+            )
         if not self.is_clip:
             return tokens
         return self.model.visual_projection(self.model.vision_model.post_layernorm(tokens))
@@ -128,4 +137,54 @@ class ImageEncoder:
 
     @cached_property
     def _weights_sha256(self) -> str:
-        return weights_sha256(self.files.model, "image" if self.is_clip else None)
+        return weights_sha256(self.files.model, "image")
+
+
+def load_image_encoder(
+    id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+) -> ImageEncoder:
+    """Load an image encoder: a vision tower of CLIP or SigLIP, or another vision model with a pooled output.
+
+    Args:
+        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has an image encoder), or a hub id.
+        device: Where to put it; the CPU by default.
+        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CSDiffError: Nothing there, not an image encoder, weights missing, or pickled weights.
+    """
+    files = encoder_files(id, "image", revision)
+    model_class, processor = inspect_image_encoder(id, files)
+    model = load_weights(model_class, files, str(id), device, dtype)
+    if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
+        kind = model.config.model_type
+        raise CSDiffError(f"{id}: expected an image encoder, found a {kind} model; choose another.")
+    return ImageEncoder(model, processor, encoder_name(id), files)
+
+
+def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, object]:
+    """Everything about an image encoder but its weights: model class and image processor.
+
+    Raises:
+        CSDiffError: No image processor.
+    """
+    import transformers
+
+    kind = load_config(str(id), files).model_type
+    model_class = VISION_TOWERS.get(kind.removesuffix("_vision_model"), "AutoModel")
+    with quiet_loading():
+        try:
+            # One resize for everybody, whether torchvision is installed or not.
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                files.processor, backend="pil", local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CSDiffError(
+                f"{id}: expected an image processor in {files.processor}, found none ({error})."
+            ) from error
+    return getattr(transformers, model_class), processor

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import NoneType
 
-from csdiff.embeddings.arrays import NpyShard
+from csdiff.embeddings.arrays import Shard
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, find_shards
 from csdiff.embeddings.metadata import ShardedMetadata
+from csdiff.embeddings.statistics import EmbeddingStatistics
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
+
+JSON_NAMES = {int: "a number", str: "text", bool: "true or false", dict: "an object", NoneType: "null"}
+
+
+# What stands in a store's `csdiff.json`, for whoever reads it afterwards.
+FIELDS: dict[str, tuple[type, ...]] = {
+    "rows": (int,),
+    "dtype": (str,),
+    "normalized": (bool, NoneType),
+    "files": (dict, NoneType),
+    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing"), (dict, NoneType)),
+    **dict.fromkeys(("statistics", "text_statistics", "data", "versions"), (dict, NoneType)),
+}
 
 
 def read_fingerprint(path: Path) -> dict | None:
     """Content of a store's `csdiff.json`; None without one.
 
     Raises:
-        CSDiffError: Not JSON, or not that of a store.
+        CSDiffError: Not JSON, not that of a store, or a part of it is of the wrong type.
     """
     file = path / FINGERPRINT_FILE
     if not file.exists():
         return None
-    try:
-        fingerprint = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    fingerprint = read_json(file)
+    if fingerprint.get("kind") != "store":
         raise CSDiffError(
-            f"{file} is not valid JSON ({error}); restore it, or remove it to read the folder as foreign."
-        ) from error
-    if not isinstance(fingerprint, dict) or fingerprint.get("kind") != "store":
-        kind = fingerprint.get("kind") if isinstance(fingerprint, dict) else type(fingerprint).__name__
-        raise CSDiffError(f'{file}: expected "kind": "store", found {kind!r}; give the folder of an embedding store.')
-    for name in ("text_encoder", "image_encoder", "data", "files"):
-        if not isinstance(found := fingerprint.get(name), dict | None):
+            f'{file}: expected "kind": "store", found {fingerprint.get("kind")!r}; give the folder of an embedding '
+            "store."
+        )
+    stated = list((fingerprint.get("files") or {}).values()) if isinstance(fingerprint.get("files"), dict) else []
+    fields = [(name, fingerprint[name], kinds) for name, kinds in FIELDS.items() if name in fingerprint]
+    fields += [("files", entry, (dict,)) for entry in stated]
+    fields += [
+        (f"files: {key}", entry.get(key), kinds)
+        for entry in stated
+        if isinstance(entry, dict)
+        for key, kinds in (("bytes", (int,)), ("sha256", (str,)))
+    ]
+    for name, value, kinds in fields:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise CSDiffError(
-                f'{file}: expected an object for "{name}", found {str(found)[:60]!r}; restore the file, or remove it '
-                "to read the folder as foreign."
+                f"{file}: {name}: expected {' or '.join(JSON_NAMES[kind] for kind in kinds)}, found {value!r:.60}; "
+                "restore the file, or remove it to read the folder as foreign."
             )
+    for name in ("statistics", "text_statistics"):
+        if "mean" in (fingerprint.get(name) or {}):
+            EmbeddingStatistics.from_dict(fingerprint[name], f"{file}: {name}")
     return fingerprint
 
 
@@ -64,7 +88,7 @@ def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
             )
 
 
-def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[str, list[NpyShard]]:
+def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[str, list[Shard]]:
     """Shards of every column in order, their sizes and row counts checked.
 
     Args:
@@ -76,11 +100,11 @@ def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[s
         CSDiffError: No embeddings, a damaged shard, or columns of different lengths.
     """
     bfloat16 = fingerprint.get("dtype") == "bfloat16"
-    found: dict[str, dict[int, NpyShard]] = {}
+    found: dict[str, dict[int, Shard]] = {}
     for key, (folder, stem) in ARRAY_FOLDERS.items():
         shards = _own(path, find_shards(path / folder, stem, "npy"), files)
         if shards:
-            found[key] = {number: NpyShard(file, bfloat16 and key != "text_mask") for number, file in shards.items()}
+            found[key] = {number: Shard(file, key, bfloat16) for number, file in shards.items()}
     if not {"text_embeds", "image_embeds"} & found.keys():
         raise CSDiffError(
             f"{path}: expected text_emb/text_emb_0.npy or img_emb/img_emb_0.npy (the clip-retrieval layout), found "
@@ -91,24 +115,28 @@ def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[s
         counts = {number: len(shard) for number, shard in shards.items()}
         expected = {number: len(shard) for number, shard in first.items()}
         _compare_counts(path, ARRAY_FOLDERS[first_key][0], expected, ARRAY_FOLDERS[key][0], counts)
-    if sum(len(shard) for shard in first.values()) == 0:
-        raise CSDiffError(f"{path}: expected at least one row, found none; embed again.")
+    rows = sum(len(shard) for shard in first.values())
+    if rows == 0 or rows != fingerprint.get("rows", rows):
+        raise CSDiffError(
+            f"{path}: expected {fingerprint.get('rows', 'at least one')} rows, found {rows}; embed again."
+        )
     return {key: list(shards.values()) for key, shards in found.items()}
 
 
-def open_metadata(path: Path, shards: list[NpyShard], files: dict[str, dict]) -> ShardedMetadata | None:
+def open_metadata(path: Path, shards: list[Shard], files: dict[str, dict]) -> ShardedMetadata | None:
     """Metadata of a store, None when there is none; its row counts are checked against those of the shards.
 
     Raises:
         CSDiffError: A damaged file, or other row counts than the embeddings have.
     """
     found = _own(path, find_shards(path / METADATA_FOLDER, "metadata", "parquet"), files)
-    metadata = ShardedMetadata.open(found)
-    if metadata is not None:
-        folder = shards[0].path.parent.name
-        numbers = [int(shard.path.stem.rpartition("_")[2]) for shard in shards]
-        expected = dict(zip(numbers, map(len, shards), strict=True))
-        _compare_counts(path, folder, expected, METADATA_FOLDER, dict(zip(found, metadata.lengths, strict=True)))
+    if not found:
+        return None
+    metadata = ShardedMetadata(list(found.values()))
+    folder = shards[0].path.parent.name
+    numbers = [int(shard.path.stem.rpartition("_")[2]) for shard in shards]
+    expected = dict(zip(numbers, map(len, shards), strict=True))
+    _compare_counts(path, folder, expected, METADATA_FOLDER, dict(zip(found, metadata.lengths, strict=True)))
     return metadata
 
 

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from csdiff.embeddings.image_groups import ImageGroups
-from csdiff.embeddings.permutation import RowOrder
+from csdiff.embeddings.order import ImageGroups, row_order
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 
@@ -86,7 +85,7 @@ class StoreBatches:
         self._count = count
         # The parts of an uneven batch differ by one row at most.
         self._part = slice(*(batch_size * (rank + i) // world_size for i in (0, 1)))
-        self._order: tuple[int, RowOrder] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def epoch(self) -> int:
@@ -98,7 +97,7 @@ class StoreBatches:
         epoch, batch = divmod(step, self.epoch_size)
         order = self._order
         if order is None or order[0] != epoch:
-            order = self._order = (epoch, RowOrder(self._count, self.seed, epoch))
+            order = self._order = (epoch, row_order(self._count, self.seed, epoch))
         start = batch * self.batch_size
         rows = order[1][start + self._part.start : start + self._part.stop]
         if self._groups is not None:

@@ -16,34 +16,21 @@ class ShardedMetadata:
 
     Args:
         files: In row order.
+
+    Attributes:
         lengths: Rows of each file.
         names: Columns that every file has.
+
+    Raises:
+        CSDiffError: A file is not a parquet file.
     """
 
-    def __init__(self, files: list[Path], lengths: list[int], names: list[str]):
-        self.files, self.lengths, self.names = files, lengths, names
+    def __init__(self, files: list[Path]):
+        self.files = files
+        footers = [_footer(file) for file in files]
+        self.lengths = [rows for rows, _ in footers]
+        self.names = [name for name in footers[0][1] if all(name in names for _, names in footers)]
         self._columns: dict[str, pa.ChunkedArray] = {}
-
-    @classmethod
-    def open(cls, shards: dict[int, Path]) -> ShardedMetadata | None:
-        """Read the footers; None when there are no shards.
-
-        Raises:
-            CSDiffError: A shard is not a parquet file.
-        """
-        lengths, names = [], None
-        for file in shards.values():
-            try:
-                footer = pq.ParquetFile(file)
-                columns = footer.schema_arrow.names
-                lengths.append(footer.metadata.num_rows)
-                footer.close()
-            except (OSError, pa.ArrowException) as error:
-                raise CSDiffError(
-                    f"{file} is not a readable parquet file ({error}); restore it or write it again."
-                ) from error
-            names = columns if names is None else [name for name in names if name in columns]
-        return cls(list(shards.values()), lengths, names) if shards else None
 
     def take(self, name: str, rows: np.ndarray) -> list:
         """Values of one column at these rows."""
@@ -59,4 +46,26 @@ class ShardedMetadata:
 
     def _read(self, name: str) -> pa.ChunkedArray:
         parts = [pq.read_table(file, columns=[name], memory_map=True).column(0) for file in self.files]
-        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+        kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
+        kind = kinds.pop() if len(kinds) == 1 else pa.large_string()
+        # Parts by several tools differ (string, large_string, dictionary, numbers): as text they are one column. Its
+        # offsets are 64 bits wide, as ten million captions have more than 2 GB.
+        if pa.types.is_string(kind) or pa.types.is_dictionary(kind) or pa.types.is_null(kind):
+            kind = pa.large_string()
+        try:
+            chunks = [chunk for part in parts for chunk in part.cast(kind).chunks]
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            types = ", ".join(sorted({str(part.type) for part in parts}))
+            raise CSDiffError(
+                f"{self.files[0].parent}: the column {name!r} has parts of the types {types}, which cannot be read as "
+                f"one column of text ({error}); write these files again."
+            ) from error
+        return pa.chunked_array(chunks, kind)
+
+
+def _footer(file: Path) -> tuple[int, list[str]]:
+    try:
+        with pq.ParquetFile(file) as opened:
+            return opened.metadata.num_rows, opened.schema_arrow.names
+    except (OSError, pa.ArrowException) as error:
+        raise CSDiffError(f"{file} is not a readable parquet file ({error}); restore it or write it again.") from error

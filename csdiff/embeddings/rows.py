@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 
-from csdiff.data.items import MAX_CAPTION, Item, Problem
+from csdiff.data.items import MAX_CAPTION, Item, Problem, well_formed
+from csdiff.embeddings.config import EmbedConfig
+from csdiff.embeddings.tokenizer import CaptionTokenizer
 
 # A shard's report lists this many cut captions by name; all are counted.
 LISTED_TRUNCATIONS = 20
@@ -18,81 +20,73 @@ class ShardRows:
     """Collects the rows of one shard.
 
     Args:
-        captions: "all", "first" or "random": which usable captions of an item become rows.
-        seed: Of the random one, which depends on it and on the item's id only.
-        required: Items without any caption are left out.
-        token_counts: Number of tokens of some captions; None when there is no tokenizer.
-        max_length: Tokens a caption may have.
-        skip_long: Longer captions are left out rather than cut.
-        extra_columns: Further columns of the items to keep.
+        config: Which captions of an item are kept, and what becomes of long ones.
+        tokenizer: Of the text encoder; None keeps items without captions.
+
+    Attributes:
+        captions: Of the rows that have one, in order.
+        lengths: Their tokens, with a tokenizer.
+        items: Items seen.
+        problems: What was left out.
     """
 
-    def __init__(
-        self,
-        captions: str,
-        seed: int,
-        required: bool,
-        token_counts: Callable[[Sequence[str]], list[int]] | None,
-        max_length: int,
-        skip_long: bool,
-        extra_columns: Sequence[str] = (),
-    ):
-        self.which, self.seed, self.required = captions, seed, required
-        self.token_counts, self.max_length, self.skip_long = token_counts, max_length, skip_long
-        self.items = 0
+    def __init__(self, config: EmbedConfig, tokenizer: CaptionTokenizer | None):
+        self.config, self.tokenizer = config, tokenizer
+        self.captions: list[str] = []
+        self.lengths: list[int] = []
+        self.items = self.replaced = 0
         self.problems: list[Problem] = []
         self.truncated: list[str] = []
-        self.replaced = 0
         self._columns: dict[str, list] = {
-            name: [] for name in ("caption", "image_id", "image_path", "caption_index", *extra_columns)
+            name: [] for name in ("caption", "image_id", "image_path", "caption_index", *config.metadata_columns)
         }
-        self._extra = list(extra_columns)
 
     def __len__(self) -> int:
         return len(self._columns["image_id"])
 
-    def usable(self, item: Item) -> list[tuple[int, str]]:
-        """Captions of an item that become rows, each with its place; what is wrong with the others is noted."""
-        if not item.captions and self.required:
-            self.problem(Problem(item.id, "no_caption", "the image has no caption"))
+    def usable(self, item: Item) -> list[tuple[int, str, int]]:
+        """Captions of an item that become rows, with place and tokens; what is wrong with the others is noted."""
+        if not item.captions and self.tokenizer is not None:
+            self.problems.append(Problem(item.id, "no_caption", "the image has no caption"))
         kept = []
         for place, caption in enumerate(item.captions):
-            if len(caption) > MAX_CAPTION:
-                detail = f"caption {place} has {len(caption):,} characters and begins {caption[:40]!r}"
-                self.problem(Problem(item.id, "huge_caption", detail))
-            elif caption.strip():
-                self.replaced += "\ufffd" in caption
-                kept.append((place, caption.strip()))
+            text = well_formed(caption).strip()
+            if len(text) > MAX_CAPTION:
+                detail = f"caption {place} has {len(text):,} characters and begins {text[:40]!r}"
+                self.problems.append(Problem(item.id, "huge_caption", detail))
+            elif text:
+                self.replaced += "\ufffd" in text
+                kept.append((place, text, 0))
             else:
-                self.problem(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
-        if self.which == "first":
+                self.problems.append(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
+        if self.config.captions_per_image == "first":
             kept = kept[:1]
-        elif self.which == "random" and kept:
-            digest = hashlib.sha256(f"{self.seed}/{item.id}".encode()).digest()
+        elif self.config.captions_per_image == "random" and kept:
+            digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
             kept = [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
-        if self.token_counts is None or not kept:
+        if self.tokenizer is None or not kept:
             return kept
-        counts = self.token_counts([caption for _, caption in kept])
         fitting = []
-        for (place, caption), count in zip(kept, counts, strict=True):
-            if count > self.max_length and self.skip_long:
-                detail = f"caption {place} has {count} tokens, the text encoder takes {self.max_length}"
-                self.problem(Problem(item.id, "long_caption", detail))
+        for (place, text, _), count in zip(kept, self.tokenizer.lengths([text for _, text, _ in kept]), strict=True):
+            if count > self.tokenizer.max_length and self.config.long_captions == "skip":
+                detail = f"caption {place} has {count} tokens, the text encoder takes {self.tokenizer.max_length}"
+                self.problems.append(Problem(item.id, "long_caption", detail))
                 continue
-            if count > self.max_length:
+            if count > self.tokenizer.max_length:
                 self.truncated.append(f"{item.id}: caption {place} has {count} tokens")
-            fitting.append((place, caption))
+            fitting.append((place, text, count))
         return fitting
 
-    def add(self, item: Item, captions: list[tuple[int, str]]) -> None:
+    def add(self, item: Item, captions: list[tuple[int, str, int]]) -> None:
         """Add one row for each caption, or one without a caption."""
-        for place, caption in captions or [(None, None)]:
-            values = {"caption": caption, "image_id": item.id, "image_path": item.path, "caption_index": place}
-            for name, value in {**values, **{name: item.extra.get(name) for name in self._extra}}.items():
-                self._columns[name].append(value)
-
-    def problem(self, problem: Problem) -> None:
-        self.problems.append(problem)
+        for place, text, count in captions or [(None, None, 0)]:
+            if text is not None:
+                self.captions.append(text)
+                self.lengths.append(count)
+            values = {"caption": text, "image_id": item.id, "image_path": item.path, "caption_index": place}
+            for name, value in {**values, **{n: item.extra.get(n) for n in self.config.metadata_columns}}.items():
+                # Names of files may be no text either.
+                self._columns[name].append(well_formed(value) if isinstance(value, str) else value)
 
     def table(self, has_captions: bool) -> pa.Table:
         """Metadata of the rows."""
@@ -104,13 +98,14 @@ class ShardRows:
 
     def to_dict(self) -> dict:
         """What the report needs of this shard."""
+        problems = [[problem.id, problem.reason, problem.detail] for problem in self.problems]
         return {
             "items": self.items,
             "rows": len(self),
-            "problems": [[problem.id, problem.reason, problem.detail] for problem in self.problems],
-            "truncated": len(self.truncated),
+            "problems": [[well_formed(text) for text in problem] for problem in problems],
             "replaced": self.replaced,
-            "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
+            "truncated": len(self.truncated),
+            "truncated_listed": [well_formed(line) for line in self.truncated[:LISTED_TRUNCATIONS]],
         }
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csdiff.errors import CSDiffError
+
 # float16 rounds the norm of a unit vector by less than 1e-3; real CLIP norms vary by several per cent.
 UNIT_NORM_TOLERANCE = 5e-3
 
@@ -41,14 +43,34 @@ class EmbeddingStatistics:
         }
 
     @classmethod
-    def from_dict(cls, values: dict) -> EmbeddingStatistics:
-        return cls(
-            count=int(values["count"]),
-            mean=torch.tensor(values["mean"], dtype=torch.float32),
-            std=torch.tensor(values["std"], dtype=torch.float32),
-            norm_mean=float(values["norm_mean"]),
-            norm_std=float(values["norm_std"]),
-        )
+    def from_dict(cls, values: dict, where: str = "statistics") -> EmbeddingStatistics:
+        """The statistics of a `csdiff.json`.
+
+        Raises:
+            CSDiffError: Not finite numbers, a negative deviation, or mean and deviation of different lengths.
+        """
+        try:
+            found = cls(
+                count=int(values["count"]),
+                mean=torch.tensor(values["mean"], dtype=torch.float32),
+                std=torch.tensor(values["std"], dtype=torch.float32),
+                norm_mean=float(values["norm_mean"]),
+                norm_std=float(values["norm_std"]),
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CSDiffError(
+                f"{where}: expected count, mean, std, norm_mean and norm_std as numbers, found others ({error!r}); "
+                "restore the file."
+            ) from error
+        vectors = torch.stack([found.mean, found.std]) if found.mean.shape == found.std.shape else torch.empty(0)
+        numbers = torch.tensor([found.norm_mean, found.norm_std])
+        if vectors.ndim != 2 or not vectors.isfinite().all() or not numbers.isfinite().all() or (found.std < 0).any():
+            raise CSDiffError(
+                f"{where}: expected finite means and deviations of one length, the deviations at least 0, found "
+                f"{tuple(found.mean.shape)} means, {tuple(found.std.shape)} deviations, {int((found.std < 0).sum())} "
+                "of them negative; restore the file."
+            )
+        return found
 
 
 @dataclass

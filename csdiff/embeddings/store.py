@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.arrays import ShardedArray
+from csdiff.embeddings.arrays import Column
 from csdiff.embeddings.integrity import check_files, open_metadata, open_shards, read_fingerprint
 from csdiff.embeddings.layout import FINGERPRINT_FILE, PARTIAL_FOLDER
 from csdiff.embeddings.metadata import ShardedMetadata
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, EmbeddingStatistics, Moments
 from csdiff.errors import CSDiffError
+from csdiff.files import absolute
 
-# Rows that are looked at to tell whether the rows of a store without fingerprint have norm 1.
-NORM_SAMPLE = 1024
+# Rows of each side that are looked at when a store is opened.
+SAMPLE = 4096
+# The part of them with norm 1 from which raw rows are no accident.
+UNIT_SHARE = 0.02
 # Statistics of a store that does not state them are taken over this many rows, evenly spread in blocks.
 STATISTICS_SAMPLE = 1 << 18
 # A store up to this size is compared with its checksums whenever it is opened (about a second).
 VERIFY_BYTES = 512 << 20
-# A store up to this size is mapped into memory as a whole; of a larger one only the rows asked for are read.
-MAPPED_BYTES = 4 << 30
 
 Indices = Sequence[int] | np.ndarray | Tensor | slice | range
 
@@ -34,9 +35,8 @@ class EmbeddingStore:
 
     A folder in the clip-retrieval layout: `text_emb/text_emb_{k}.npy`, `img_emb/img_emb_{k}.npy` and optionally
     `metadata/metadata_{k}.parquet`; csdiff adds `text_states`, `text_mask`, `image_tokens` and `csdiff.json`, the
-    fingerprint that says which encoders wrote it. Rows are read in any order, as float32, and never copied as a
-    whole: a store up to 4 GiB is memory-mapped, of a larger one single rows are read through the system's page cache,
-    so that the memory of the process stays flat.
+    fingerprint that says which encoders wrote it. Rows are read in any order, as float32, through memory maps: a store
+    may be larger than memory.
 
     ```python
     store = EmbeddingStore.open("stores/coco")
@@ -57,7 +57,7 @@ class EmbeddingStore:
         self,
         path: Path,
         fingerprint: dict | None,
-        columns: dict[str, ShardedArray],
+        columns: dict[str, Column],
         metadata: ShardedMetadata | None,
     ):
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
@@ -66,26 +66,27 @@ class EmbeddingStore:
         self.text_dim = self._width("text_embeds")
         self.image_dim = self._width("image_embeds")
         stated = None if fingerprint is None else fingerprint.get("normalized")
-        self.normalized: bool = self._unit_norm() if stated is None else bool(stated)
+        unit = [self._look_at(key) for key in ("text_embeds", "image_embeds") if key in columns]
+        self.normalized: bool = unit[-1] if stated is None else stated
         self._statistics: dict[str, EmbeddingStatistics] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool | None = None, mapped: bool | None = None) -> EmbeddingStore:
+    def open(cls, path: str | Path, *, verify: bool | None = None) -> EmbeddingStore:
         """Open a store and check that it is whole.
 
-        Headers, file sizes and row counts are always checked. A folder without `csdiff.json` opens with a warning that
-        says what is unknown.
+        Headers, file sizes and row counts are always checked, and a sample of the rows. A folder without `csdiff.json`
+        opens with a warning that says what is unknown; others warn of rows of zeros, of one constant row, and of unit
+        rows among raw ones.
 
         Args:
             path: The folder.
             verify: Compare every file with its checksum in `csdiff.json`; None does so up to 512 MiB.
-            mapped: Read through memory maps; None does so up to 4 GiB.
 
         Raises:
             CSDiffError: No store there, an unfinished one, a missing or corrupt shard (named, with the expected and
-                the found checksum), or shards that do not fit together.
+                the found checksum), shards that do not fit together, or rows that are not finite.
         """
-        path = Path(path)
+        path = absolute(path)
         if not path.is_dir():
             raise CSDiffError(
                 f"{path}: expected the folder of an embedding store, found no folder; make one with `csdiff embed`."
@@ -95,15 +96,12 @@ class EmbeddingStore:
             raise CSDiffError(
                 f"{path}: this store is not finished; run the same `csdiff embed` command again, it goes on."
             )
-        files = {} if fingerprint is None else fingerprint.get("files", {})
+        files = (fingerprint or {}).get("files") or {}
         if verify is None:
             verify = sum(file["bytes"] for file in files.values()) <= VERIFY_BYTES
         check_files(path, files, checksums=verify)
         shards = open_shards(path, fingerprint or {}, files)
-        if mapped is None:
-            mapped = sum(shard.row_bytes * len(shard) for part in shards.values() for shard in part) <= MAPPED_BYTES
-        _allow_open_files(sum(len(part) for part in shards.values()))
-        columns = {key: ShardedArray(part, mapped) for key, part in shards.items()}
+        columns = {key: Column(part) for key, part in shards.items()}
         store = cls(path, fingerprint, columns, open_metadata(path, next(iter(shards.values())), files))
         if fingerprint is None:
             store._warn_unknown()
@@ -143,6 +141,7 @@ class EmbeddingStore:
             float32, `text_mask` (B, L) as bool; those that the store has.
 
         Raises:
+            CSDiffError: A row is not finite.
             IndexError: A row number outside 0..N-1.
             KeyError: A column that the store does not have.
         """
@@ -159,10 +158,7 @@ class EmbeddingStore:
 
     def place(self, key: str, row: int) -> str:
         """Where a row of a column is on the disk, for messages: "row 3 of img_emb/img_emb_0.npy"."""
-        column = self._column(key)
-        number = int(np.searchsorted(column.starts, row, side="right")) - 1
-        file = column.shards[number].path
-        return f"row {row - int(column.starts[number])} of {file.parent.name}/{file.name}"
+        return self._column(key).place(row)
 
     def captions(self, indices: Indices) -> list[str]:
         """Captions of these rows.
@@ -213,7 +209,7 @@ class EmbeddingStore:
             )
         check_files(self.path, self.fingerprint["files"], checksums=True)
 
-    def _column(self, key: str) -> ShardedArray:
+    def _column(self, key: str) -> Column:
         if key not in self._columns:
             raise KeyError(f"{self.path} has no {key}; it has {', '.join(self.keys)}")
         return self._columns[key]
@@ -231,24 +227,52 @@ class EmbeddingStore:
             )
         return rows
 
-    def _unit_norm(self) -> bool:
-        rows = np.unique(np.linspace(0, max(len(self) - 1, 0), NORM_SAMPLE).astype(np.int64))[: len(self)]
-        key = "image_embeds" if "image_embeds" in self._columns else "text_embeds"
-        norms = self._columns[key].gather(rows).norm(dim=-1)
-        return len(norms) > 0 and bool(((norms - 1).abs() < UNIT_NORM_TOLERANCE).all())
+    def _look_at(self, key: str) -> bool:
+        """Whether all rows of a sample of a side have norm 1; warns of what training would stumble over."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(np.int64))
+        values = self._columns[key].gather(rows)
+        norms = values.norm(dim=-1)
+        side = key.removesuffix("_embeds")
+        zeros = (norms == 0).nonzero()
+        if len(zeros):
+            warnings.warn(
+                f"{self.path}: {len(zeros) / len(rows):.1%} of the {side} rows looked at hold only zeros, for example "
+                f"{self.place(key, int(rows[int(zeros[0])]))}; images or captions failed where they were made.",
+                stacklevel=4,
+            )
+        elif len(rows) > 1 and bool((values == values[0]).all()):
+            warnings.warn(
+                f"{self.path}: all {side} rows looked at are the same: nothing can be learned from them; look at how "
+                "they were made.",
+                stacklevel=4,
+            )
+        deviation = (norms - 1).abs()
+        if bool((deviation < UNIT_NORM_TOLERANCE).all()):
+            return True
+        # Narrower: raw rows of some encoders have norms about 1.
+        unit = deviation < UNIT_NORM_TOLERANCE / 5
+        share = float(unit.double().mean())
+        if share > UNIT_SHARE:
+            warnings.warn(
+                f"{self.path}: {share:.0%} of the {side} rows looked at have norm 1, for example "
+                f"{self.place(key, int(rows[int(unit.nonzero()[0])]))}, the others have not: shards of unit and of "
+                "raw embeddings are mixed; embed all with one tool.",
+                stacklevel=4,
+            )
+        return False
 
     def _side_statistics(self, key: str, name: str) -> EmbeddingStatistics | None:
         if key not in self._columns:
             return None
         if name not in self._statistics:
-            stated = (self.fingerprint or {}).get(name)
-            if stated and "mean" in stated:
-                self._statistics[name] = EmbeddingStatistics.from_dict(stated)
+            stated = (self.fingerprint or {}).get(name) or {}
+            if "mean" in stated:
+                self._statistics[name] = EmbeddingStatistics.from_dict(stated, f"{self.path}: {name}")
             else:
                 self._statistics[name] = self._measure(self._columns[key])
         return self._statistics[name]
 
-    def _measure(self, column: ShardedArray, block: int = 4096) -> EmbeddingStatistics:
+    def _measure(self, column: Column, block: int = 4096) -> EmbeddingStatistics:
         starts = np.arange(0, len(self), block)
         if len(self) > STATISTICS_SAMPLE:
             starts = np.linspace(0, len(self) - block, STATISTICS_SAMPLE // block).astype(np.int64)
@@ -271,16 +295,3 @@ class EmbeddingStore:
             "embeddings fit the encoders used later.",
             stacklevel=3,
         )
-
-
-def _allow_open_files(shards: int) -> None:
-    """Every shard in use keeps one file open; the usual soft limit of 1,024 would end a store of 5 million rows."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit.
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = shards + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

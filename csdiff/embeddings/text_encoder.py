@@ -1,4 +1,4 @@
-"""Captions to text embeddings with any transformers text encoder."""
+"""Captions to text embeddings with any transformers text encoder: CLIP, SigLIP, sentence encoders, language models."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, load_config, load_weights
+from csdiff.embeddings.encoders import EncoderFiles, encoder_files, encoder_name, load_config, load_weights
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.embeddings.tokenizer import CaptionTokenizer, read_tokenizer
 from csdiff.errors import CSDiffError
 
 POOLINGS = ("projection", "mean", "last", "cls")
+# Types of models with a text tower, whole or that tower alone, and its class.
+TEXT_TOWERS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
 
 
 @dataclass(frozen=True)
@@ -45,36 +48,10 @@ class TextEncoder:
     def __init__(self, model, tokenizer: CaptionTokenizer, id: str, files: EncoderFiles, pooling: str):
         self.model, self.caption_tokenizer, self.id, self.files = model, tokenizer, id, files
         self.pooling = pooling
+        # SigLIP's head maps the last token, padding or not; CLIP's projection the end of the text.
+        self.projection = getattr(model, "text_projection", None) or getattr(model, "head", None)
         self.states_dim: int = model.config.hidden_size
-        self.dim: int = model.config.projection_dim if pooling == "projection" else self.states_dim
-
-    @classmethod
-    def load(cls, id, files, *, device=None, dtype=None, pooling=None, max_length=None) -> TextEncoder:
-        model_class, tokenizer, pooling = cls.inspect(id, files, pooling, max_length)
-        model = load_weights(model_class, files, id, device, dtype)
-        if not hasattr(model.config, "hidden_size"):
-            kind = model.config.model_type
-            raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
-        return cls(model, tokenizer, id, files, pooling)
-
-    @staticmethod
-    def inspect(id: str, files: EncoderFiles, pooling: str | None, max_length: int | None) -> tuple:
-        """Everything about an encoder but its weights: model class, tokenizer and pooling.
-
-        Raises:
-            CSDiffError: No tokenizer, or a pooling or length that the encoder does not have.
-        """
-        from transformers import AutoModel, CLIPTextModelWithProjection, T5EncoderModel
-
-        config = load_config(id, files)
-        is_clip = config.model_type in ("clip", "clip_text_model")
-        pooling = pooling or ("projection" if is_clip else _usual_pooling(files, config))
-        if pooling not in POOLINGS or (pooling == "projection") != is_clip:
-            known = "projection" if is_clip else ", ".join(POOLINGS[1:])
-            raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
-        encoder_only = {"t5": T5EncoderModel, "umt5": T5EncoderModel, "mt5": T5EncoderModel}
-        model_class = CLIPTextModelWithProjection if is_clip else encoder_only.get(config.model_type, AutoModel)
-        return model_class, CaptionTokenizer(read_tokenizer(id, files), max_length), pooling
+        self.dim: int = self.projection.out_features if pooling == "projection" else self.states_dim
 
     @property
     def tokenizer(self):
@@ -98,9 +75,10 @@ class TextEncoder:
     def forward(self, input_ids: Tensor, mask: Tensor) -> TextEncoding:
         """Encode tokens; differentiable when the model's weights are."""
         if self.pooling == "projection":
-            # Without a mask, as the diffusers priors call it: the causal tower never looks at the padding behind.
+            # Without a mask: CLIP's causal tower never looks at the padding behind, SigLIP was trained with it.
             output = self.model(input_ids)
-            return TextEncoding(output.text_embeds, output.last_hidden_state, mask)
+            embeds = output.text_embeds if "text_embeds" in output else output.pooler_output
+            return TextEncoding(embeds, output.last_hidden_state, mask)
         states = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
         if self.pooling == "mean":
             weights = mask.unsqueeze(-1).to(states.dtype)
@@ -118,12 +96,12 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str]) -> Tensor:
-        """Pooled embeddings (B, D) alone, padded only as far as the longest caption of the batch."""
-        return self.forward(*self.tokenize(captions, padding="longest")).embeds
+        """Pooled embeddings (B, D) alone, padded no further than the encoder needs."""
+        return self.forward(*self.tokenize(captions, self.caption_tokenizer.padding)).embeds
 
     def project(self, states: Tensor) -> Tensor:
-        """Token states (B, L, H) in the space of the embeddings (B, L, D): CLIP's projection, else as they are."""
-        return self.model.text_projection(states) if self.pooling == "projection" else states
+        """Token states (B, L, H) in the space of the embeddings (B, L, D): by the projection, else as they are."""
+        return self.projection(states) if self.pooling == "projection" else states
 
     def describe(self, weights: bool = True) -> dict:
         """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
@@ -144,7 +122,67 @@ class TextEncoder:
 
     @cached_property
     def _weights_sha256(self) -> str:
-        return weights_sha256(self.files.model, "text" if self.pooling == "projection" else None)
+        return weights_sha256(self.files.model, "text")
+
+
+def load_text_encoder(
+    id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+) -> TextEncoder:
+    """Load any transformers text encoder: a text tower with its projection, a sentence encoder, a language model.
+
+    Args:
+        id: "tiny-clip", a folder (of a model, or of a diffusers pipeline that has a text encoder), or a hub id.
+        device: Where to put it; the CPU by default.
+        dtype: Of the weights; by default the checkpoint's own, float32 on the CPU.
+        revision: Branch, tag or commit on the hub.
+        pooling: "projection" (CLIP, SigLIP), "mean", "last" or "cls". By default the projection where there is one,
+            what `1_Pooling/config.json` says for sentence encoders, the last token for causal language models, else
+            the mean.
+        max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
+
+    Raises:
+        CSDiffError: Nothing there, not a text encoder, weights missing, or pickled weights.
+    """
+    files = encoder_files(id, "text", revision)
+    model_class, tokenizer, pooling = inspect_text_encoder(id, files, pooling, max_length)
+    model = load_weights(model_class, files, str(id), device, dtype)
+    if not hasattr(model.config, "hidden_size"):
+        kind = model.config.model_type
+        raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
+    return TextEncoder(model, tokenizer, encoder_name(id), files, pooling)
+
+
+def inspect_text_encoder(
+    id: str | Path, files: EncoderFiles, pooling: str | None = None, max_length: int | None = None
+) -> tuple[type, CaptionTokenizer, str]:
+    """Everything about a text encoder but its weights: model class, tokenizer and pooling.
+
+    Raises:
+        CSDiffError: No tokenizer, or a pooling or length that the encoder does not have.
+    """
+    import transformers
+
+    config = load_config(str(id), files)
+    tower = TEXT_TOWERS.get(config.model_type.removesuffix("_text_model"))
+    pooling = pooling or ("projection" if tower else _usual_pooling(files, config))
+    if pooling not in POOLINGS or (pooling == "projection") != (tower is not None):
+        known = "projection" if tower else ", ".join(POOLINGS[1:])
+        raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
+    encoder_only = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "mt5": "MT5EncoderModel"}
+    model_class = getattr(transformers, tower or encoder_only.get(config.model_type, "AutoModel"))
+    transformers_tokenizer = read_tokenizer(str(id), files)
+    padding = "longest"
+    if tower and tower.startswith("Siglip"):
+        padding = "max_length"
+        positions = getattr(config, "text_config", config).max_position_embeddings
+        transformers_tokenizer.model_max_length = min(transformers_tokenizer.model_max_length, positions)
+    return model_class, CaptionTokenizer(transformers_tokenizer, max_length, padding), pooling
 
 
 def _usual_pooling(files: EncoderFiles, config) -> str:

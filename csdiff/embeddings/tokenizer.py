@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from csdiff.data.items import well_formed
 from csdiff.embeddings.encoders import EncoderFiles, encoder_files, quiet_loading
 from csdiff.errors import CSDiffError
 
@@ -29,8 +30,8 @@ class CaptionTokenizer:
     Args:
         tokenizer: Of transformers; it splits the texts of special tokens from now on, whoever calls it.
         max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
-        padding: "longest" pads to the longest caption of a batch, "max_length" always to `max_length`, which some
-            encoders (SigLIP) were trained with.
+        padding: "longest" pads behind, to the longest caption of a batch; "max_length" always to `max_length`, on the
+            tokenizer's own side, which some encoders (SigLIP) were trained with.
 
     Attributes:
         tokenizer: The transformers tokenizer.
@@ -47,6 +48,8 @@ class CaptionTokenizer:
         self.tokenizer, self.padding = tokenizer, padding
         self.max_length = max_length or min(limit, LONGEST_CAPTION)
         tokenizer.split_special_tokens = True
+        if padding == "longest":
+            tokenizer.padding_side = "right"
         texts = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)", re.IGNORECASE)
         self._special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
@@ -55,7 +58,7 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str], padding: str | None = None) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) and mask (B, L) bool, cut to `max_length` and padded behind."""
-        texts = [clean_text(caption) for caption in captions]
+        texts = [well_formed(caption) for caption in captions]
         tokens = self._tokenize(texts, padding)
         # Tokenizers that look whole words up (Unigram) find special tokens in split text too: break their texts.
         counts = (torch.isin(tokens.input_ids, self._special_ids) & tokens.attention_mask.bool()).sum(1)
@@ -67,7 +70,7 @@ class CaptionTokenizer:
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption before it is cut."""
-        texts = [clean_text(caption) for caption in captions]
+        texts = [well_formed(caption) for caption in captions]
         return [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
 
     def describe(self) -> dict:
@@ -91,13 +94,6 @@ class CaptionTokenizer:
 
     def _broken(self, text: str) -> str:
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", unicodedata.normalize("NFKC", text))
-
-
-def clean_text(text: str) -> str:
-    """Half surrogate pairs, which are no characters, replaced by U+FFFD; whole pairs joined."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_caption_tokenizer(
@@ -137,5 +133,4 @@ def read_tokenizer(id: str, files: EncoderFiles):
     if tokenizer.pad_token is None:
         # Language models have none; the mask hides whatever stands there.
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     return tokenizer

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
-from csdiff.embeddings.atomic import fsync, move, write_json
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import (
     ARRAY_FOLDERS,
@@ -21,20 +23,19 @@ from csdiff.embeddings.layout import (
     REPORT_FILE,
     shard_name,
 )
-from csdiff.embeddings.npy import NpyWriter
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
 from csdiff.errors import CSDiffError
+from csdiff.files import FolderLock, absolute, flatten, move, read_json, write_json, writing_folder
 
-MEASURED = ("text_embeds", "image_embeds")
+DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "|b1"}
 
 
 class StoreWriter:
     """A store in the making.
 
-    A shard goes through two steps, each of which is whole or has not happened: it is *staged* (its rows are decided
-    and their images encoded) and *published* (its captions encoded, its files visible in the store). What is not yet
-    visible lies in `.partial/`, and `.partial/` goes when `finish` has written `csdiff.json`. Another process may do
-    another shard at the same time.
+    Each shard is written aside into `.partial/`, flushed to the disk and renamed: it is whole or not there. Several
+    processes may do one shard each. When all are there, `finish` moves their files into place and writes `csdiff.json`
+    as the last thing.
 
     Args:
         path: Folder of the store.
@@ -43,16 +44,17 @@ class StoreWriter:
     """
 
     def __init__(self, path: str | Path, shards: int, dtype: str = "float16"):
-        self.path, self.shards, self.dtype = Path(path), shards, dtype
+        self.path, self.shards, self.dtype = absolute(path), shards, dtype
         self.partial = self.path / PARTIAL_FOLDER
-        self._lock_file = None
+        self._lock = FolderLock(self.partial, "this store")
+        self._locked = False
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._lock_file is not None:
-            self._lock_file.close()
+        if self._locked:
+            self._lock.__exit__(*error)
 
     def begin(self, plan: dict) -> bool:
         """Start a store, or go on with one that was started with the same plan.
@@ -68,14 +70,13 @@ class StoreWriter:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CSDiffError(f"{self.path}: expected a folder for the store, found a file; choose another.")
-        finished = _read_json(self.path / FINGERPRINT_FILE)
-        if finished is not None:
-            self._compare(finished.get("data", {}), plan)
+        if (self.path / FINGERPRINT_FILE).exists():
+            self._compare(read_json(self.path / FINGERPRINT_FILE).get("data") or {}, plan)
             shutil.rmtree(self.partial, ignore_errors=True)
             return True
-        started = _read_json(self.partial / "plan.json")
-        if started is not None:
-            self._compare(started, plan)
+        started = (self.partial / "plan.json").exists()
+        if started:
+            self._compare(read_json(self.partial / "plan.json"), plan)
         elif self.path.exists() and any(entry.name != PARTIAL_FOLDER for entry in self.path.iterdir()):
             raise CSDiffError(
                 f"{self.path}: expected an empty folder or an unfinished store, found other files; choose another."
@@ -86,134 +87,88 @@ class StoreWriter:
             raise CSDiffError(
                 f"{self.path}: the store cannot be written there ({error.strerror}); choose another folder."
             ) from error
-        self._lock()
-        if started is None:
+        self._lock.__enter__()
+        self._locked = True
+        if not started:
             write_json(self.partial / "plan.json", plan)
         return False
 
-    def plan(self) -> dict:
-        """The plan that the store was started with."""
-        return _read_json(self.partial / "plan.json")
+    def done(self, shard: int) -> bool:
+        """Whether a shard is whole."""
+        return self._folder(shard).is_dir()
 
-    def staged(self, shard: int) -> bool:
-        return (self._folder(shard) / "rows.json").exists()
+    def record(self, shard: int) -> dict:
+        """What is known of a whole shard, with what its writer was told to note."""
+        return read_json(self._folder(shard) / "shard.json")
 
-    def published(self, shard: int) -> bool:
-        record = self.record(shard)
-        return record is not None and not any(
-            (self._folder(shard) / name).exists() for name in record["parts"].values()
-        )
-
-    def rows(self, shard: int) -> dict:
-        """What `stage` was told of a staged shard."""
-        return _read_json(self._folder(shard) / "rows.json")
-
-    def captions(self, shard: int) -> list[str]:
-        """Captions of a staged shard."""
-        return pq.read_table(self._folder(shard) / "metadata.parquet", columns=["caption"]).column(0).to_pylist()
-
-    def record(self, shard: int) -> dict | None:
-        """What is known of a shard whose arrays are all written."""
-        return _read_json(self._folder(shard) / "shard.json")
-
-    def arrays(self, shard: int, keys: Iterable[str], step: str) -> ShardArrays:
-        """Writers of some columns of a shard, for `stage` or `publish`."""
-        folder = self._folder(shard)
-        if step == "stage":
-            folder = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        return ShardArrays(folder, list(keys), self.dtype)
-
-    def stage(self, shard: int, arrays: ShardArrays, metadata: pa.Table | None, rows: dict) -> None:
-        """First step of a shard: its rows are decided.
+    @contextmanager
+    def shard(self, number: int, keys: Sequence[str]) -> Iterator[ShardWriter]:
+        """Writes one shard; at the end it is whole, after an error it is not there.
 
         Args:
-            shard: Its number.
-            arrays: From `arrays(shard, keys, "stage")`, filled.
-            metadata: One row each; None for none.
-            rows: JSON-able, given back by `rows`.
+            number: Of the shard.
+            keys: Its columns.
         """
-        moments = arrays.close()
-        folder = arrays.folder
-        if metadata is not None:
-            pq.write_table(metadata, folder / "metadata.parquet")
-            fsync(folder / "metadata.parquet")
-        write_json(folder / "rows.json", {**rows, "moments": moments, "arrays": arrays.keys})
-        move(folder, self._folder(shard))
+        with writing_folder(self._folder(number)) as folder:
+            writer = ShardWriter(folder, keys, self.dtype)
+            yield writer
+            writer.close()
+            parts = {}
+            for key in keys:
+                place, stem = ARRAY_FOLDERS[key]
+                parts[f"{place}/{shard_name(stem, number, self.shards, 'npy')}"] = f"{key}.npy"
+            if writer.metadata is not None:
+                pq.write_table(writer.metadata, folder / "metadata.parquet")
+                name = shard_name("metadata", number, self.shards, "parquet")
+                parts[f"{METADATA_FOLDER}/{name}"] = "metadata.parquet"
+            files = {
+                name: {"bytes": (folder / part).stat().st_size, "sha256": file_sha256(folder / part)}
+                for name, part in parts.items()
+            }
+            moments = {key: moments.to_dict() for key, moments in writer.moments.items()}
+            write_json(
+                folder / "shard.json",
+                {"parts": parts, "files": files, "moments": moments, **writer.notes},
+                indent=None,
+            )
 
-    def publish(self, shard: int, arrays: ShardArrays, notes: dict | None = None) -> None:
-        """Second step of a shard: its remaining columns are written and all of it becomes visible.
+    def finish(self, plan: dict, fingerprint: dict, report: dict) -> None:
+        """All shards are whole: move them into place, write the report and, as the last thing, the fingerprint.
 
         Args:
-            shard: Its number.
-            arrays: From `arrays(shard, keys, "publish")`, filled; row i belongs to row i of what was staged.
-            notes: JSON-able, kept in the shard's record.
+            plan: That of `begin`.
+            fingerprint: What is known of the encoders; statistics, dtype and checksums are added.
+            report: What was left out.
         """
-        moments = arrays.close()
-        rows = self.rows(shard)
-        parts = {}
-        for key in [*rows["arrays"], *arrays.keys]:
-            folder, stem = ARRAY_FOLDERS[key]
-            parts[f"{folder}/{shard_name(stem, shard, self.shards, 'npy')}"] = f"{key}.npy"
-        if (self._folder(shard) / "metadata.parquet").exists():
-            parts[f"{METADATA_FOLDER}/{shard_name('metadata', shard, self.shards, 'parquet')}"] = "metadata.parquet"
-        files = {}
-        for name, part in parts.items():
-            file = self._folder(shard) / part
-            files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        record = {"parts": parts, "files": files, "moments": {**rows["moments"], **moments}, "notes": notes or {}}
-        write_json(self._folder(shard) / "shard.json", record)
-        self.show(shard)
-
-    def show(self, shard: int) -> None:
-        """Make the files of a complete shard visible; those that are, stay."""
-        for name, part in self.record(shard)["parts"].items():
-            source, target = self._folder(shard) / part, self.path / name
-            if source.exists():
-                target.parent.mkdir(exist_ok=True)
-                move(source, target)
-
-    def _moments(self) -> dict[str, Moments]:
-        """Moments of the published shards, merged in their order."""
-        total: dict[str, Moments] = {}
+        files, total = {}, {}
         for shard in range(self.shards):
-            for key, values in self.record(shard)["moments"].items():
+            record = self.record(shard)
+            files |= record["files"]
+            for key, values in record["moments"].items():
                 part = Moments.from_dict(values)
                 total[key] = total[key].merge(part) if key in total else part
-        return total
-
-    def fingerprint(self, plan: dict) -> dict:
-        """The parts of a `csdiff.json` that the arrays tell: statistics, and whether the rows have norm 1."""
-        statistics = {key: moments.statistics() for key, moments in self._moments().items()}
-        side = statistics.get("image_embeds") or statistics.get("text_embeds")
+            for name, part in record["parts"].items():
+                # Those that a killed process moved before are there.
+                if (self._folder(shard) / part).exists():
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    move(self._folder(shard) / part, self.path / name)
+        statistics = {key: moments.statistics() for key, moments in total.items()}
+        side = statistics.get("image_embeds") or statistics["text_embeds"]
         unit = abs(side.norm_mean - 1) < UNIT_NORM_TOLERANCE and side.norm_std < UNIT_NORM_TOLERANCE
-        fingerprint = {
-            "format": 1,
-            "kind": "store",
-            "rows": side.count,
-            "dtype": self.dtype,
-            "normalized": unit,
-            "data": plan,
-        }
+        content = {"format": 1, "kind": "store", "rows": side.count, "dtype": self.dtype, "normalized": unit}
         for key, name in (("image_embeds", "statistics"), ("text_embeds", "text_statistics")):
             if key in statistics:
-                fingerprint[name] = statistics[key].to_dict()
-        return fingerprint
-
-    def finish(self, fingerprint: dict, report: dict) -> None:
-        """All shards are published: write the report and, as the last thing, the fingerprint."""
-        files = {name: file for shard in range(self.shards) for name, file in self.record(shard)["files"].items()}
-        write_json(self.path / REPORT_FILE, report, indent=2)
-        write_json(self.path / FINGERPRINT_FILE, {**fingerprint, "files": files}, indent=2)
+                content[name] = statistics[key].to_dict()
+        write_json(self.path / REPORT_FILE, report)
+        write_json(self.path / FINGERPRINT_FILE, {**content, "data": plan, **fingerprint, "files": files})
         shutil.rmtree(self.partial)
 
     def _folder(self, shard: int) -> Path:
-        return self.partial / str(shard)
+        return self.partial / f"shard_{shard:06d}"
 
     def _compare(self, there: dict, plan: dict) -> None:
         # Through JSON, so that tuples and lists compare equal.
-        there, plan = _flat(there), _flat(json.loads(json.dumps(plan)))
+        there, plan = flatten(there), flatten(json.loads(json.dumps(plan)))
         differences = [
             f"{key} is {there.get(key)!r} there and {plan.get(key)!r} now"
             for key in sorted(there.keys() | plan.keys())
@@ -225,59 +180,122 @@ class StoreWriter:
                 "choose another output, or delete it first."
             )
 
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs into one folder are not noticed.
-            return
-        self._lock_file = (self.partial / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CSDiffError(
-                f"{self.path}: another process is writing this store; wait for it, or stop it first."
-            ) from None
-        except OSError:
-            pass  # A file system without locks.
 
+class ShardWriter:
+    """The files of one shard, while they are written: rows are appended to each column in order.
 
-class ShardArrays:
-    """The npy files of some columns of one shard, while they are written."""
+    Attributes:
+        metadata: One row each; set by the caller, None for none.
+        notes: JSON-able, kept in the shard's record; set by the caller.
+        moments: Of the pooled embeddings, as they stand in the files.
+    """
 
     def __init__(self, folder: Path, keys: Sequence[str], dtype: str):
-        self.folder, self.keys = folder, list(keys)
-        self._writers = {
-            key: NpyWriter(folder / f"{key}.npy", "bool" if key == "text_mask" else dtype, key in MEASURED)
-            for key in keys
-        }
+        self.folder = folder
+        self.metadata: pa.Table | None = None
+        self.notes: dict = {}
+        self.moments: dict[str, Moments] = {}
+        self._dtypes = {key: "bool" if key == "text_mask" else dtype for key in keys}
+        self._files = {key: (folder / f"{key}.npy").open("wb") for key in keys}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def append(self, columns: dict[str, Tensor]) -> None:
-        """Add rows to every column."""
-        for key, writer in self._writers.items():
-            writer.append(columns[key])
+        """Add rows (B, ...) to some of the columns; B may be 0, which tells the width of a shard without rows.
 
-    def close(self) -> dict[str, dict]:
-        """Complete the files; returns the moments of the measured columns."""
-        moments = {}
-        for key, writer in self._writers.items():
-            writer.close()
-            if writer.moments is not None:
-                moments[key] = writer.moments.to_dict()
-        return moments
+        Raises:
+            CSDiffError: A value is not finite, or beyond the range of the dtype.
+        """
+        for key, rows in columns.items():
+            stored = rows.detach().to("cpu", getattr(torch, self._dtypes[key])).contiguous()
+            known = self._shapes.get(key, (0, *stored.shape[1:]))
+            if not bool(torch.isfinite(stored).all()):
+                row = int((~stored.flatten(1).isfinite().all(1)).nonzero()[0])
+                raise CSDiffError(
+                    f"{key}, row {known[0] + row} of {self.folder.name}: expected finite values, found "
+                    f"{float(rows[row].float().abs().max()):g} to be stored as {self._dtypes[key]}; use dtype "
+                    "bfloat16 or float32, or precision float32."
+                )
+            if key in ("text_embeds", "image_embeds"):
+                part = Moments.of(stored.float())
+                self.moments[key] = self.moments[key].merge(part) if key in self.moments else part
+            if key not in self._shapes:
+                self._write_header(key, known)
+            # npy has no bfloat16: the uint16 of its bits.
+            bits = stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored
+            self._files[key].write(bits.numpy().data)
+            self._shapes[key] = (known[0] + len(stored), *known[1:])
+
+    def close(self) -> None:
+        """Complete the headers."""
+        for key, file in self._files.items():
+            self._write_header(key, self._shapes[key])
+            file.close()
+
+    def _write_header(self, key: str, shape: tuple[int, ...]) -> None:
+        # numpy pads the header so that it has one length for any number of rows.
+        self._files[key].seek(0)
+        header = {"descr": DTYPES[self._dtypes[key]], "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._files[key], header)
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def write_store(
+    path: str | Path,
+    *,
+    text_embeds: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    text_states: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    image_tokens: Tensor | None = None,
+    captions: Sequence[str] | None = None,
+    image_ids: Sequence[str] | None = None,
+    fingerprint: dict | None = None,
+    dtype: str = "float16",
+    shard_size: int = 10000,
+) -> None:
+    """Write a store from tensors in memory.
 
+    Args:
+        path: New folder.
+        text_embeds: `(N, Dt)`.
+        image_embeds: `(N, D)`.
+        text_states: `(N, L, H)`.
+        text_mask: `(N, L)` bool.
+        image_tokens: `(N, V, H)`.
+        captions: N captions.
+        image_ids: N names; rows of one image share one.
+        fingerprint: What is known of the encoders; `kind`, `dtype`, statistics and checksums are added.
+        dtype: "float16", "bfloat16" or "float32".
+        shard_size: Rows a shard.
 
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    Raises:
+        CSDiffError: No embeddings, columns of different lengths, or a folder that is in use.
+    """
+    given = {
+        "text_embeds": text_embeds,
+        "image_embeds": image_embeds,
+        "text_states": text_states,
+        "text_mask": text_mask,
+        "image_tokens": image_tokens,
+    }
+    columns = {key: value for key, value in given.items() if value is not None}
+    texts = {name: list(v) for name, v in (("caption", captions), ("image_id", image_ids)) if v is not None}
+    lengths = {name: len(values) for name, values in {**columns, **texts}.items()}
+    if (
+        not {"text_embeds", "image_embeds"} & columns.keys()
+        or len(set(lengths.values())) != 1
+        or not min(lengths.values())
+    ):
+        raise CSDiffError(f"{path}: expected text or image embeddings, all columns of one length, found {lengths}.")
+    count = next(iter(lengths.values()))
+    plan = {"rows": count, "dtype": dtype, "shard_size": shard_size}
+    with StoreWriter(path, -(-count // shard_size), dtype) as writer:
+        if writer.begin(plan):
+            raise CSDiffError(f"{path} holds a store already; choose another folder, or delete it first.")
+        for number in range(writer.shards):
+            part = slice(number * shard_size, (number + 1) * shard_size)
+            if not writer.done(number):
+                with writer.shard(number, list(columns)) as shard:
+                    shard.append({key: column[part] for key, column in columns.items()})
+                    if texts:
+                        shard.metadata = pa.table({name: pa.array(v[part], pa.string()) for name, v in texts.items()})
+        writer.finish(plan, fingerprint or {}, {"rows": count})

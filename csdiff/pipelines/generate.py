@@ -62,13 +62,13 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
     import torch
 
-    from csdiff.embeddings.tokenizer import clean_text
+    from csdiff.data.items import well_formed
     from csdiff.pipelines.decoding import DrawingOptions, load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
-    prompts = [clean_text(prompt) for prompt in prompts]
+    prompts = [well_formed(prompt) for prompt in prompts]
     if config.negative_prompt is not None:
-        config.negative_prompt = clean_text(config.negative_prompt)
+        config.negative_prompt = well_formed(config.negative_prompt)
     device, dtype = device_and_dtype(config, decoder)
     embedder = PromptEmbedder(
         card, decoder, device, dtype, text_encoder=config.text_encoder, image_encoder=config.image_encoder

@@ -12,8 +12,9 @@ import torch
 from diffusers import KandinskyV22PriorPipeline, PriorTransformer
 from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
+from csdiff.data.items import well_formed
 from csdiff.embeddings.encoders import find_encoder
-from csdiff.embeddings.tokenizer import CaptionTokenizer, clean_text
+from csdiff.embeddings.tokenizer import CaptionTokenizer
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.pipelines.scheduler import OneShotScheduler
@@ -299,7 +300,7 @@ def _texts(given: str | Sequence[str], name: str) -> list[str]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise CSDiffError(f"{name}: expected a string or a list of strings, found {given!r}.")
-    return [clean_text(text) for text in texts]
+    return [well_formed(text) for text in texts]
 
 
 def _is_place(encoder: object) -> bool:

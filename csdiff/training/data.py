@@ -12,8 +12,8 @@ from torch import Tensor
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.fingerprint import check_same_encoder
-from csdiff.embeddings.image_groups import ImageGroups
 from csdiff.embeddings.layout import is_store
+from csdiff.embeddings.order import ImageGroups
 from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError

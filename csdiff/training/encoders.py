@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from csdiff.adapters.registry import ADAPTERS
-from csdiff.embeddings.encoders import encoder_files, load_image_encoder, load_text_encoder
+from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.fingerprint import check_same_encoder, weights_sha256
 from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.layout import is_store

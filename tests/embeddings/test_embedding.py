@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,10 @@ def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Pat
     ("options", "message"),
     [
         ({"source": ""}, "source, output: expected a data set and a folder"),
+        ({"text_encoder": None, "image_encoder": None}, "expected at least one encoder"),
+        ({"text_encoder": None, "text_states": True}, "text_states: expected a text encoder"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_skipped": 1.5}, "max_skipped"),
         ({"source": "nowhere/at/all"}, "nowhere/at/all: expected a folder, a file or the id"),
         ({"text_encoder": "nowhere/at/all"}, "expected a folder with a text encoder"),
         ({"caption_column": "titel"}, "expected the column 'titel'"),
@@ -221,19 +227,44 @@ def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tin
             embed(config(dataset, tiny_clip, tmp_path / place))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("batch_size", 0), ("shard_size", -1), ("workers", 0), ("max_skipped", 1.5), ("max_length", 0)],
-)
-def test_options_out_of_range_are_named(dataset: Path, tiny_clip: Path, tmp_path: Path, option: str, value: float):
-    with pytest.raises(CSDiffError, match=f"^{option}: expected .* found {value}"):
-        config(dataset, tiny_clip, tmp_path, **{option: value})
+def test_half_surrogates_are_replaced_and_counted(tiny_clip: Path, tmp_path: Path):
+    rows = [{"text": "cut emoji \ud83d"}, {"text": "whole"}, {"text": "a<|endoftext|>b"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = embed(config(tmp_path / "captions.jsonl", tiny_clip, tmp_path / "s", image_encoder=None))
+    assert report.replaced_captions == json.loads((tmp_path / "s/report.json").read_text())["replaced_captions"] == 1
+    opened = EmbeddingStore.open(tmp_path / "s")
+    assert opened.captions(slice(None)) == ["cut emoji \ufffd", "whole", "a<|endoftext|>b"]
+    expected = load_text_encoder(tiny_clip).embed(["cut emoji \ufffd", "whole", "a<|endoftext|>b"])
+    torch.testing.assert_close(opened.read(range(3))["text_embeds"], expected, rtol=1e-3, atol=2e-3)
 
 
-def test_every_option_has_a_help_text():
-    from docstring_parser import parse_from_object
+def test_places_are_the_same_by_any_name_and_from_any_folder(
+    dataset: Path, tiny_clip: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Relative names, a second start from another folder, and an encoder that moved: one store."""
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    embed(config("data", "clip", "s"))
+    before = content(tmp_path / "s")
+    assert json.loads(before["csdiff.json"])["text_encoder"]["id"] == str(tmp_path / "clip")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "clip", tmp_path / "elsewhere/renamed")
+    embed(config("../data", "renamed", "../s"))
+    assert content(tmp_path / "s") == before
 
-    from csdiff.embeddings import EmbedConfig
 
-    described = {parameter.arg_name: parameter.description for parameter in parse_from_object(EmbedConfig).params}
-    assert all(described.get(name) for name in asdict(EmbedConfig()))
+def test_file_systems_without_fsync_of_folders_go_on(
+    dataset: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    embed(config(dataset, tiny_clip, tmp_path / "s"))
+    assert len(EmbeddingStore.open(tmp_path / "s")) == len(ROWS)

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import build_tiny_tokenizer
 
 from csdiff.embeddings import load_image_encoder, load_text_encoder, weights_sha256
+from csdiff.embeddings.encoders import find_encoder, nearby
 from csdiff.errors import CSDiffError
 
 CAPTIONS = ["a red apple", "something else entirely", "x"]
@@ -169,3 +170,25 @@ def test_what_is_no_encoder_is_refused_in_one_sentence(tiny_clip: Path, sentence
         weights_sha256(pickled)
     with pytest.raises(CSDiffError, match="expected pooling projection for a clip"):
         load_text_encoder(tiny_clip, pooling="mean")
+
+
+def test_an_encoder_that_moved_is_found_beside_the_store_or_named(tiny_clip: Path, tmp_path: Path):
+    here, record = tmp_path / "new/models/clip", load_text_encoder(tiny_clip).describe()
+    shutil.copytree(tiny_clip, here)
+    (tmp_path / "new/runs/r1").mkdir(parents=True)
+    for old in (str(tmp_path / "old/models/clip"), "models/clip", "../clip"):
+        known = {**record, "id": old}
+        found = find_encoder(known, "text", beside=[tmp_path / "new/models", tmp_path / "new/runs/r1"])
+        assert found == {**known, "id": str(here)}
+        with pytest.raises(CSDiffError, match=r"clip.*--text_encoder"):
+            find_encoder(known, "text", beside=[tmp_path / "elsewhere"])
+    known = {**record, "id": "/old/models/clip"}
+    # Another encoder under the same name is not the one.
+    with pytest.raises(CSDiffError, match="--text_encoder"):
+        find_encoder({**known, "weights_sha256": "0" * 64}, "text", beside=[tmp_path / "new"])
+    stranger = {"id": "stranger/clip"}
+    assert nearby(stranger, "text", tmp_path / "new/models") == stranger
+    assert find_encoder(known, "text", given=here)["id"] == str(here)
+    assert find_encoder({**record, "id": str(tiny_clip)}, "text", beside=[tmp_path / "new"])["id"] == str(tiny_clip)
+    with pytest.raises(CSDiffError, match="not that of the adapter"):
+        find_encoder({**known, "weights_sha256": "0" * 64}, "text", given=here)

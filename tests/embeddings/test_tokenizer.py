@@ -9,7 +9,6 @@ import torch
 from tiny import build_tiny_tokenizer
 
 from csdiff.embeddings import CaptionTokenizer, load_caption_tokenizer, load_text_encoder
-from csdiff.embeddings.tokenizer import clean_text
 
 
 def unigram():
@@ -56,7 +55,5 @@ def test_the_end_of_text_in_a_caption_does_not_cut_it():
 
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tiny_clip: Path):
-    assert clean_text("cut emoji \ud83d") == "cut emoji \ufffd"
-    assert clean_text("whole \ud83d\ude00 é") == "whole 😀 é"
     encoder = load_text_encoder(tiny_clip)
     assert torch.equal(encoder.embed(["a\ud83d"]), encoder.embed(["a\ufffd"]))

@@ -1,10 +1,26 @@
-"""Rows of a store by the image they belong to, and one caption of each image an epoch."""
+"""Which rows come when: a new random order every epoch, and one caption of each image, by seed and epoch alone."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from csdiff.embeddings.permutation import mix
+
+def row_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Random permutation (count,) int64 of `range(count)`: the order of hashed row numbers.
+
+    It depends on `seed` and `epoch` only, and unlike a generator's it is the same for every version of numpy, so that
+    a run can be resumed anywhere.
+    """
+    start = mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) ^ np.uint64(epoch)
+    keys = mix(mix(start) + np.arange(1, 3, dtype=np.uint64))
+    return np.argsort(mix(mix(np.arange(count, dtype=np.uint64) + keys[0]) ^ keys[1]), kind="stable")
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection that scatters 64-bit integers."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class ImageGroups:
