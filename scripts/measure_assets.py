@@ -127,15 +127,15 @@ def choose(images: Images, count: int, train: Images) -> list[int]:
 class Judges:
     """Whether drawn images show their concepts, beside the originals, by every judge."""
 
-    def __init__(self, train: Images, left_out: list[int], kept: Kept) -> None:
+    def __init__(self, train: Images, left_out: list[int], kept: Kept, names: list[str]) -> None:
         # An original that stands among the references would be its own nearest.
         self.rows = sorted(set(range(len(train))) - set(left_out))
         self.concepts = [train.concepts[i] for i in self.rows]
-        self.train, self.kept = train, kept
+        self.train, self.kept, self.names = train, kept, names
 
-    def __call__(self, drawn: Tensor, originals: Images, rows: list[int], judges: list[str]) -> dict:
+    def __call__(self, drawn: Tensor, originals: Images, rows: list[int]) -> dict:
         found = {}
-        for judge in judges:
+        for judge in self.names:
             reference = self.kept.get(f"train-{judge}")
             if reference is None:
                 reference = self.kept.put(f"train-{judge}", features(self.train.pixels, judge))
@@ -180,7 +180,7 @@ def measure_decoder(splits: dict[str, Images], chosen: list[int], judges: Judges
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in parameters.items()},
         "sampling": json.loads((ASSETS / "decoder/csdiff.json").read_text())["sampling"],
         "psnr": {split: psnr(decoder.movq, splits[split].pixels) for split in SPLITS[1:]},
-        "from_image_embeddings": judges(drawn, held_out, chosen, list(JUDGES)),
+        "from_image_embeddings": judges(drawn, held_out, chosen),
     }
 
 
@@ -206,14 +206,21 @@ def measure_text(splits: dict[str, Images], chosen: dict[str, list[int]], judges
         images = splits[split]
         prompts = [f"{images.labels[i]}, {images.styles[i]} style" for i in rows]
         drawn = draw(adapter.embed(encode_text(prompts)), f"from-text-{split}", kept)
-        figures[split] = judges(drawn, images, rows, ["efficientnet-lite0", "efficientnet-lite1"])
+        figures[split] = judges(drawn, images, rows)
     return figures
+
+
+def merge(old: dict, new: dict) -> dict:
+    """`new` over `old`, dict by dict, so that a part measured by one judge keeps what another said."""
+    both = {key: merge(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(new[key], dict)}
+    return old | new | both
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240, help="how many to draw for each row of the table")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--judges", nargs="*", choices=JUDGES, default=list(JUDGES), help="networks that judge")
     parser.add_argument("--build", type=Path, default=BUILD / "measured", help="where drawn images are kept")
     arguments = parser.parse_args()
     path = ASSETS / "figures.json"
@@ -221,7 +228,7 @@ def main() -> None:
     train = splits["train"]
     chosen = {split: choose(splits[split], arguments.images, train) for split in ("combination", "train")}
     kept = Kept(arguments.build)
-    judges = Judges(train, chosen["train"], kept)
+    judges = Judges(train, chosen["train"], kept, arguments.judges)
     measure = {
         "clip": lambda: measure_clip(splits),
         "decoder": lambda: measure_decoder(splits, chosen["combination"], judges, kept),
@@ -233,7 +240,7 @@ def main() -> None:
         print(json.dumps(found, indent=2), flush=True)
         # Read again each time, so that parts can be measured side by side.
         figures = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(figures | found, indent=2) + "\n")
+        path.write_text(json.dumps(merge(figures, found), indent=2) + "\n")
 
 
 if __name__ == "__main__":
