@@ -12,6 +12,7 @@ import html
 import json
 import os
 import re
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 from latex2mathml.converter import convert
@@ -90,14 +91,17 @@ def linked_file(folder: Path, link: str) -> Path | None:
 
 
 def public_names(package: str) -> str:
-    """A `:::` line for each name that the lazy `__init__.py` of a package exports, read without importing it."""
+    """A `:::` line for each name that the lazy `__init__.py` of a package exports; what they name is not imported."""
     tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text("utf-8"))
     exported = next(
         word.value for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "submod_attrs"
     )
-    return "\n\n".join(
-        f"::: {package}.{module}.{name}" for module, names in ast.literal_eval(exported).items() for name in names
-    )
+    modules: dict[str, list[str]] = {}
+    for module, names in zip(exported.keys, exported.values, strict=True):
+        # `**_NAMES`: made from a registry, which is light to import.
+        unpacked = module is None
+        modules |= vars(import_module(package))[names.id] if unpacked else {module.value: ast.literal_eval(names)}
+    return "\n\n".join(f"::: {package}.{module}.{name}" for module, names in modules.items() for name in names)
 
 
 def notebook_as_markdown(path: Path) -> str:
