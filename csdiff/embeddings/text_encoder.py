@@ -176,7 +176,9 @@ def inspect_text_encoder(
         raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
     encoder_only = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "mt5": "MT5EncoderModel"}
     model_class = getattr(transformers, tower or encoder_only.get(config.model_type, "AutoModel"))
-    transformers_tokenizer = read_tokenizer(str(id), files)
+    # A SigLIP 2 tower alone has lost the tokenizer that transformers takes for the whole: it writes in lower case.
+    name = "Siglip2Tokenizer" if tower == "Siglip2TextModel" else "AutoTokenizer"
+    transformers_tokenizer = read_tokenizer(str(id), files, name)
     padding = "longest"
     if tower and tower.startswith("Siglip"):
         padding = "max_length"

@@ -112,20 +112,20 @@ def load_caption_tokenizer(
     return CaptionTokenizer(read_tokenizer(str(id), encoder_files(id, "text", revision)), max_length)
 
 
-def read_tokenizer(id: str, files: EncoderFiles):
-    """The transformers tokenizer of a folder.
+def read_tokenizer(id: str, files: EncoderFiles, name: str = "AutoTokenizer"):
+    """The transformers tokenizer of a folder, by the name of its class where the folder does not tell.
 
     Raises:
         CSDiffError: No tokenizer there.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
     # Without its files transformers makes an empty tokenizer of the model's type.
     if not any(file for pattern in VOCABULARY_FILES for file in files.processor.glob(pattern)):
         raise CSDiffError(f"{id}: expected a tokenizer in {files.processor}, found no vocabulary; save it there.")
     with quiet_loading():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(files.processor, local_files_only=True)
+            tokenizer = getattr(transformers, name).from_pretrained(files.processor, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CSDiffError(
                 f"{id}: expected a tokenizer in {files.processor}, found none that loads ({error})."

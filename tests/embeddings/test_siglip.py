@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ CAPTIONS = ["a red apple", "x", "a much longer caption of something else"]
 SIZES = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.fixture(scope="module", params=["Siglip"])
+@pytest.fixture(scope="module", params=["Siglip", "Siglip2"])
 def siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random SigLIP with tokenizer and image processor, whole; its towers alone in `text` and `image`."""
     import transformers
@@ -41,6 +42,9 @@ def siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for place, part in ((path, model), (path / "text", model.text_model), (path / "image", model.vision_model)):
         part.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        # As the published checkpoints say: what the tokenizer's class does by itself differs.
+        stated = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps({**stated, "padding_side": "right"}))
         processor.save_pretrained(place)
     return path
 

@@ -270,7 +270,7 @@ def test_refuses_numbers_that_are_not_finite(adapters, plain_store, tmp_path, ca
     rows[3, 2] = np.nan
     np.save(store / "text_emb/text_emb_0.npy", rows)
     assert run("--adapter", adapters["good"], "--data", store) == 2
-    assert "found NaN or infinity in the text embeddings" in capsys.readouterr().err
+    assert "row 3 of text_emb/text_emb_0.npy is not finite" in capsys.readouterr().err
 
 
 def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tmp_path):
