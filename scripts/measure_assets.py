@@ -104,9 +104,10 @@ def draw(embeds: Tensor, name: str, kept: Kept) -> Tensor:
             height=128,
             width=128,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
-            output_type="pt",
+            output_type="np",
         ).images
-        drawn = kept.put(name, torch.cat([drawn, images.mul(255).round().byte().cpu()]))
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().byte()
+        drawn = kept.put(name, torch.cat([drawn, images]))
         print(f"{name}: {len(drawn)} of {len(embeds)} drawn", flush=True)
     return drawn
 
