@@ -27,8 +27,8 @@ demo: setup ## Train an adapter on the shipped data and draw four prompts (a few
 		--prompt "one shiny purple heart, 3d style" --prompt "a sailing boat on the sea, flat style"
 	@echo "The adapter is in runs/demo, the pictures are in outputs/demo (start with outputs/demo/grid.png)."
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest
+test: setup ## Run the tests, on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quality: setup ## Check lint and formatting
 	$(BIN)/ruff check .

@@ -160,7 +160,8 @@ class StoreWriter:
             if key in statistics:
                 content[name] = statistics[key].to_dict()
         write_json(self.path / REPORT_FILE, report)
-        write_json(self.path / FINGERPRINT_FILE, {**content, "data": plan, **fingerprint, "files": files})
+        # What is measured here is true of this store, whatever a given fingerprint says of another.
+        write_json(self.path / FINGERPRINT_FILE, {"data": plan, **fingerprint, **content, "files": files})
         shutil.rmtree(self.partial)
 
     def _folder(self, shard: int) -> Path:

@@ -352,3 +352,11 @@ def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_p
     write_store(tmp_path, image_embeds=rows(20, 7), shard_size=20)
     save(tmp_path / "img_emb/img_emb_1.npy", rows(4, 7))
     assert len(EmbeddingStore.open(tmp_path)) == json.loads((tmp_path / "csdiff.json").read_text())["rows"] == 20
+
+
+def test_a_fingerprint_of_another_store_does_not_change_what_is_measured(tmp_path):
+    values = torch.randn(6, 4)
+    write_store(tmp_path / "whole", text_embeds=values, image_embeds=values, dtype="float32")
+    known = EmbeddingStore.open(tmp_path / "whole").fingerprint
+    write_store(tmp_path / "part", text_embeds=values[:3], image_embeds=values[:3], fingerprint=known, dtype="float32")
+    assert len(EmbeddingStore.open(tmp_path / "part")) == 3
