@@ -19,7 +19,7 @@ from csdiff.errors import CSDiffError
 from csdiff.files import absolute
 
 # Rows of each side that are looked at when a store is opened.
-SAMPLE = 4096
+SAMPLE = 1024
 # The part of them with norm 1 from which raw rows are no accident.
 UNIT_SHARE = 0.02
 # Statistics of a store that does not state them are taken over this many rows, evenly spread in blocks.
