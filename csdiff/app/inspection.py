@@ -156,7 +156,7 @@ class Inspector:
         key = str(card.metadata.get("text_encoder"))
         if key not in self._held_out:
             report(Progress("Embedding the shipped held-out pictures, once"))
-            opened = open_store(str(self.held_out), "data", card, None, progress=False, split="train")
+            opened = open_store(str(self.held_out), "data", card, self.device, progress=False, split="train")
             opened = self._resources.enter_context(opened)
             self._held_out[key] = read_pairs("the shipped held-out pictures", opened, "data", MOST_ROWS)
         pairs = self._held_out[key]

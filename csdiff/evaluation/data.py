@@ -95,7 +95,7 @@ def open_store(
     path: str,
     option: str,
     card: AdapterCard,
-    device: str | None,
+    device: str,
     progress: bool,
     split: str,
     concepts: str | None = None,
