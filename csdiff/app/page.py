@@ -349,7 +349,8 @@ class _Create:
         drawn: list[tuple[Any, str]] = []
 
         def show(message) -> dict | None:
-            if isinstance(message, Progress) and message.preview is not None:
+            # What is drawn to compare has places of its own.
+            if isinstance(message, Progress) and message.preview is not None and len(drawn) < asked.count:
                 return {self.images: [*drawn, (message.preview, "still being drawn")]}
             if isinstance(message, Started):
                 return {
