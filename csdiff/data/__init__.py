@@ -6,8 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "images": ["UnreadableImage", "decode_image"],
-        "items": ["Item", "Problem"],
+        "items": ["Item", "Problem", "Source"],
         "opening": ["open_source"],
-        "sources": ["Source"],
     },
 )

@@ -3,62 +3,111 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from csdiff.data.images import is_image_content, is_image_name
-from csdiff.data.items import Item, Problem, caption_list, printable
-from csdiff.data.sources import IndexedSource
-from csdiff.data.tables import CAPTION_COLUMNS, CaptionTable, find_column
+from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
+from csdiff.data.listing import by_ending, inside, suffix_of
+from csdiff.data.published import image_folder
+from csdiff.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, Row, find_column, grouped, read_table, sha256
 from csdiff.data.text_files import UnreadableText, decode_text, lines, read_text
-from csdiff.data.walk import by_ending, inside
 from csdiff.errors import CSDiffError
 
 # `a.txt` or `a.png.txt` beside `a.png`; JSON as img2dataset writes it, where there is no text.
 _CAPTION_SUFFIXES = (".txt", ".caption")
 
 
-class ImageFolderSource(IndexedSource):
-    """Images in a folder, with a table of their captions.
+class TableSource(Source):
+    """Rows of captions, with the images that they name in a folder; a file that is not there is a problem.
 
-    The rows of the table are the items, and a file that is not there is a problem.
+    Args:
+        rows: The items.
+        folder: Of the images; None for captions alone.
+        others: Names of the other files in the folder, which are not read.
+        allow_outside: Read images that a row names outside the folder.
+        problems: Known already, by the file name.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        folder: Path | None = None,
+        others: Sequence[str] = (),
+        allow_outside: bool = False,
+        problems: dict[str, Problem] | None = None,
+    ):
+        self.rows, self.folder, self.allow_outside, self.problems = rows, folder, allow_outside, problems or {}
+        self.has_images, self.has_captions = folder is not None, any(row.captions for row in rows)
+        self.count, self.not_read = len(rows), by_ending(others)
+
+    def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
+        for index in self.span(unit, size):
+            row = self.rows[index]
+            if self.folder is None:
+                yield Item(str(index), row.captions, extra=row.extra)
+            else:
+                yield self.problems.get(row.file) or self._item(row)
+
+    def _item(self, row: Row) -> Item | Problem:
+        id, file = printable(row.file), inside(self.folder, row.file, self.allow_outside)
+        if file is None:
+            detail = f"it leads out of {self.folder}; --allow_outside true reads it, if you trust it"
+            return Problem(id, "outside_image", detail)
+        if not file.is_file():
+            return Problem(id, "missing_image", f"no such file: {printable(str(file))}")
+        return Item(id, row.captions, file, id, row.extra)
+
+    def identity(self) -> dict:
+        kind = "captions" if self.folder is None else "folder"
+        return {"kind": kind, "items": self.count, "sha256": sha256(self.rows)}
+
+
+def table_source(
+    folder: Path,
+    tables: Sequence[str | Path],
+    options: SourceOptions,
+    names: Sequence[str] = (),
+    images: bool = False,
+) -> TableSource:
+    """Captions of tables, with the images that they name relative to themselves.
 
     Args:
         folder: Of the images.
-        table: Of their captions; file names are relative to the folder.
-        others: Names of the other files in the folder, which are not read.
-        allow_outside: Read images that the table names outside the folder.
+        tables: Relative to the folder; the file names in one elsewhere are relative to the folder.
+        options: Of the source.
+        names: Of the files in the folder, where they are known.
+        images: The captions are of images.
+
+    Raises:
+        CSDiffError: No rows, captions that cannot be matched to the images, or images that are not there.
     """
-
-    has_images = True
-
-    def __init__(self, folder: Path, table: CaptionTable, others: Sequence[str] = (), allow_outside: bool = False):
-        self.folder, self.table, self.allow_outside = folder, table, allow_outside
-        self.has_captions = any(table.captions)
-        self.count = len(table.captions)
-        self.not_read = by_ending(map(printable, others))
-        self.problems: dict[str, Problem] = {}
-
-    def __getitem__(self, index: int) -> Item | Problem:
-        name = self.table.files[index]
-        id = printable(name)
-        if name in self.problems:
-            return self.problems[name]
-        file = inside(self.folder, name, self.allow_outside)
-        if file is None:
-            return Problem(
-                id, "outside_image", f"it leads out of {self.folder}; --allow_outside true reads it, if you trust it"
+    first, rows = folder / tables[0], []
+    for table in tables:
+        # Before the file names of a table stands the name of its folder.
+        parent = "" if Path(table).is_absolute() else str(table)[: -len(PurePosixPath(table).name)]
+        for row in read_table(folder / table, options):
+            rows.append(Row(row.file and f"{parent}{row.file}", row.captions, row.extra))
+    if not rows:
+        raise CSDiffError(f"{first}: expected at least one row, found none.")
+    rows = grouped(row for row in rows if row.file is not None) or rows
+    if rows[0].file is None:
+        # Captions that cannot be matched would drop the images without a word.
+        if images or any(map(is_image_name, names)):
+            raise CSDiffError(
+                f"{first}: expected a column that names the image of each caption ({', '.join(IMAGE_COLUMNS[:2])}, "
+                "...), found captions alone, which cannot be matched to the images; add the column, or name it with "
+                "image_column."
             )
-        if not file.is_file():
-            return Problem(id, "missing_image", f"no such file: {printable(str(file))}")
-        extra = {column: values[index] for column, values in self.table.extra.items()}
-        return Item(id, self.table.captions[index], file, id, extra)
+        return TableSource(rows)
+    files = [row.file for row in rows]
+    if not names and not images:
+        folder = image_folder(first, files)
+    known = {*files, *tables}
+    return TableSource(rows, folder, [name for name in names if name not in known], options.allow_outside)
 
-    def identity(self) -> dict:
-        return {"kind": "folder", "items": self.count, "sha256": self.table.sha256()}
 
-
-def uncaptioned_folder(folder: Path, names: Sequence[str]) -> ImageFolderSource:
+def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
     """Images with the captions that lie in files beside them.
 
     `a.txt`, `a.caption` or `a.png.txt` beside `a.png` holds its captions, one a line; else the caption of `a.json`.
@@ -70,36 +119,30 @@ def uncaptioned_folder(folder: Path, names: Sequence[str]) -> ImageFolderSource:
     Raises:
         CSDiffError: Not one image, or none with a caption although another file of the folder has them.
     """
-    images = [name for name in names if is_image_name(name)]
+    # What is read as text or data anyway is not opened as an image.
+    texts = (*_CAPTION_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md")
+    images = [n for n in names if is_image_name(n) or (suffix_of(n) not in texts and is_image_content(folder / n))]
     rest = sorted(set(names) - set(images))
-    images = sorted(images + [name for name in rest if _may_be_image(name) and is_image_content(folder / name)])
     if not images:
         found = ", ".join(f"{entry['count']} {ending}" for ending, entry in list(by_ending(rest).items())[:10])
         raise CSDiffError(f"{folder}: expected images, found {found or 'nothing'}.")
     # Endings in any case, so that A.TXT is found beside A.JPG.
-    beside = {str(PurePosixPath(name).with_suffix("")) + PurePosixPath(name).suffix.lower(): name for name in rest}
-    used, problems, captions = set(), {}, []
-    for image in images:
+    beside = {str(PurePosixPath(name).with_suffix("")) + suffix_of(name): name for name in rest}
+    used, problems, rows = set(), {}, []
+    for image in sorted(images):
         stem = image.removesuffix(PurePosixPath(image).suffix)
         places = [name + suffix for suffix in _CAPTION_SUFFIXES for name in (stem, image)]
-        file = next((beside[place] for place in (*places, stem + ".json") if place in beside), None)
-        used |= {beside[place] for place in (*places, stem + ".json") if place in beside}
+        files = [beside[place] for place in (*places, stem + ".json") if place in beside]
+        used.update(files)
         try:
-            captions.append([] if file is None else _captions(folder / file))
+            rows.append(Row(image, _captions(folder / files[0]) if files else []))
         except UnreadableText as error:
-            captions.append([""])
-            problems[image] = Problem(printable(image), "unreadable_caption", f"{file}: {error}")
-    others = [name for name in rest if name not in used and name not in images]
-    if not any(captions):
+            rows.append(Row(image, [""]))
+            problems[image] = Problem(printable(image), "unreadable_caption", f"{files[0]}: {error}")
+    others = [name for name in rest if name not in used]
+    if not any(row.captions for row in rows):
         _check_no_captions(folder, images, others)
-    source = ImageFolderSource(folder, CaptionTable(images, captions), others)
-    source.problems = problems
-    return source
-
-
-def _may_be_image(name: str) -> bool:
-    """Whether it is worth opening: not what is read as text or data anyway."""
-    return PurePosixPath(name).suffix.lower() not in (*_CAPTION_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md")
+    return TableSource(rows, folder, others, problems=problems)
 
 
 def _captions(file: Path) -> list[str]:
@@ -120,7 +163,7 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
     stems = {PurePosixPath(name).stem for name in images}
     known = {PurePosixPath(name).name for name in images}
     for name in others:
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = suffix_of(name)
         if suffix in _CAPTION_SUFFIXES and PurePosixPath(name).stem in stems:
             raise CSDiffError(
                 f"{folder}: expected captions beside their images, found {name}, which has the name of an image in "
@@ -139,20 +182,3 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
                     f"{name}, which names images of the folder; give it as captions_file (and the folder that its "
                     "names are relative to as source), or move it away to read the images alone."
                 )
-
-
-class CaptionSource(IndexedSource):
-    """Captions without images."""
-
-    has_images = False
-    has_captions = True
-
-    def __init__(self, table: CaptionTable):
-        self.table, self.count = table, len(table.captions)
-
-    def __getitem__(self, index: int) -> Item:
-        extra = {column: values[index] for column, values in self.table.extra.items()}
-        return Item(str(index), self.table.captions[index], extra=extra)
-
-    def identity(self) -> dict:
-        return {"kind": "captions", "items": self.count, "sha256": self.table.sha256()}

@@ -47,15 +47,14 @@ def _formats() -> tuple[str, ...]:
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Endings, in lower case and with their dot, of the formats that Pillow opens here."""
+def _endings() -> frozenset[str]:
     formats = set(_formats())
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends as that of an image."""
-    return Path(name).suffix.lower() in image_suffixes()
+    """Whether a file name ends as that of an image that Pillow opens here."""
+    return Path(name).suffix.lower() in _endings()
 
 
 def is_image_content(path: Path) -> bool:
@@ -93,9 +92,9 @@ def decode_image(image: bytes | Path) -> Image.Image:
             opened.load()
             # Some formats turn, or know their size, only when they load.
             _check_size(*opened.size)
-            orientation = 1
+            turn = None
             with suppress(Exception):  # Damaged EXIF of an image that does decode.
-                orientation = opened.getexif().get(0x0112, 1)
+                turn = _TURNS.get(opened.getexif().get(0x0112))
             rgb = _to_rgb(opened, deep)
     except UnreadableImage:
         raise
@@ -103,14 +102,14 @@ def decode_image(image: bytes | Path) -> Image.Image:
         raise UnreadableImage(f"it has too many pixels, at most {MAX_PIXELS:,} are decoded ({error})") from error
     except Exception as error:  # Damaged files make Pillow's decoders raise almost anything.
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"it has {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are decoded")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadableImage(f"it has {width:,} x {height:,} pixels, at most 1 to {MAX_ASPECT} is decoded")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadableImage(
+            f"it has {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} and sides of 1 to {MAX_ASPECT} are decoded"
+        )
 
 
 def _to_rgb(image: Image.Image, deep: bool = False) -> Image.Image:
@@ -121,10 +120,8 @@ def _to_rgb(image: Image.Image, deep: bool = False) -> Image.Image:
         if isinstance(transparent, int):
             grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
-    if image.mode == "I":
-        return Image.fromarray(_integers(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        return Image.fromarray(_floats(np.asarray(image))).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray((_integers if image.mode == "I" else _floats)(np.asarray(image))).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if deep and isinstance(transparent, tuple):
@@ -146,9 +143,7 @@ def _integers(values: np.ndarray) -> np.ndarray:
 
 def _floats(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise UnreadableImage("it has values that are not finite")
-    # A little over and under is what resampling leaves.
+    # A little over and under is what resampling leaves. NaN is in neither range.
     if low >= -0.01 and high <= 1.01:
         return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
     if low >= 0 and 16 < high <= 255:

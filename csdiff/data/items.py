@@ -1,7 +1,9 @@
-"""What a source gives: a captioned image, or the reason why there is none."""
+"""What a source gives: captioned images, or the reasons why there are none."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,13 +59,62 @@ REASONS = {
 }
 
 
+class Source(ABC):
+    """A data set in units that can be read apart, each by one process, always in the same order.
+
+    Attributes:
+        has_images: Its items have images.
+        has_captions: Its items have captions.
+        count: Number of items, or None if only reading them all would tell.
+        not_read: Files of its folder that are neither images nor captions, by ending: `{"count", "first"}`.
+    """
+
+    has_images: bool
+    has_captions: bool
+    count: int | None
+    not_read: dict[str, dict] = {}
+
+    def units(self, size: int) -> int:
+        """Number of units, of `size` items each where the source can be cut anywhere."""
+        return -(-self.count // size)
+
+    @abstractmethod
+    def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
+        """Items of one unit, in order."""
+
+    @abstractmethod
+    def identity(self) -> dict:
+        """JSON-able description that changes when the data changes."""
+
+    def span(self, unit: int, size: int) -> range:
+        """Places of the items of a unit."""
+        return range(unit * size, min((unit + 1) * size, self.count))
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """The options of `open_source`."""
+
+    split: str = "train"
+    subset: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    metadata_columns: tuple[str, ...] = ()
+    allow_outside: bool = False
+
+    def extra(self, values: dict) -> dict[str, str | None]:
+        """The further columns of an entry, as text."""
+        found = {name: values.get(name) for name in self.metadata_columns}
+        return {name: None if value is None else well_formed(str(value)) for name, value in found.items()}
+
+
 def caption_list(value: object) -> list[str]:
     """Captions of one entry from whatever stands in its caption field: a string, several, or nothing."""
     if value is None or value != value:  # NaN stands for an empty cell.
         return []
     if isinstance(value, (list, tuple)):
         return [caption for part in value for caption in (caption_list(part) or [""])]
-    return [well_formed(value if isinstance(value, str) else str(value))]
+    return [well_formed(str(value))]
 
 
 def well_formed(text: str) -> str:
@@ -76,8 +127,3 @@ def well_formed(text: str) -> str:
 def printable(name: str) -> str:
     r"""A file name that UTF-8 can hold: bytes of another encoding as `\udce9`, so that names stay distinct."""
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
-
-
-def extra_columns(values: dict, names: list[str]) -> dict[str, str | None]:
-    """The columns to keep of an entry, as text."""
-    return {name: None if values.get(name) is None else well_formed(str(values[name])) for name in names}

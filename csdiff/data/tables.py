@@ -1,4 +1,4 @@
-"""Caption tables: CSV, JSON lines, JSON, parquet and plain text."""
+"""Caption tables: CSV, JSON lines, JSON, parquet, plain text, and the formats of published data sets."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csdiff.data import published
 from csdiff.data.images import is_image_name
-from csdiff.data.items import caption_list, extra_columns
-from csdiff.data.text_files import lines, read_lines, read_text
+from csdiff.data.items import SourceOptions, caption_list
+from csdiff.data.text_files import lines, read_text
 from csdiff.errors import CSDiffError
 
-TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".txt")
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".txt", ".jsonlines", ".token")
 # Looked for in this order, in any case, when the columns are not named.
 CAPTION_COLUMNS = (
     "captions", "caption", "text", "texts", "sentences", "sentence", "prompt", "description", "title", "comment",
@@ -24,100 +25,87 @@ IMAGE_COLUMNS = (
     "file_name", "image", "image_path", "filepath", "file_path", "filename", "path", "img", "file", "image_name",
     "image_file", "jpg", "png", "webp",
 )  # fmt: skip
-_SEPARATORS = ",\t;|"
 
 
 @dataclass
-class CaptionTable:
-    """Rows of captions, each with the file name of its image where there is one.
+class Row:
+    """Captions, with the file name of their image where there is one, and the further columns asked for."""
 
-    Rows that name one file are one entry with several captions, at the place of the first.
-
-    Attributes:
-        files: File name of each entry; None for a table without images.
-        captions: Captions of each entry.
-        extra: Further columns by name, each as long as `captions`.
-    """
-
-    files: list[str] | None
-    captions: list[list[str]]
-    extra: dict[str, list[str | None]] = field(default_factory=dict)
-
-    def sha256(self) -> str:
-        """Hash of the whole content."""
-        digest = hashlib.sha256()
-        for index, captions in enumerate(self.captions):
-            row = [self.files and self.files[index], captions, *(c[index] for c in self.extra.values())]
-            digest.update(json.dumps(row).encode())
-        return digest.hexdigest()
+    file: str | None
+    captions: list[str]
+    extra: dict[str, str | None] = field(default_factory=dict)
 
 
-def read_table(
-    path: Path,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    metadata_columns: Sequence[str] = (),
-) -> CaptionTable:
+def read_table(path: Path, options: SourceOptions) -> list[Row]:
     """Read a caption table.
 
     Args:
         path: `.csv`, `.tsv` (separated by commas, tabs, semicolons or bars: what makes columns of the names known),
             `.jsonl`, `.json` (a list of objects or strings), `.parquet`, or `.txt` (a caption a line, or a table whose
-            first line names its columns).
-        image_column: Column of image file names; the usual names are tried by default.
-        caption_column: Column of captions (strings or lists of strings); the usual names are tried by default.
-        metadata_columns: Further columns to keep, as text.
+            first line names its columns); or a published caption file, unless columns are named.
+        options: Names of the columns, and the split of formats that state it for every image.
+
+    Returns:
+        Rows that name one file are one, at the place of the first.
 
     Raises:
-        CSDiffError: Not readable as what its name says, a column is not there, or a text of captions that begin with
-            the names of images.
+        CSDiffError: Not readable as what its name says, a column or split is not there, or a text of captions that
+            begin with the names of images.
     """
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}), found {path.suffix!r}.")
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}) or .tar, found {path.suffix!r}.")
     try:
-        if suffix in (".csv", ".tsv", ".txt"):
-            columns = _separated(path, (image_column, caption_column, *metadata_columns))
-        else:
-            columns = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}[suffix](path)
+        found = _read(path, options)
+        if not isinstance(found, dict):
+            return grouped(Row(*entry[:2]) for entry in published.of_split(path, found, options.split))
     except (OSError, CSDiffError):
         raise
     except Exception as error:  # Each parser has its own kinds.
         reason = " ".join(str(error).split())[:300]
-        raise CSDiffError(f"{path} is not a readable {suffix} table ({reason}); correct or save it again.") from error
-    names = find_column(columns, image_column, IMAGE_COLUMNS, path, "image_column")
-    texts = find_column(columns, caption_column, CAPTION_COLUMNS, path, "caption_column")
-    for name in metadata_columns:
-        find_column(columns, name, (), path, "metadata_columns")
+        raise CSDiffError(
+            f"{path} is not a readable {path.suffix} table ({reason}); correct or save it again."
+        ) from error
+    names = find_column(found, options.image_column, IMAGE_COLUMNS, path, "image_column")
+    texts = find_column(found, options.caption_column, CAPTION_COLUMNS, path, "caption_column")
+    for name in options.metadata_columns:
+        find_column(found, name, (), path, "metadata_columns")
     if names is None and texts is None:
         raise CSDiffError(
             f"{path}: expected a column of captions ({', '.join(CAPTION_COLUMNS[:3])}, ...) or of image files "
-            f"({', '.join(IMAGE_COLUMNS[:3])}, ...), found {', '.join(map(repr, columns)) or 'no columns'}; name it "
+            f"({', '.join(IMAGE_COLUMNS[:3])}, ...), found {', '.join(map(repr, found)) or 'no columns'}; name it "
             "with caption_column or image_column, and separate columns with commas, tabs, semicolons or bars."
         )
-    length = len(columns[names or texts])
-    captions = [caption_list(value) for value in columns[texts]] if texts else [[] for _ in range(length)]
-    kept = [
-        extra_columns({name: columns[name][index] for name in metadata_columns}, list(metadata_columns))
-        for index in range(length if metadata_columns else 0)
-    ]
-    extra = {name: [row[name] for row in kept] for name in metadata_columns}
-    if names is None:
-        # Without an image an entry is its caption: an empty one is an empty caption, not a missing one.
-        return CaptionTable(None, [entry or [""] for entry in captions], extra)
-    return _grouped([_file_name(value) for value in columns[names]], captions, extra)
+    rows = []
+    for index in range(len(found[names or texts])):
+        captions = caption_list(found[texts][index]) if texts else []
+        extra = options.extra({name: found[name][index] for name in options.metadata_columns})
+        if names is None:
+            # Without an image an entry is its caption: an empty one is an empty caption, not a missing one.
+            rows.append(Row(None, captions or [""], extra))
+        else:
+            file = found[names][index]
+            rows.append(Row(str(file.get("path") if isinstance(file, dict) else file), captions, extra))
+    return grouped(rows)
 
 
-def joined(tables: Sequence[tuple[str, CaptionTable]]) -> CaptionTable:
-    """Tables of several folders as one: the name of its folder before the file names of each."""
-    if all(table.files is None for _, table in tables):
-        files = None
-    else:
-        files = [f"{folder}{name}" for folder, table in tables for name in table.files or ()]
-    captions = [entry for _, table in tables for entry in table.captions if files is None or table.files is not None]
-    names = tables[0][1].extra
-    extra = {name: [value for _, table in tables for value in table.extra[name]] for name in names}
-    return CaptionTable(None, captions, extra) if files is None else _grouped(files, captions, extra)
+def grouped(rows: Iterable[Row]) -> list[Row]:
+    """Rows of which those that name one file are one, with all their captions, at the place of the first."""
+    kept, places = [], {}
+    for row in rows:
+        if row.file is not None and row.file in places:
+            places[row.file].captions.extend(row.captions)
+        else:
+            kept.append(row)
+            places[row.file] = row
+    return kept
+
+
+def sha256(rows: Iterable[Row]) -> str:
+    """Hash of the whole content of a table."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.file, row.captions, *row.extra.values()]).encode())
+    return digest.hexdigest()
 
 
 def find_column(
@@ -138,44 +126,41 @@ def find_column(
     return next((lower[name] for name in usual if name in lower), None)
 
 
-def check_rows(path: Path, rows: int) -> None:
-    """Refuse a parquet file of so many rows for its size that they can only be repetitions.
+def _read(path: Path, options: SourceOptions) -> dict[str, list] | Iterable[published.Entry]:
+    """Columns of a table, or entries of a published format."""
+    suffix = path.suffix.lower()
+    asked = {options.image_column, options.caption_column, *options.metadata_columns} - {None}
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
 
-    Raises:
-        CSDiffError: More than a million rows, of less than a byte each.
-    """
-    if rows > max(1_000_000, path.stat().st_size):
-        raise CSDiffError(
-            f"{path}: expected at least a byte a row in a file of more than a million, found {rows:,} rows in "
-            f"{path.stat().st_size:,} bytes, which can only repeat themselves; write it with what differs."
-        )
-
-
-def _file_name(value: object) -> str:
-    """File name in a cell: a string, or `{"bytes", "path"}` as `datasets` keeps images."""
-    return str(value.get("path") if isinstance(value, dict) else value)
-
-
-def _grouped(files: list[str], captions: list[list[str]], extra: dict[str, list]) -> CaptionTable:
-    places: dict[str, int] = {}
-    grouped = CaptionTable([], [], {name: [] for name in extra})
-    for index, file in enumerate(files):
-        if file in places:
-            grouped.captions[places[file]].extend(captions[index])
-            continue
-        places[file] = len(places)
-        grouped.files.append(file)
-        grouped.captions.append(list(captions[index]))
-        for name, values in extra.items():
-            grouped.extra[name].append(values[index])
-    return grouped
-
-
-def _separated(path: Path, asked: Sequence[str | None]) -> dict[str, list]:
+        return pq.read_table(path).to_pydict()
     text = read_text(path)
-    head = text.lstrip("\n").partition("\n")[0]
-    separator, known = _separator(head, path.suffix.lower(), {name for name in asked if name})
-    if path.suffix.lower() == ".txt" and known < 2 and not any(asked):
+    if suffix == ".token" or path.name.endswith(".token.txt"):
+        return published.tokens(text)
+    if suffix in (".jsonl", ".jsonlines"):
+        rows = _json_lines(text)
+        return published.docci(rows) if suffix == ".jsonlines" and not asked else _columns(rows)
+    if suffix == ".json":
+        content = json.loads(text)
+        found = published.coco(content) if isinstance(content, dict) and not asked else None
+        return _columns(content) if found is None else found
+    if suffix == ".csv" and not asked and text.partition("\n")[0].replace(" ", "").startswith("image_name|"):
+        return published.bars(text)
+    columns = _separated(path, text, asked)
+    return published.annotations(columns) if not asked and {"raw", "filename", "split"} <= columns.keys() else columns
+
+
+def _separated(path: Path, text: str, asked: set[str]) -> dict[str, list]:
+    head, suffix = text.lstrip("\n").partition("\n")[0], path.suffix.lower()
+    known = {name.lower() for name in (*IMAGE_COLUMNS, *CAPTION_COLUMNS)}
+
+    def names(separator: str) -> int:
+        found = {name.strip() for name in next(csv.reader([head], delimiter=separator), [])}
+        return len({name.lower() for name in found} & known) + 2 * len(found & asked)
+
+    # What makes most known names of the first line, the usual one of the suffix first.
+    separator = max("\t,;|" if suffix == ".tsv" else ",\t;|", key=names)
+    if suffix == ".txt" and names(separator) < 2 and not asked:
         captions = lines(text)
         first = next((line for line in captions if line.strip()), "")
         if is_image_name(first.replace("\t", ",").replace("|", ",").replace(";", ",").partition(",")[0].strip()):
@@ -187,8 +172,7 @@ def _separated(path: Path, asked: Sequence[str | None]) -> dict[str, list]:
         return {"caption": captions}
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    names = reader.fieldnames or []
-    columns: dict[str, list] = {name.strip(): [] for name in names}
+    columns: dict[str, list] = {name.strip(): [] for name in reader.fieldnames or []}
     for row in reader:
         if None in row or None in row.values():
             raise ValueError(
@@ -200,32 +184,15 @@ def _separated(path: Path, asked: Sequence[str | None]) -> dict[str, list]:
     return columns
 
 
-def _separator(head: str, suffix: str, asked: set[str]) -> tuple[str, int]:
-    """The separator that makes most known names of the first line, the usual one of the suffix first; and how many."""
-    known = {name.lower() for name in (*IMAGE_COLUMNS, *CAPTION_COLUMNS)}
-
-    def names(separator: str) -> int:
-        found = {name.strip() for name in next(csv.reader([head], delimiter=separator), [])}
-        return len({name.lower() for name in found} & known) + 2 * len(found & asked)
-
-    usual = "\t" if suffix == ".tsv" else ","
-    best = max([usual, *_SEPARATORS.replace(usual, "")], key=names)
-    return best, names(best)
-
-
-def _json_lines(path: Path) -> dict[str, list]:
+def _json_lines(text: str) -> list:
     rows = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(lines(text), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from error
-    return _columns(rows)
-
-
-def _json(path: Path) -> dict[str, list]:
-    return _columns(json.loads(read_text(path)))
+    return rows
 
 
 def _columns(rows: object) -> dict[str, list]:
@@ -235,10 +202,3 @@ def _columns(rows: object) -> dict[str, list]:
         raise ValueError("expected a list of objects, or of strings")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _parquet(path: Path) -> dict[str, list]:
-    import pyarrow.parquet as pq
-
-    check_rows(path, pq.read_metadata(path).num_rows)
-    return pq.read_table(path).to_pydict()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+# UTF-16's mark begins as UTF-32's.
 _MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -27,12 +27,11 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnreadableText: with the line and the cure.
     """
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None)
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     start = content[:1000]
-    if encoding is None and start.count(0) > len(start) / 4:
+    if encoding == "utf-8" and start.count(0) > len(start) / 4:
         # ASCII in UTF-16 has a zero in every second byte.
         encoding = "utf-16-be" if start[::2].count(0) > start[1::2].count(0) else "utf-16-le"
-    encoding = encoding or "utf-8"
     try:
         text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError as error:
@@ -50,12 +49,6 @@ def read_text(path: Path) -> str:
     return decode_text(path.read_bytes())
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a file; a newline ends one, and no other character does."""
-    return lines(read_text(path))
-
-
 def lines(text: str) -> list[str]:
-    """Lines of a text, without an empty one after the last newline."""
-    parts = text.split("\n")
-    return parts[:-1] if parts[-1] == "" else parts
+    """Lines of a text, without an empty one after the last newline; no other character ends one."""
+    return text.removesuffix("\n").split("\n") if text else []

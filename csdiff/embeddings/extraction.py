@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from csdiff.data.images import DECODING, UnreadableImage, decode_image
-from csdiff.data.items import REASONS, Item, Problem
+from csdiff.data.items import REASONS, Item, Problem, Source
 from csdiff.data.opening import open_source
-from csdiff.data.sources import Source
 from csdiff.devices import choose_device
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import encoder_files, encoder_name

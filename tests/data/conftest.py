@@ -1,4 +1,4 @@
-"""A small captioned data set with everything wrong with it that real ones have."""
+"""Six small pictures, and the same with captions."""
 
 from __future__ import annotations
 

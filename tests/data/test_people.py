@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from csdiff.data import Item, Problem, open_source
-from csdiff.data.items import well_formed
-from csdiff.data.splits import data_files
-from csdiff.data.text_files import UnreadableText, decode_text, read_lines
+from csdiff.data.items import SourceOptions, well_formed
+from csdiff.data.listing import data_files
+from csdiff.data.text_files import UnreadableText, decode_text
 from csdiff.errors import CSDiffError
-from tests.data.test_data_sources import read_all
+from tests.data.test_data_sources import archive, read_all
 
 
 @pytest.fixture
@@ -41,26 +41,16 @@ def problems(source) -> list[str]:
     return [item.reason for item in read_all(source) if isinstance(item, Problem)]
 
 
-def archive(path: Path, members: dict[str, str], pictures: Path) -> Path:
-    import io
-    import tarfile
-
-    with tarfile.open(path, "w") as tar:
-        for name, text in members.items():
-            content = text.encode() if name.endswith((".txt", ".json")) else (pictures / "0.png").read_bytes()
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
+def tar(path: Path, names: list[str], pictures: Path) -> Path:
+    """An archive in which texts say c, and everything else is a picture."""
+    image = (pictures / "0.png").read_bytes()
+    return archive(path, {n: b'{"text": "c"}' if n.endswith((".txt", ".json")) else image for n in names})
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (
-            "IMG.2020.01.jpg IMG.2020.01.txt IMG.2020.02.jpg IMG.2020.02.txt",
-            {"IMG.2020.01.jpg": 1, "IMG.2020.02.jpg": 1},
-        ),
+        ("IMG.2020.1.jpg IMG.2020.1.txt IMG.2020.2.jpg IMG.2020.2.txt", {"IMG.2020.1.jpg": 1, "IMG.2020.2.jpg": 1}),
         ("a.jpg a.txt a.seg.png b.jpg b.txt", {"a.jpg": 1, "b.jpg": 1}),
         ("a.jpg a.prompt.txt", {"a.jpg": 1}),
         ("v1.5/a.b.png v1.5/a.b.json", {"v1.5/a.b.png": 1}),
@@ -70,7 +60,7 @@ def archive(path: Path, members: dict[str, str], pictures: Path) -> Path:
     ],
 )
 def test_names_in_archives(names: str, expected, tmp_path: Path, pictures: Path):
-    source = open_source(archive(tmp_path / "x.tar", dict.fromkeys(names.split(), '{"text": "c"}'), pictures))
+    source = open_source(tar(tmp_path / "x.tar", names.split(), pictures))
     if isinstance(expected, str):
         assert problems(source) == [expected]
         assert "target.jpg" in read_all(source)[0].detail
@@ -80,7 +70,7 @@ def test_names_in_archives(names: str, expected, tmp_path: Path, pictures: Path)
 
 
 def test_a_damaged_header_does_not_end_an_archive_in_silence(tmp_path: Path, pictures: Path):
-    path = archive(tmp_path / "x.tar", {f"{i}.jpg": "" for i in range(4)}, pictures)
+    path = tar(tmp_path / "x.tar", [f"{i}.jpg" for i in range(4)], pictures)
     content = bytearray(path.read_bytes())
     place = content.index(b"2.jpg")
     content[place : place + 8] = b"\xff" * 8
@@ -90,24 +80,16 @@ def test_a_damaged_header_does_not_end_an_archive_in_silence(tmp_path: Path, pic
 
 
 def test_every_file_that_pillow_opens_and_the_others_counted(tmp_path: Path, image):
-    for name in ["a.png", "b.jfif", "c.avif", "e.jpe", "f.PNG", "h.jp2", "noending", "i.jpg_large"]:
-        image(tmp_path / name)
-    for name in [
-        "d.heic",
-        "d2.heic",
-        "x.docx",
-        "y.svg",
-        "._a.png",
-        "Thumbs.db",
-        ".ipynb_checkpoints/0.png",
-        "__MACOSX/z.png",
-    ]:
+    read = ["a.png", "b.jfif", "c.avif", "e.jpe", "f.PNG", "h.jp2", "noending", "i.jpg_large"]
+    image(*(tmp_path / name for name in read))
+    hidden = ["._a.png", "Thumbs.db", ".ipynb_checkpoints/0.png", "__MACOSX/z.png"]
+    for name in ["d.heic", "d2.heic", "x.docx", "y.svg", *hidden]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"nothing that Pillow knows")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/loop").symlink_to(tmp_path)
     source = open_source(tmp_path)
-    assert set(captions(source)) == {"a.png", "b.jfif", "c.avif", "e.jpe", "f.PNG", "h.jp2", "noending", "i.jpg_large"}
+    assert set(captions(source)) == set(read)
     assert {ending: entry["count"] for ending, entry in source.not_read.items()} == {".heic": 2, ".docx": 1, ".svg": 1}
     assert source.not_read[".heic"]["first"] == ["d.heic", "d2.heic"]
 
@@ -158,12 +140,10 @@ def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path: Path, pictures: Path
     content = (pictures / "0.png").read_bytes()
     for name in ("en/train-00000-of-00001", "en/dev-00000-of-00001", "de/train-00000-of-00001"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        pq.write_table(
-            pa.table({"image": [{"bytes": content, "path": None}], "text": [name]}), tmp_path / f"{name}.parquet"
-        )
-    configs = "".join(
-        f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n" for c in ("en", "de")
-    )
+        table = pa.table({"image": [{"bytes": content, "path": None}], "text": [name]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    config = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {0}/train-*\n"
+    configs = config.format("en") + config.format("de")
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# A card\n")
     (item,) = read_all(open_source(tmp_path, subset="de"))
     assert item.captions == ["de/train-00000-of-00001"]
@@ -171,7 +151,8 @@ def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path: Path, pictures: Path
         with pytest.raises(CSDiffError, match=found):
             open_source(tmp_path, **options)
     (tmp_path / "README.md").unlink()
-    assert data_files(tmp_path, ["a-train.csv", "val/b.csv", "test_1.csv", "latest.csv"], "valid") == ["val/b.csv"]
+    names = ["a-train.csv", "val/b.csv", "test_1.csv", "latest.csv"]
+    assert data_files(tmp_path, names, SourceOptions("valid")) == ["val/b.csv"]
 
 
 @pytest.mark.parametrize(
@@ -252,12 +233,3 @@ def test_names_in_other_encodings_and_long_fields(tmp_path: Path, image):
     (item,) = read_all(open_source(tmp_path))
     assert item.id.encode() == b"caf\\udce9.png"
     assert item.image.is_file()
-    (tmp_path / "c.txt").write_bytes(b"a\nb")
-    assert read_lines(tmp_path / "c.txt") == ["a", "b"]
-
-
-def test_a_parquet_of_nothing_but_repetitions(tmp_path: Path):
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 3_000_000, pa.int8()), pa.array(["a"]))
-    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
-    with pytest.raises(CSDiffError, match="3,000,000 rows"):
-        open_source(tmp_path / "x.parquet")

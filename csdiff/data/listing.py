@@ -1,0 +1,172 @@
+"""Which files of a folder are read: what is visible, what lies inside, and what belongs to a split."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from csdiff.data.items import SourceOptions, printable
+from csdiff.errors import CSDiffError
+
+# What systems leave beside files; names that begin with a dot (`._a.png`, `.ipynb_checkpoints`) are hidden anyway.
+_LITTER = {"__macosx", "thumbs.db", "desktop.ini"}
+_SHOWN = 5
+# As the hub names the shards of a split.
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
+
+
+def hidden(name: str) -> bool:
+    """Whether any part of a relative name is hidden, or litter of a system."""
+    return any(part.startswith(".") or part.lower() in _LITTER for part in PurePosixPath(name).parts)
+
+
+def visible_files(folder: Path) -> list[str]:
+    """Names, relative and with `/`, of the files below a folder, in the order of their names.
+
+    Links are followed; a folder that has been seen under another name is not entered again, so no loop has an end.
+    """
+    names, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in files if not hidden(name)]
+    return sorted(names)
+
+
+def inside(folder: Path, name: str, allow_outside: bool) -> Path | None:
+    """The place of a file that a table names, or None where it leads out of the folder.
+
+    The name decides, not the disk: links in the folder are followed, they are how the hub's cache is laid out.
+    """
+    place = Path(os.path.normpath(folder / name))
+    if not place.exists() and "\\" in name:  # Written on Windows.
+        place = Path(os.path.normpath(folder / name.replace("\\", "/")))
+    return place if allow_outside or place.is_relative_to(os.path.normpath(folder)) else None
+
+
+def suffix_of(name: str) -> str:
+    """Ending of a file name, in lower case and with its dot."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def by_ending(names: Iterable[str]) -> dict[str, dict]:
+    """How many files have each ending, the most frequent first, and the first of their names."""
+    names = [printable(name) for name in names]
+    endings = [suffix_of(name) or "no ending" for name in names]
+    return {
+        ending: {"count": count, "first": [n for n, e in zip(names, endings, strict=True) if e == ending][:_SHOWN]}
+        for ending, count in Counter(endings).most_common()
+    }
+
+
+def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> list[str]:
+    """Files of a split: as the README of a hub data set declares them, else by `train`, `test`, ... in their names.
+
+    Args:
+        folder: Of the data set.
+        names: Of the files that are asked about, relative to it.
+        options: Its `subset` is a configuration that the README declares, or a folder.
+
+    Returns:
+        Some of the names; all of them where none names a split.
+
+    Raises:
+        CSDiffError: No such subset or split.
+    """
+    splits = _declared(folder, names, options.subset)
+    if splits is None:
+        within = f"{options.subset}/" if options.subset else ""
+        names = [name for name in names if name.startswith(within)]
+        splits = {}
+        for name in names:
+            splits.setdefault(_split_of(name), []).append(name)
+        if splits.keys() <= {None}:
+            return sorted(names)
+        splits.pop(None, None)
+    if options.split == "all":
+        return sorted({file for files in splits.values() for file in files})
+    wanted = _split_of(options.split) or options.split
+    chosen = {file for name, files in splits.items() if (_split_of(name) or name) == wanted for file in files}
+    if not chosen:
+        found = ", ".join(f"{name} ({len(files)} files)" for name, files in splits.items())
+        raise CSDiffError(
+            f"{folder}: expected files of the split {options.split!r}, found {found}; choose one with split."
+        )
+    return sorted(chosen)
+
+
+def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], split: str) -> list[str]:
+    """Names of the files in the folder of a split, where nothing but folders of splits has content; else all of them.
+
+    Args:
+        folder: For the message.
+        content: Names of images and tables.
+        names: Of all files.
+        split: "train", ...; "all" for every file.
+
+    Raises:
+        CSDiffError: There is no such split.
+    """
+    # data/train/a.png as well as train/a.png
+    base = "data/" if all(name.startswith("data/") for name in content) else ""
+    tops = {top: _keyword(top) for top in (name.removeprefix(base).partition("/")[0] for name in content)}
+    if split == "all" or not tops or not all(tops.values()):
+        return list(names)
+    wanted = tuple(f"{base}{top}/" for top, keyword in tops.items() if keyword == (_keyword(split) or split))
+    if not wanted:
+        raise CSDiffError(f"{folder}: expected the split {split!r}, found {', '.join(tops)}; choose one with split.")
+    return [name for name in names if name.startswith(wanted)]
+
+
+def _keyword(name: str) -> str | None:
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    return next((str(split) for split, words in SPLIT_KEYWORDS.items() if name.lower() in words), None)
+
+
+def _split_of(name: str) -> str | None:
+    path = PurePosixPath(name)
+    if shard := _SHARD.fullmatch(path.name):
+        return shard[1]
+    # The words that data sets on the hub are told by, in the file's name or in those of its folders.
+    words = [*re.split(r"[-._ 0-9]", path.name), *re.split(r"[-._ 0-9/]", str(path.parent))]
+    return next(filter(None, map(_keyword, words)), None)
+
+
+def _declared(folder: Path, names: Sequence[str], subset: str | None) -> dict[str, list[str]] | None:
+    """Files of each split, by the README of a data set of the hub; None where it declares nothing."""
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    if not (folder / "README.md").is_file():
+        return None
+    try:
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(folder / "README.md").data)
+    except Exception:  # A README without, or with another, block of YAML is not our concern.
+        return None
+    if not configs:
+        return None
+    subset = subset or (next(iter(configs)) if len(configs) == 1 else configs.get_default_config_name())
+    if subset not in configs:
+        raise CSDiffError(
+            f"{folder}: expected a subset, one of {', '.join(configs)}, found {subset!r}; name it with subset."
+        )
+    files = configs[subset].get("data_files")
+    if files is None:
+        return None
+    found = {}
+    for split, patterns in sanitize_patterns(files).items():
+        try:
+            there = {file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern)}
+        except (ValueError, NotImplementedError):  # A pattern that is absolute, or leads out.
+            there = set()
+        found[split] = [name for name in names if name in there]
+    return found

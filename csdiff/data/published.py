@@ -1,0 +1,122 @@
+"""Caption files of data sets that captions are measured on, in the formats they are published in.
+
+- COCO captions: `annotations/captions_val2017.json` (`images`, `annotations`); images in `val2017/` beside.
+- COCO and Flickr30k in Karpathy's form: `dataset_coco.json`, `dataset_flickr30k.json` (`images` with `sentences` and
+  `split`); images by `filepath`, or in a folder beside.
+- Flickr30k: `flickr_annotations_30k.csv` (`raw`, `filename`, `split`), `results.csv` (bars between columns), or
+  `results_20130124.token`; images in `flickr30k-images/` beside.
+- Urban-1k: the folder with `image/1.jpg` and `caption/1.txt`.
+- DOCCI: `docci_descriptions.jsonlines` (`image_file`, `description`, `split`); images in `images/` beside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from csdiff.data.images import is_image_name
+from csdiff.data.listing import inside
+from csdiff.data.text_files import lines, read_text
+from csdiff.errors import CSDiffError
+
+# Where images lie, beside the caption file or one folder up.
+_FOLDERS = (
+    "images", "Images", "flickr30k-images", "flickr30k_images", "train2014", "val2014", "train2017", "val2017",
+    "test_images",
+)  # fmt: skip
+_FIRST = 1000
+
+Entry = tuple[str, list[str], str | None]
+"""File name, captions, and split of one image."""
+
+
+def image_folder(source: Path, names: Sequence[str]) -> Path:
+    """Where the images of a caption file lie: the first usual place around it that has one of them.
+
+    Raises:
+        CSDiffError: None of the first thousand is there.
+    """
+    # captions_val2017.json belongs to val2017.
+    own, places = source.stem.removeprefix("captions_"), (source.parent, source.parent.parent)
+    inner = (place / name for place in places for name in _FOLDERS)
+    for place in (source.parent, *(place / own for place in places), source.parent.parent, *inner):
+        # A few may be missing.
+        if any(inside(place, name, allow_outside=True).exists() for name in names[:_FIRST]):
+            return place
+    raise CSDiffError(
+        f"{source}: expected its images beside it ({names[0]} in {', '.join(_FOLDERS[:2])}, ...), found none; give "
+        "the folder of the images as source and this file as captions_file."
+    )
+
+
+def of_split(path: Path, entries: Iterable[Entry], split: str) -> list[Entry]:
+    """Entries of a split; all of them where none states one. COCO's "restval" belongs to "train", as everyone trains.
+
+    Raises:
+        CSDiffError: There is no such split.
+    """
+    entries = list(entries)
+    splits = {entry[2] for entry in entries if entry[2]}
+    if not splits or split == "all":
+        return entries
+    wanted = {split, "restval"} if split == "train" else {split}
+    entries = [entry for entry in entries if entry[2] in wanted]
+    if not entries:
+        raise CSDiffError(f"{path}: expected the split {split!r}, found {', '.join(sorted(splits))}; choose one.")
+    return entries
+
+
+def coco(content: dict) -> Iterable[Entry] | None:
+    """COCO captions or Karpathy's form; None where a JSON object is neither."""
+    images = content.get("images")
+    if isinstance(images, list) and isinstance(content.get("annotations"), list):
+        captions: dict[int, list[str]] = {image["id"]: [] for image in images}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"].strip())
+        return [(image["file_name"], captions[image["id"]], None) for image in images if captions[image["id"]]]
+    if not images or "sentences" not in images[0]:
+        return None
+    names = ["/".join(filter(None, (image.get("filepath"), image["filename"]))) for image in images]
+    captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
+    return zip(names, captions, (image.get("split") for image in images), strict=True)
+
+
+def annotations(columns: dict[str, list[str]]) -> Iterable[Entry]:
+    """Flickr30k's CSV."""
+    captions = [[caption.strip() for caption in json.loads(raw)] for raw in columns["raw"]]
+    return zip(columns["filename"], captions, columns["split"], strict=True)
+
+
+def bars(text: str) -> Iterable[Entry]:
+    """Flickr30k's `results.csv`."""
+    # One line of the published file lacks its second bar: "...jpg| 4   A dog runs ...".
+    rows = [[part.strip() for part in line.split("|", 2)] for line in lines(text)[1:] if line.strip()]
+    return _gathered((row[0], row[2] if len(row) == 3 else row[1].lstrip("01234 ")) for row in rows)
+
+
+def tokens(text: str) -> Iterable[Entry]:
+    """Flickr30k's and Flickr8k's `.token`."""
+    pairs = (line.split("\t", 1) for line in lines(text) if line.strip())
+    return _gathered((name.rsplit("#", 1)[0], caption.strip()) for name, caption in pairs)
+
+
+def docci(rows: Iterable[dict]) -> Iterable[Entry]:
+    """DOCCI's JSON lines."""
+    return [(row["image_file"], [row["description"].strip()], row.get("split")) for row in rows]
+
+
+def urban(folder: Path) -> Iterable[Entry]:
+    """Urban-1k: a folder with `image` and `caption`."""
+    images = {file.stem: file.name for file in (folder / "image").iterdir() if is_image_name(file.name)}
+    for text in sorted((folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem)):
+        if text.stem in images:
+            # One long caption an image, over several lines in some files.
+            yield images[text.stem], [" ".join(read_text(text).split())], None
+
+
+def _gathered(pairs: Iterable[tuple[str, str]]) -> list[Entry]:
+    captions: dict[str, list[str]] = {}
+    for name, caption in pairs:
+        captions.setdefault(name, []).append(caption)
+    return [(name, values, None) for name, values in captions.items()]

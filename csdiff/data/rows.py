@@ -1,0 +1,163 @@
+"""Items from rows with images inside: parquet files, read without a copy, and data sets of Hugging Face `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
+from csdiff.data.listing import inside
+from csdiff.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from csdiff.errors import CSDiffError
+
+_ROWS_AT_ONCE = 64
+
+
+class RowSource(Source):
+    """Rows of which one column is the image: `{"bytes", "path"}`, bytes, or the name of a file.
+
+    Args:
+        names: Of all columns.
+        image: Column of the images; None for captions alone.
+        options: Of the source; by default the captions are the first of the usual names.
+        where: Of the data, for messages.
+        folders: Images that a row names are relative to one of these, and lie below it.
+
+    Raises:
+        CSDiffError: A column is not there.
+    """
+
+    def __init__(
+        self, names: Sequence[str], image: str | None, options: SourceOptions, where: object, folders: Sequence[Path]
+    ):
+        self.image, self.options, self.folders = image, options, folders
+        self.caption = find_column(names, options.caption_column, CAPTION_COLUMNS, where, "caption_column")
+        for name in options.metadata_columns:
+            find_column(names, name, (), where, "metadata_columns")
+        self.columns = list(dict.fromkeys(filter(None, (image, self.caption, *options.metadata_columns))))
+        self.has_images, self.has_captions = image is not None, self.caption is not None
+
+    def item(self, index: int, values: dict) -> Item | Problem:
+        """Item of a row."""
+        id, extra = str(index), self.options.extra(values)
+        captions = caption_list(values[self.caption]) if self.caption else []
+        if self.image is None:
+            return Item(id, captions or [""], extra=extra)
+        image = values[self.image]
+        if not isinstance(image, dict):
+            image = {"path": image} if isinstance(image, str) else {"bytes": image}
+        content, path = image.get("bytes"), image.get("path")
+        label = None if path is None else printable(path)
+        if isinstance(content, bytes):
+            return Item(id, captions, content, label, extra)
+        if path is None:
+            return Problem(id, "missing_image", f"row {index} has no image")
+        places = list(filter(None, (inside(folder, path, self.options.allow_outside) for folder in self.folders)))
+        if not places:
+            return Problem(id, "outside_image", f"{label} is outside; --allow_outside true reads it")
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            return Problem(id, "missing_image", f"no such file: {label}")
+        return Item(id, captions, file, label, extra)
+
+
+class ParquetSource(RowSource):
+    """Parquet files with a column of encoded images, as Hugging Face `datasets` writes them.
+
+    Only the row groups of a unit are read.
+
+    Args:
+        files: In order; all with the same columns.
+        options: Of the source.
+
+    Raises:
+        CSDiffError: A file is not parquet, or a column is not there.
+    """
+
+    def __init__(self, files: Sequence[Path], options: SourceOptions):
+        self.files = list(files)
+        self.groups: list[tuple[Path, int, int, int]] = []
+        """File, number, first row and last row + 1 of every row group."""
+        self.count = 0
+        for file in self.files:
+            footer = parquet_footer(file)
+            for group in range(footer.num_row_groups):
+                rows = footer.row_group(group).num_rows
+                self.groups.append((file, group, self.count, self.count + rows))
+                self.count += rows
+        first = self.files[0]
+        names = parquet_footer(first).schema.to_arrow_schema().names
+        image = find_column(names, options.image_column, IMAGE_COLUMNS, first, "image_column")
+        super().__init__(names, image, options, first, list(dict.fromkeys(file.parent for file in self.files)))
+
+    def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
+        span = self.span(unit, size)
+        for file, group, row, end in self.groups:
+            if row >= span.stop or end <= span.start:
+                continue
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self.columns):
+                    if row < span.stop and row + len(batch) > span.start:
+                        for index, values in enumerate(batch.to_pylist(), row):
+                            if index in span:
+                                yield self.item(index, values)
+                    row += len(batch)
+
+    def identity(self) -> dict:
+        files = [[file.name, file.stat().st_size] for file in self.files]
+        return {"kind": "parquet", "items": self.count, "files": files}
+
+
+class HuggingFaceSource(RowSource):
+    """A `datasets.Dataset` with captions, images, or both; images are kept encoded until they are needed.
+
+    Args:
+        dataset: The split.
+        name: What it is called, for messages and for the fingerprint.
+        options: Of the source; by default the image is the first column of images.
+        folders: As for `RowSource`.
+
+    Raises:
+        CSDiffError: A column is not there.
+    """
+
+    def __init__(self, dataset, name: str, options: SourceOptions, folders: Sequence[Path]):
+        from datasets import Image
+
+        images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+        image = find_column(dataset.column_names, options.image_column, (), name, "image_column")
+        if image is None and images:
+            image = find_column(images, None, IMAGE_COLUMNS, name, "image_column") or images[0]
+        super().__init__(dataset.column_names, image, options, name, folders)
+        dataset = dataset.select_columns(self.columns)
+        self.dataset = dataset.cast_column(image, Image(decode=False)) if image in images else dataset
+        self.name, self.count = name, len(dataset)
+
+    def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
+        for index in self.span(unit, size):
+            yield self.item(index, self.dataset[index])
+
+    def identity(self) -> dict:
+        return {
+            "kind": "huggingface",
+            "name": self.name,
+            "items": self.count,
+            "version": str(self.dataset.info.version),
+            "columns": [self.image, self.caption],
+        }
+
+
+def parquet_footer(file: Path):
+    """Metadata of a parquet file.
+
+    Raises:
+        CSDiffError: It is not one.
+    """
+    try:
+        return pq.read_metadata(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CSDiffError(f"{file} is not a readable parquet file ({error}); download or write it again.") from error
