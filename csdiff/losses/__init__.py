@@ -12,10 +12,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "bandwidth": ["resolve_bandwidth"],
         "cauchy_schwarz": ["cauchy_schwarz_divergence", "log_mean_kernel", "squared_mmd"],
         "contrastive": ["info_nce"],
-        "cs_aligner": ["CSAlignerLoss"],
         "gaussian": ["gaussian_cauchy_schwarz"],
         "objective": ["Objective", "ObjectiveOutput"],
         "presets": [
+            "OBJECTIVES",
+            "CSAlignerLoss",
             "CauchySchwarzLoss",
             "CoralLoss",
             "EclipseLoss",
@@ -26,8 +27,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ProjectionLoss",
             "SinkhornLoss",
             "UniformAlignLoss",
+            "build_objective",
+            "objective_options",
         ],
-        "registry": ["OBJECTIVES", "build_objective", "objective_options"],
         "tokens": ["token_cauchy_schwarz_divergence"],
     },
 )

@@ -25,37 +25,28 @@ def check_finite(name: str, rows: Tensor) -> None:
     """Raise `NonFiniteRows` that names the first row of `(N, D)` rows with a NaN or an infinity."""
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten()
     if len(bad):
-        row = rows[bad[0]]
-        kind = "NaN" if bool(row.isnan().any()) else "infinite"
+        kind = "NaN" if bool(rows[bad[0]].isnan().any()) else "infinite"
         raise NonFiniteRows(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows)")
 
 
 def check_same_width(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
     """Raise ValueError unless the last dimensions and the devices of two tensors agree."""
+    both = " and ".join(names)
     if x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must have the same D; found shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"{both} must have the same D; found shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if x.device != y.device:
-        raise ValueError(f"{names[0]} and {names[1]} must be on one device; found {x.device} and {y.device}")
+        raise ValueError(f"{both} must be on one device; found {x.device} and {y.device}")
 
 
-def check_positive(name: str, value: float) -> float:
-    """Return `value` as a float, or raise ValueError unless it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number > 0; found {value!r}")
-    return float(value)
-
-
-def check_weight(name: str, value: float) -> float:
-    """Return `value` as a float, or raise ValueError unless it is a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number >= 0; found {value!r}")
-    return float(value)
+def check_number(name: str, value: float, *, zero: bool = False) -> float:
+    """Return `value` as a float, or raise ValueError unless it is a finite number > 0 (with `zero`, >= 0)."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (0 < number < math.inf or (zero and number == 0)):
+        raise ValueError(f"{name} must be a finite number {'>=' if zero else '>'} 0; found {value!r}")
+    return number
 
 
 def check_block_size(block_size: int | None) -> None:
     """Raise ValueError unless `block_size` is None or a positive integer."""
-    whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
-    if block_size is not None and not (whole and block_size >= 1):
+    if block_size is not None and not (isinstance(block_size, Integral) and block_size >= 1):
         raise ValueError(f"block_size must be None or an integer >= 1; found {block_size!r}")

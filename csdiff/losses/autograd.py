@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-Evaluate = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
-
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """The context in which autocast is off; entering one costs time, so none is entered where it is off already."""
@@ -16,13 +14,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-def with_gradient(evaluate: Evaluate, *inputs: Tensor) -> Tensor:
+def with_gradient(
+    evaluate: Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]], *inputs: Tensor
+) -> Tensor:
     """The scalar that `evaluate(needed)` returns, differentiable by the gradients that it returns beside it.
 
-    Args:
-        evaluate: given whether each input's gradient is wanted, returns the value and these gradients, None for the
-            others; it runs without autograd and without autocast.
-        inputs: the tensors that the gradients belong to.
+    `needed` says of each input whether its gradient is wanted; None stands for the others. It runs without autograd
+    and without autocast.
     """
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
     with without_autocast(inputs[0].device):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_positive
+from csdiff.losses.arguments import check_number
 
 Bandwidth = float | Tensor | Sequence[float] | str
 RULES = ("median", "silverman")
@@ -14,7 +14,7 @@ MEDIAN_ROWS = 2048
 
 
 def check_bandwidth(bandwidth: Bandwidth) -> None:
-    """Raise ValueError unless `bandwidth` is a positive number, a 0-d tensor, a sequence of them, or a rule's name."""
+    """Raise ValueError unless `bandwidth` is a positive number, several of them in a sequence or tensor, or a rule."""
     if not isinstance(bandwidth, str):
         as_widths(bandwidth)
     elif bandwidth not in RULES:
@@ -23,23 +23,15 @@ def check_bandwidth(bandwidth: Bandwidth) -> None:
 
 def as_widths(bandwidth: float | Tensor | Sequence[float]) -> tuple[float, ...]:
     """The widths as floats, smallest first."""
-    if isinstance(bandwidth, Tensor):
-        if bandwidth.requires_grad:
-            raise ValueError(
-                "bandwidth must not require a gradient, since widening the kernel without end would minimise the "
-                "divergence; found a tensor that does: pass bandwidth.detach()"
-            )
-        if bandwidth.dim() > 1:
-            raise ValueError(f"bandwidth must be a 0-d or 1-d tensor; found shape {tuple(bandwidth.shape)}")
-        bandwidth = bandwidth.detach()
-    if hasattr(bandwidth, "tolist"):
-        # Tensors, and the numbers and arrays of numpy.
-        bandwidth = bandwidth.tolist()
-    widths = bandwidth if isinstance(bandwidth, Sequence) else (bandwidth,)
+    if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
+        raise ValueError(
+            "bandwidth must not require a gradient, since widening the kernel without end would minimise the "
+            "divergence; found a tensor that does: pass bandwidth.detach()"
+        )
+    widths = torch.as_tensor(bandwidth, dtype=torch.float64).flatten().tolist()
     if not widths:
         raise ValueError("bandwidth must hold at least one width; found an empty sequence")
-    numbers = (w.item() if isinstance(w, Tensor) and w.numel() == 1 else w for w in widths)
-    return tuple(sorted(check_positive("bandwidth", w) for w in numbers))
+    return tuple(sorted(check_number("bandwidth", width) for width in widths))
 
 
 def resolve_bandwidth(bandwidth: Bandwidth, *sets: Tensor) -> tuple[float, ...]:
@@ -74,8 +66,7 @@ def _median_distance(sets: list[Tensor]) -> float:
         mine = picked[(picked >= start) & (picked < start + len(rows))] - start
         parts.append(_wide(rows[mine.to(rows.device)]))
         start += len(rows)
-    rows = torch.cat(parts)
-    distances = torch.pdist(rows)
+    distances = torch.pdist(torch.cat(parts))
     distances = distances[distances > 0]
     return float(distances.median()) if len(distances) else 0.0
 

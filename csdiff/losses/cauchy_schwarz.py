@@ -35,9 +35,8 @@ def cauchy_schwarz_divergence(
     derivative: `create_graph=True` raises RuntimeError.
 
     Precision: float32 agrees with float64 to 2e-4, value and gradient, on unit rows with a bandwidth of 0.1 or more.
-    It cannot hold the answer where the kernel is 0 for all pairs (a bandwidth far below all distances: which pairs are
-    nearest is decided by rounding) or 1 for all (a bandwidth far above them: the divergence is a difference of nearly
-    equal numbers), nor distances far below the length of the rows. Pass float64 there: it agrees to 1e-9.
+    It cannot hold the answer where the kernel is 0 for all pairs or 1 for all (a bandwidth far below or far above all
+    distances), nor distances far below the length of the rows. Pass float64 there: it agrees to 1e-9.
 
     ```python
     divergence = cauchy_schwarz_divergence(predicted, real, bandwidth=0.5, normalize=True)
@@ -77,8 +76,7 @@ def cauchy_schwarz_divergence(
     known = None if within_y is None else _check_constant(within_y, y)
 
     def combine(log_means: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-        log_yy = known if known is not None else log_means[1]
-        value = log_means[0] + log_yy - 2 * log_means[-1]
+        value = log_means[0] + (log_means[1] if known is None else known) - 2 * log_means[-1]
         # Rounding may leave a value just below zero where the true one is zero.
         value = value.clamp_min(0) if diagonal else value
         return value, (1, 1, -2) if known is None else (1, -2)
@@ -105,20 +103,11 @@ def log_mean_kernel(
     `log_mean_kernel(x, y)`. `log_mean_kernel(x)` is minus the quadratic Renyi entropy of the set's density, up to a
     constant. A rule for the bandwidth looks at the rows given here alone.
 
-    Args:
-        x: `(N, D)` rows.
-        y: `(M, D)` rows, or None for the pairs within x.
-        bandwidth: as for `cauchy_schwarz_divergence`.
-        diagonal: for `y=None`, whether the pairs `i = j` are included; between two sets all pairs always are.
-        normalize: divide each row by its length first.
-        block_size: as for `cauchy_schwarz_divergence`.
-        group: as for `cauchy_schwarz_divergence`.
+    Rows, options, precision and errors are those of `cauchy_schwarz_divergence`; y is None for the pairs within x, the
+    only ones that `diagonal` is about.
 
     Returns:
         A scalar <= 0, float64 if an input is, else float32.
-
-    Raises:
-        ValueError: as for `cauchy_schwarz_divergence`.
 
     Source:
         Principe, "Information Theoretic Learning", 2010 (information potential and cross information potential).
@@ -141,20 +130,11 @@ def squared_mmd(
 
     `MMD^2(x, y) = V(x, x) + V(y, y) - 2 V(x, y)`
 
-    Args:
-        x: `(N, D)` rows.
-        y: `(M, D)` rows.
-        bandwidth: as for `cauchy_schwarz_divergence`.
-        diagonal: False gives the unbiased estimate, zero in expectation for two samples of one distribution.
-        normalize: divide each row by its length first.
-        block_size: as for `cauchy_schwarz_divergence`.
-        group: as for `cauchy_schwarz_divergence`.
+    Rows, options, precision and errors are those of `cauchy_schwarz_divergence`. `diagonal=False` gives the unbiased
+    estimate, zero in expectation for two samples of one distribution.
 
     Returns:
         A scalar, float64 if an input is, else float32.
-
-    Raises:
-        ValueError: as for `cauchy_schwarz_divergence`.
 
     Source:
         Gretton et al., "A kernel two-sample test", 2012.

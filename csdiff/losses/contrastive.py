@@ -1,15 +1,25 @@
 """InfoNCE: each row picks its partner out of all the rows of the other set."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from csdiff.losses.arguments import check_block_size, check_finite, check_matrix, check_positive, check_same_width
+from csdiff.losses.arguments import check_block_size, check_finite, check_matrix, check_number, check_same_width
 from csdiff.losses.autograd import with_gradient, without_autocast
-from csdiff.losses.kernels import compute_dtype, factor_dtype, fill_own, multiply, unit_rows, wide_dtype
 from csdiff.losses.process_group import Share, gather_numbers, gather_rows
+from csdiff.losses.tiles import (
+    add_product,
+    compute_dtype,
+    default_block,
+    factor_dtype,
+    fill_own,
+    tiles,
+    unit_rows,
+    wide_dtype,
+)
 
 # Up to this many logits are kept between the two passes, which saves a product: 64 MB, on a GPU 256 MB.
 KEPT_LOGITS, KEPT_LOGITS_GPU = 2**24, 2**26
@@ -72,7 +82,7 @@ def info_nce(
     check_block_size(block_size)
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature must have one element; found shape {tuple(temperature.shape)}")
-    scale = 1 / check_positive("temperature", temperature.item() if isinstance(temperature, Tensor) else temperature)
+    scale = 1 / check_number("temperature", temperature.item() if isinstance(temperature, Tensor) else temperature)
     dtype = compute_dtype(x.dtype, y.dtype)
     prepare = unit_rows if normalize else Tensor.to
     with without_autocast(x.device):
@@ -86,12 +96,12 @@ def info_nce(
         if share.total == 0:
             raise ValueError(f"x must have at least one row; found shape {tuple(x.shape)} (N = 0)")
         rows = [one.detach() for one in local] if group is None else [prepare(raw, dtype) for raw in (raw_x, raw_y)]
-        factor = factor_dtype(x.device, x.dtype, y.dtype)
-        logits = _Logits(*(one.to(factor or dtype) for one in rows), scale, share, block_size, group)
-        if not bool(logits.positive.sum().isfinite()):
+        pairs = _Pairs(*(one.to(factor_dtype(x, y)) for one in rows), scale, share, block_size, group)
+        if not math.isfinite(pairs.logits.sum()):
             check_finite("x", raw_x)
             check_finite("y", raw_y)
-        value, grad_x, grad_y = logits.info_nce(needed[0] or any(needed[2:]), needed[1], two_sided)
+        value = pairs.value(two_sided)
+        grad_x, grad_y = pairs.gradients(needed[0] or any(needed[2:]), needed[1])
         slope = None
         if any(needed[2:]):
             # The loss sees x / temperature alone, which ties the two derivatives together.
@@ -103,105 +113,79 @@ def info_nce(
     return with_gradient(evaluate, *local, *learned)
 
 
-class _Logits:
-    """The logits of all pairs, tile by tile: the local rows of x against all of y."""
+class _Pairs:
+    """The pairs of all processes, of which this one holds a share: its rows of x against all of y, or the reverse.
+
+    For each pair: `logits`, its own; `sums`, for its row and where wanted its column, the log sum exp of all others.
+    """
+
+    sums: list[Tensor]
 
     def __init__(self, x: Tensor, y: Tensor, scale: float, share: Share, block_size: int | None, group):
         self.x, self.y, self.scale, self.share, self.group = x, y, scale, share, group
         self.local = slice(share.start, share.stop)
-        dtype = compute_dtype(x.dtype)
-        self.positive = (x.to(dtype) * y.to(dtype)).sum(dim=1) * scale
-        on_cpu = x.device.type == "cpu"
-        count = share.total * (share.stop - share.start)
-        self.kept: Tensor | None = None
-        self.keep = block_size is None and count <= (KEPT_LOGITS if on_cpu else KEPT_LOGITS_GPU)
-        self.block = share.total if self.keep else block_size or (1024 if on_cpu else 4096)
+        self.dtype = compute_dtype(x.dtype)
+        self.logits = (x.to(self.dtype) * y.to(self.dtype)).sum(dim=1) * scale
+        limit = KEPT_LOGITS if x.device.type == "cpu" else KEPT_LOGITS_GPU
+        self.keep = block_size is None and share.total * (share.stop - share.start) <= limit
+        self.block = share.total if self.keep else block_size or default_block(x.device)
+        self.kept: list[tuple[slice, slice, Tensor]] = []
 
-    def tiles(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Logits of the local rows `a` against all rows `b`; -inf for a pair with its own index."""
-        if self.kept is not None:
-            yield slice(0, len(a)), slice(0, len(b)), self.kept
-            return
-        buffer = self.positive.new_empty(min(self.block, len(a)) * min(self.block, len(b)))
-        for i in range(0, len(a), self.block):
-            for j in range(0, len(b), self.block):
-                rows, cols = slice(i, min(i + self.block, len(a))), slice(j, min(j + self.block, len(b)))
-                shape = (rows.stop - i, cols.stop - j)
-                tile = buffer[: shape[0] * shape[1]].view(shape)
-                if a.dtype == tile.dtype:
-                    torch.addmm(tile, a[rows], b[cols].T, beta=0, alpha=self.scale, out=tile)
-                else:
-                    torch.mul(multiply(a[rows], b[cols].T), self.scale, out=tile)
-                fill_own(tile, self.share.start + i - j, -math.inf)
-                yield rows, cols, tile
+    def tiles(self, a: Tensor, b: Tensor) -> Iterable[tuple[slice, slice, Tensor]]:
+        return tiles(a, b, scale=self.scale, block=self.block, own=self.share.start)
 
-    def info_nce(self, x_grad: bool, y_grad: bool, two_sided: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The value over all processes, and the gradients by the local rows of x and y."""
-        row_sums, col_sums = self.log_sums(two_sided)
-        directions = (row_sums, col_sums) if two_sided else (row_sums,)
-        # log(1 + exp(others - own)): exact however small or large.
-        zero = self.positive.new_zeros(())
-        parts = [torch.logaddexp((sums - self.positive)[self.local], zero) for sums in directions]
-        total = sum(part.sum(dtype=wide_dtype(part.device)) for part in parts) / len(parts)
-        total = gather_numbers(total, self.group).sum()
-        alone = self.share.world == 1
+    def value(self, two_sided: bool) -> Tensor:
+        """The loss over all processes."""
         a, b = self.x[self.local], self.y
-        grad_x = torch.zeros_like(a, dtype=self.positive.dtype) if x_grad else None
-        grad_y = torch.zeros_like(b, dtype=self.positive.dtype) if y_grad and alone else None
-        if x_grad or grad_y is not None:
-            self.add_gradients(a, b, row_sums, col_sums, grad_x, grad_y)
-        if y_grad and not alone:
-            # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-            self.kept = None
-            a, b = self.y[self.local], self.x
-            grad_y = torch.zeros_like(a, dtype=self.positive.dtype)
-            self.add_gradients(a, b, col_sums, row_sums, grad_y, None)
-        return total / self.share.total, grad_x, grad_y
-
-    def log_sums(self, two_sided: bool) -> tuple[Tensor, Tensor | None]:
-        """For every row and column of the whole problem, `log sum exp` of its logits but its partner's."""
-        a, b = self.x[self.local], self.y
-        row = self.positive.new_full((len(a),), -math.inf)
-        col = self.positive.new_full((len(b),), -math.inf)
+        row = self.logits.new_full((len(a),), -math.inf)
+        col = self.logits.new_full((len(b),), -math.inf)
         for rows, cols, tile in self.tiles(a, b):
             row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1))
             if two_sided:
                 col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0))
-            self.kept = tile if self.keep else None
-        row, _ = gather_rows("x", row, self.group)
-        return row, gather_numbers(col, self.group).logsumexp(dim=0) if two_sided else None
+            self.kept = [(rows, cols, tile)] if self.keep else []
+        self.sums = [gather_rows("x", row, self.group)[0]]
+        if two_sided:
+            self.sums.append(gather_numbers(col, self.group).logsumexp(dim=0))
+        # log(1 + exp(others - own)): exact however small or large.
+        losses = [F.softplus(others - self.logits, threshold=50) for others in self.sums]
+        total = sum(loss.sum(dtype=wide_dtype(loss.device)) for loss in losses)
+        return total / (len(losses) * self.share.total)
 
-    def add_gradients(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_sums: Tensor | None,
-        b_sums: Tensor | None,
-        grad_a: Tensor | None,
-        grad_b: Tensor | None,
-    ) -> None:
-        """Add `sum_j G_ij b_j` to `grad_a`, and `sum_i G_ij a_i` to `grad_b`, `G` the derivative of the loss.
+    def gradients(self, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Those by the local rows of x and y that are wanted."""
+        full = [torch.logaddexp(others, self.logits) for others in self.sums]
+        rows, cols = full[0], full[1] if len(full) == 2 else None
+        alone = self.share.world == 1
+        found = self._pulls(self.x, self.y, rows, cols, x, y and alone) if x or (y and alone) else (None, None)
+        if not y or alone:
+            return found
+        # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
+        self.kept = []
+        return found[0], self._pulls(self.y, self.x, cols, rows, True, False)[0]
+
+    def _pulls(
+        self, a: Tensor, b: Tensor, a_sums: Tensor | None, b_sums: Tensor | None, a_wanted: bool, b_wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`sum_j G_ij b_j` of the local rows of `a` and `sum_i G_ij a_i`, `G` the derivative of the loss by logits.
 
         `G` is the softmaxes over rows and columns of the whole problem, less one for the pair itself, where that is
         taken from the others' sum, so that it keeps its digits.
         """
-        directions = [sums for sums in (a_sums, b_sums) if sums is not None]
-        weight = self.scale * self.share.world / (self.share.total * len(directions))
-        own = sum(-torch.sigmoid(sums - self.positive) for sums in directions)[self.local]
-        a_full = None if a_sums is None else torch.logaddexp(a_sums, self.positive)[self.local]
-        b_full = None if b_sums is None else torch.logaddexp(b_sums, self.positive)
-        for rows, cols, tile in self.tiles(a, b):
-            softmax = None if a_full is None else (tile - a_full[rows, None]).exp_()
-            if b_full is not None:
-                other = tile.sub_(b_full[cols]).exp_()
+        a = a[self.local]
+        grad_a = torch.zeros_like(a, dtype=self.dtype) if a_wanted else None
+        grad_b = torch.zeros_like(b, dtype=self.dtype) if b_wanted else None
+        weight = self.scale * self.share.world / (self.share.total * len(self.sums))
+        own = -sum(torch.sigmoid(others - self.logits) for others in self.sums)[self.local]
+        for rows, cols, tile in self.kept or self.tiles(a, b):
+            softmax = None if a_sums is None else (tile - a_sums[self.local][rows, None]).exp_()
+            if b_sums is not None:
+                other = tile.sub_(b_sums[cols]).exp_()
                 softmax = other if softmax is None else softmax.add_(other)
             offset = self.share.start + rows.start - cols.start
             fill_own(softmax, offset, own[rows][max(0, -offset) :])
-            softmax = softmax.mul_(weight)
-            for grad, part, factor, others in ((grad_a, rows, softmax, b[cols]), (grad_b, cols, softmax.T, a[rows])):
-                if grad is None:
-                    continue
-                if others.dtype == factor.dtype:
-                    grad[part].addmm_(factor, others)
-                else:
-                    grad[part] += multiply(factor.to(others.dtype), others)
+            if grad_a is not None:
+                add_product(grad_a[rows], softmax, b[cols], weight)
+            if grad_b is not None:
+                add_product(grad_b[cols], softmax.T, a[rows], weight)
+        return grad_a, grad_b

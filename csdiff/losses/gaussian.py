@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_positive
+from csdiff.losses.arguments import check_number
 from csdiff.losses.autograd import without_autocast
 
 
@@ -44,7 +44,7 @@ def gaussian_cauchy_schwarz(
             f"{tuple(mean_x.shape)}, {tuple(cov_x.shape)}, {tuple(mean_y.shape)}, {tuple(cov_y.shape)}"
         )
     if bandwidth is not None:
-        check_positive("bandwidth", bandwidth)
+        check_number("bandwidth", bandwidth)
     for name, given in (("mean_x", mean_x), ("cov_x", cov_x), ("mean_y", mean_y), ("cov_y", cov_y)):
         bad = given[~given.isfinite()]
         if len(bad):

@@ -12,8 +12,10 @@ softmax: tensors on the device, so that no tile waits for the host. Within a set
 evaluated once and counted twice.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +24,17 @@ from csdiff.losses.arguments import check_block_size, check_finite, check_matrix
 from csdiff.losses.autograd import with_gradient, without_autocast
 from csdiff.losses.bandwidth import Bandwidth, check_bandwidth, resolve_bandwidth
 from csdiff.losses.process_group import gather_numbers, gather_rows
+from csdiff.losses.tiles import add_product, compute_dtype, default_block, factor_dtype, tiles, unit_rows, wide_dtype
 
 
-@dataclass(frozen=True)
-class KernelOptions:
+class KernelOptions(NamedTuple):
     """How the mean kernel is taken; see `cauchy_schwarz_divergence`."""
 
     bandwidth: Bandwidth
-    diagonal: bool = True
-    normalize: bool = False
-    block_size: int | None = None
-    group: torch.distributed.ProcessGroup | None = None
-
-    def __post_init__(self):
-        check_bandwidth(self.bandwidth)
-        check_block_size(self.block_size)
+    diagonal: bool
+    normalize: bool
+    block_size: int | None
+    group: torch.distributed.ProcessGroup | None
 
 
 Combine = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor | float]]]
@@ -53,128 +51,108 @@ def combine_log_means(x: Tensor, y: Tensor | None, terms: str, combine: Combine,
             function and its derivatives by each of them.
         options: of the kernel.
     """
-    named = [("x", x), ("y", y)][: 1 if y is None else 2]
-    for name, rows in named:
+    check_bandwidth(options.bandwidth)
+    check_block_size(options.block_size)
+    named = {"x": x} if y is None else {"x": x, "y": y}
+    for name, rows in named.items():
         check_matrix(name, rows)
     if y is not None:
         check_same_width(x, y)
-    dtype = compute_dtype(*(rows.dtype for _, rows in named))
+    dtype = compute_dtype(*(rows.dtype for rows in named.values()))
     with without_autocast(x.device):
-        sets = [_Set(name, rows, dtype, options) for name, rows in named]
-        widths = _place(sets, dtype, options)
+        sets = [_Set(name, rows, dtype, options) for name, rows in named.items()]
+        widths = _centre(sets, dtype, options.bandwidth)
     for one in sets:
-        if f"{one.name}{one.name}" in terms and not options.diagonal and one.share.total == 1:
+        if one.name * 2 in terms and not options.diagonal and one.share.total == 1:
             raise ValueError(f"a mean without the diagonal needs at least two rows in {one.name}; found N = 1")
 
     def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        found = [_log_mean(term, sets, needed, widths, options) for term in terms.split()]
+        found = [_log_mean(*(sets["xy".index(s)] for s in term), needed, widths, options) for term in terms.split()]
         value, derivatives = combine([log_mean for log_mean, _ in found])
-        gradients: list[Tensor | None] = [None, None][: len(sets)]
-        for (_, parts), derivative in zip(found, derivatives, strict=True):
-            for side, part in parts.items():
-                part.mul_(derivative)
-                gradients[side] = part if gradients[side] is None else gradients[side].add_(part)
-        return value.to(dtype), gradients
+        gradients: dict[str, Tensor] = {}
+        for (_, pulls), derivative in zip(found, derivatives, strict=True):
+            for name, (pull, scale) in pulls.items():
+                pull.mul_(scale * derivative)
+                gradients[name] = gradients[name].add_(pull) if name in gradients else pull
+        return value.to(dtype), [gradients.get(one.name) for one in sets]
 
-    return with_gradient(evaluate, *(one.rows for one in sets))
+    return with_gradient(evaluate, *(one.local for one in sets))
+
+
+class Points(NamedTuple):
+    """Centred rows `(N, D)` as the products take them, with their squared norms `(N,)` in the dtype of the sums."""
+
+    rows: Tensor
+    square: Tensor
 
 
 class _Set:
-    """All rows of one argument, and the points that are made of them; `rows` are the local ones, with their graph."""
+    """All rows of one argument: as given, as the kernel takes them (`local` ones with their graph), and centred."""
+
+    points: Points
 
     def __init__(self, name: str, local: Tensor, dtype: torch.dtype, options: KernelOptions):
         self.name = name
         self.raw, self.share = gather_rows(name, local, options.group)
         if self.share.total == 0:
             raise ValueError(f"{name} must have at least one row; found shape {tuple(local.shape)} (N = 0)")
-        prepare = unit_rows if options.normalize else torch.Tensor.to
-        self.rows = prepare(local, dtype)
-        self.all = self.rows.detach() if options.group is None else prepare(self.raw, dtype)
+        prepare = unit_rows if options.normalize else Tensor.to
+        self.local = prepare(local, dtype)
+        self.rows = self.local.detach() if options.group is None else prepare(self.raw, dtype)
 
 
-def _place(sets: list[_Set], dtype: torch.dtype, options: KernelOptions) -> tuple[float, ...]:
+def _centre(sets: list[_Set], dtype: torch.dtype, bandwidth: Bandwidth) -> tuple[float, ...]:
     """Make the centred points of the sets and return the widths of the kernel, the widest first."""
-    centre = sum(one.all.mean(dim=0) for one in sets) / len(sets)
-    for one in sets:
-        # Unit rows and converted ones are a copy already; nothing else reads them.
-        ours = one.all.data_ptr() != one.raw.data_ptr()
-        one.all = one.all.sub_(centre) if ours else one.all - centre
-        one.square = torch.linalg.vector_norm(one.all, dim=1).square_()
-    if not bool(sum(one.square.sum() for one in sets).isfinite()):
+    centre = sum(one.rows.mean(dim=0) for one in sets) / len(sets)
+    centred = [one.rows - centre for one in sets]
+    widths = resolve_bandwidth(bandwidth, *centred)
+    factor = factor_dtype(*(one.raw for one in sets))
+    for one, rows in zip(sets, centred, strict=True):
+        rows = rows.to(factor) if factor == torch.bfloat16 else rows
+        one.points = Points(rows, torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_())
+    if not math.isfinite(sum(one.points.square.sum() for one in sets)):
         for one in sets:
             check_finite(one.name, one.raw)
         raise ValueError(f"the rows must have squared lengths within the range of {dtype}; found longer ones")
-    widths = resolve_bandwidth(options.bandwidth, *(one.all for one in sets))
-    factor = factor_dtype(sets[0].all.device, *(one.raw.dtype for one in sets))
-    for one in sets:
-        if factor is not None:
-            one.all = one.all.to(factor)
-            one.square = torch.linalg.vector_norm(one.all, dim=1, dtype=dtype).square_()
-        one.points = Points(one.all, one.square)
-    return tuple(reversed(widths))
+    return widths[::-1]
 
 
 def _log_mean(
-    term: str, sets: list[_Set], needed: Sequence[bool], widths: tuple[float, ...], options: KernelOptions
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """`log V` of a term over the rows of all processes, and its gradients by the local rows of the sets, by index."""
-    i, j = ("xy".index(side) for side in term)
-    left, right = sets[i], sets[j]
-    world = left.share.world
-    block = options.block_size or _block_size(left.points.rows.device)
+    left: _Set, right: _Set, needed: Sequence[bool], widths: tuple[float, ...], options: KernelOptions
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """`log V` over the rows of all processes, and for sets by name a pull on the local rows with what scales it."""
+    needed = dict(zip("xy", needed, strict=False))
+    block = options.block_size or default_block(left.raw.device)
+    world, count, other_count = left.share.world, left.share.total, right.share.total
 
     def sums(a: _Set, b: _Set, **wanted) -> tuple[KernelSums, Tensor, Tensor]:
-        local = a.points[a.share.start : a.share.stop]
+        local = Points(*(part[a.share.start : a.share.stop] for part in a.points))
         found = kernel_sums(local, b.points, widths, block=block, **wanted)
-        total, shift = _over_processes(found, options.group)
-        # What divides the local sums by the whole: not from its logarithm, whose digits a large shift takes up.
-        return found, torch.log(total) + shift, torch.exp(found.shift - shift) / total
+        total, shift = found.total, found.shift
+        scale = world / (widths[0] ** 2)
+        if options.group is not None:
+            totals, shifts = gather_numbers(torch.stack([total, shift]), options.group).unbind(dim=1)
+            shift = shifts.max()
+            total = (totals * torch.exp(shifts - shift)).sum()
+            # Not from the logarithm of the total, whose digits a large shift takes up.
+            scale = scale * torch.exp(found.shift - shift)
+        return found, torch.log(total) + shift, scale / total
 
-    pull = 2 / (2 * widths[0] ** 2) * world
-    if i == j:
-        found, log_total, share = sums(left, left, own=left.share.start, diagonal=options.diagonal, row_pull=needed[i])
-        count = left.share.total
+    if left is right:
+        wanted = {"own": left.share.start, "diagonal": options.diagonal, "row_pull": needed[left.name]}
+        found, log_total, scale = sums(left, left, **wanted)
         pairs = count * (count if options.diagonal else count - 1)
         # Each row stands on both sides of its pairs.
-        gradients = {i: found.row_pull.mul_(2 * pull * share)} if needed[i] else {}
-        return log_total - _log(pairs, log_total), gradients
-    found, log_total, share = sums(left, right, row_pull=needed[i], col_pull=needed[j] and world == 1)
-    gradients = {i: found.row_pull.mul_(pull * share)} if needed[i] else {}
-    if needed[j]:
-        other = found.col_pull
-        if world > 1:
-            # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-            again, _, share = sums(right, left, row_pull=True)
-            other = again.row_pull
-        gradients[j] = other.mul_(pull * share)
-    return log_total - _log(left.share.total * right.share.total, log_total), gradients
-
-
-def _over_processes(sums: "KernelSums", group: torch.distributed.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The total of all processes and its shift."""
-    if group is None:
-        return sums.total, sums.shift
-    totals, shifts = gather_numbers(torch.stack([sums.total, sums.shift]), group).unbind(dim=1)
-    shift = shifts.max()
-    return (totals * torch.exp(shifts - shift)).sum(), shift
-
-
-def _log(count: int, like: Tensor) -> Tensor:
-    return torch.log(torch.tensor(float(count), dtype=like.dtype, device=like.device))
-
-
-@dataclass
-class Points:
-    """Centred rows `(N, D)` as the products take them, with their squared norms `(N,)` in the dtype of the sums."""
-
-    rows: Tensor
-    square: Tensor
-
-    def __getitem__(self, part: slice) -> "Points":
-        return Points(self.rows[part], self.square[part])
-
-    def __len__(self) -> int:
-        return len(self.square)
+        return log_total - math.log(pairs), {left.name: (found.row_pull, 2 * scale)} if needed[left.name] else {}
+    found, log_total, scale = sums(left, right, row_pull=needed["x"], col_pull=needed["y"] and world == 1)
+    pulls = {"x": (found.row_pull, scale)} if needed["x"] else {}
+    if needed["y"] and world > 1:
+        # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
+        again, _, scale = sums(right, left, row_pull=True)
+        pulls["y"] = (again.row_pull, scale)
+    elif needed["y"]:
+        pulls["y"] = (found.col_pull, scale)
+    return log_total - math.log(count * other_count), pulls
 
 
 @dataclass
@@ -212,50 +190,34 @@ def kernel_sums(
         col_pull: whether that on the rows of `b` is.
     """
     base = 1 / (2 * widths[0] ** 2)
-    ratios = [(widths[0] / width) ** 2 for width in widths]
-    symmetric = own == 0 and len(a) == len(b)
-    wide = wide_dtype(a.square.device)
+    count, like, wide = len(a.square), a.square, wide_dtype(a.square.device)
+    symmetric = own == 0 and count == len(b.square)
     # A pair of a point with itself has kernel 1: no exponent is above it, and the shift stays 0.
-    ones = len(a) if own is not None and diagonal else 0
-    shift = a.square.new_zeros(()) if ones else a.square.new_full((), torch.finfo(a.square.dtype).min / 2)
-    total = torch.full((), float(ones), dtype=wide, device=shift.device)
-    rows = _Pull(a) if row_pull else None
-    cols = rows if symmetric else _Pull(b) if col_pull else None
-    buffer = a.square.new_empty(min(block, len(a)) * min(block, len(b)))
-
-    for i in range(0, len(a), block):
-        a_i = a[i : i + block]
-        for j in range(i if symmetric else 0, len(b), block):
-            b_j = b[j : j + block]
-            tile = _exponents(a_i, b_j, base, buffer)
-            if own is not None:
-                fill_own(tile, own + i - j, -torch.inf)
-            if not ones:
-                before, shift = shift, torch.maximum(shift, tile.amax())
-                total = total * torch.exp((before - shift).to(wide))
-            value, weight = _kernels(tile, ratios, None if ones else shift)
-            mirrored = symmetric and i != j
-            total = total + value.sum(dim=1).sum(dtype=wide) * (2 if mirrored else 1)
-            if rows is not None:
-                rows.add(i, weight, b_j.rows, None if ones else shift)
-            if cols is not None and (mirrored or not symmetric):
-                cols.add(j, weight.T, a_i.rows, None if ones else shift)
+    ones = count if own is not None and diagonal else 0
+    shift = None if ones else like.new_full((), torch.finfo(like.dtype).min / 2)
+    total = like.new_full((), float(ones), dtype=wide)
+    row_pulls = _Pull(a, block) if row_pull else None
+    col_pulls = row_pulls if symmetric else _Pull(b, block) if col_pull else None
+    norms, bias = (base * a.square)[:, None], -base * b.square
+    for rows, cols, tile in tiles(a.rows, b.rows, scale=2 * base, bias=bias, block=block, own=own, upper=symmetric):
+        tile.sub_(norms[rows])
+        if shift is not None:
+            before, shift = shift, torch.maximum(shift, tile.amax())
+            total *= torch.exp((before - shift).to(wide))
+        value, weight = _kernels(tile, [(widths[0] / width) ** 2 for width in widths], shift)
+        mirrored = symmetric and rows != cols
+        row_sums = value.sum(dim=1)
+        total += row_sums.sum(dtype=wide) * (2 if mirrored else 1)
+        if row_pulls is not None:
+            row_pulls.add(rows, weight, row_sums if weight is value else weight.sum(dim=1), b.rows[cols], shift)
+        if col_pulls is not None and (mirrored or not symmetric):
+            col_pulls.add(cols, weight.T, weight.sum(dim=0), a.rows[rows], shift)
     return KernelSums(
         total,
-        shift.to(wide),
-        None if rows is None else rows.finish(shift),
-        None if cols is None or symmetric else cols.finish(shift),
+        total.new_zeros(()) if shift is None else shift.to(wide),
+        None if row_pulls is None else row_pulls.finish(shift),
+        None if col_pulls is None or symmetric else col_pulls.finish(shift),
     )
-
-
-def _exponents(a: Points, b: Points, base: float, buffer: Tensor) -> Tensor:
-    """`-s_0 ||a_i - b_j||^2` as a tile in `buffer`."""
-    tile = buffer[: len(a) * len(b)].view(len(a), len(b))
-    if a.rows.dtype == tile.dtype:
-        torch.addmm(b.square, a.rows, b.rows.T, beta=-base, alpha=2 * base, out=tile)
-    else:
-        torch.add(-base * b.square, multiply(a.rows, b.rows.T), alpha=2 * base, out=tile)
-    return tile.sub_((base * a.square)[:, None])
 
 
 def _kernels(tile: Tensor, ratios: list[float], shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -275,82 +237,28 @@ def _kernels(tile: Tensor, ratios: list[float], shift: Tensor | None) -> tuple[T
 class _Pull:
     """`weight` and `mix` of the rows of a set, each block at the shift of the last tile that was added to it."""
 
-    def __init__(self, points: Points):
-        self.points = points
+    def __init__(self, points: Points, block: int):
+        self.points, self.block = points, block
         self.weight = torch.zeros_like(points.square)
-        self.mix = torch.zeros(points.rows.shape, dtype=points.square.dtype, device=points.square.device)
+        self.mix = torch.zeros_like(points.rows, dtype=points.square.dtype)
         self.shifts: dict[int, Tensor] = {}
 
-    def add(self, start: int, weight: Tensor, others: Tensor, shift: Tensor | None) -> None:
-        part = slice(start, start + len(weight))
+    def add(self, part: slice, weight: Tensor, weight_sums: Tensor, others: Tensor, shift: Tensor | None) -> None:
         if shift is not None:
-            self._rescale(part, shift)
-            self.shifts[start] = shift
-        self.weight[part] += weight.sum(dim=1)
-        mix = self.mix[part]
-        if others.dtype == mix.dtype:
-            mix.addmm_(weight, others)
-        else:
-            mix.add_(multiply(weight.to(others.dtype), others))
+            self._move_to(shift, part)
+        self.weight[part] += weight_sums
+        add_product(self.mix[part], weight, others)
 
-    def _rescale(self, part: slice, shift: Tensor) -> None:
-        if part.start in self.shifts:
-            factor = torch.exp(self.shifts[part.start] - shift)
+    def _move_to(self, shift: Tensor, part: slice) -> None:
+        before = self.shifts.get(part.start, shift)
+        self.shifts[part.start] = shift
+        if before is not shift:
+            factor = torch.exp(before - shift)
             self.weight[part] *= factor
             self.mix[part] *= factor
 
-    def finish(self, shift: Tensor) -> Tensor:
+    def finish(self, shift: Tensor | None) -> Tensor:
         """`mix_i - weight_i a_i` at one shift."""
-        starts = sorted(self.shifts)
-        for start, stop in zip(starts, [*starts, len(self.weight)][1:], strict=True):
-            self._rescale(slice(start, stop), shift)
+        for start in self.shifts:
+            self._move_to(shift, slice(start, start + self.block))
         return self.mix.addcmul_(self.points.rows.to(self.mix.dtype), self.weight[:, None], value=-1)
-
-
-def fill_own(tile: Tensor, offset: int, value: float | Tensor) -> None:
-    """Set the entries `(i, i + offset)` of a tile, those of a pair with itself."""
-    if -tile.shape[0] < offset < tile.shape[1]:
-        entries = tile.diagonal(offset)
-        entries.copy_(value[: len(entries)]) if isinstance(value, Tensor) else entries.fill_(value)
-
-
-def unit_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows over their lengths, in float32 or better; a zero row stays zero."""
-    x = x.to(dtype or compute_dtype(x.dtype))
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, torch.inf)
-
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype for sums of many numbers: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def factor_dtype(device: torch.device, *dtypes: torch.dtype) -> torch.dtype | None:
-    """bfloat16 where inputs of these dtypes are to be multiplied in it, on a GPU that does so faster; else None."""
-    if device.type != "cuda" or any(dtype != torch.bfloat16 for dtype in dtypes):
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The product of matrices, or of batches of them, with float32 sums and results where the factors are bfloat16."""
-    if a.dtype != torch.bfloat16:
-        return a @ b
-    if a.device.type == "cuda" and _FLOAT32_RESULTS:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-# The argument out_dtype of matrix products came with torch 2.8.
-_FLOAT32_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
-
-
-def _block_size(device: torch.device) -> int:
-    """Tiles that stay in the caches of a processor, or fill a GPU."""
-    return 1024 if device.type == "cpu" else 4096

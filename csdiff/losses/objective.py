@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from csdiff.losses.arguments import check_block_size, check_matrix, check_positive, check_weight
+from csdiff.losses.arguments import check_block_size, check_matrix, check_number
 from csdiff.losses.bandwidth import check_bandwidth
 
 # CLIP's bound of a learnable temperature: logits of cosines reach 100.
@@ -37,65 +37,68 @@ class ObjectiveOutput:
         raise AttributeError(f"no term {name!r} in this output; it has loss and {', '.join(terms) or 'no terms'}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Batch:
     """The inputs of an objective, as `Objective.forward` takes them."""
 
     prediction: Tensor
     image: Tensor
-    source_text: Tensor | None
-    unpaired_text: Tensor | None
-    unpaired_image: Tensor | None
-    text_tokens: Tensor | None
-    image_tokens: Tensor | None
-    text_mask: Tensor | None
-    image_mask: Tensor | None
-    group: torch.distributed.ProcessGroup | None
+    source_text: Tensor | None = None
+    unpaired_text: Tensor | None = None
+    unpaired_image: Tensor | None = None
+    text_tokens: Tensor | None = None
+    image_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
+    image_mask: Tensor | None = None
+    group: torch.distributed.ProcessGroup | None = None
 
     def __post_init__(self):
-        check_matrix("prediction", self.prediction)
-        check_matrix("image", self.image)
-        if self.prediction.shape != self.image.shape:
-            raise ValueError(
-                "prediction and image must be pairs of one shape; "
-                f"found {tuple(self.prediction.shape)} and {tuple(self.image.shape)}"
-            )
+        for name in ("prediction", "image"):
+            check_matrix(name, getattr(self, name))
+        self.check_pairs("image", self.image)
+
+    def check_pairs(self, name: str, rows: Tensor) -> None:
+        """Raise ValueError unless `rows` have the shape of the predictions."""
+        if self.prediction.shape != rows.shape:
+            shapes = f"{tuple(self.prediction.shape)} and {tuple(rows.shape)}"
+            raise ValueError(f"prediction and {name} must be pairs of one shape; found {shapes}")
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """All predictions and all images, those without a partner too."""
-        sides = (self.prediction, self.unpaired_text, "text"), (self.image, self.unpaired_image, "image")
-        return tuple(_pool(paired, unpaired, f"unpaired_{side}") for paired, unpaired, side in sides)
-
-
-def _pool(paired: Tensor, unpaired: Tensor | None, name: str) -> Tensor:
-    if unpaired is None:
-        return paired
-    check_matrix(name, unpaired)
-    if unpaired.shape[1] != paired.shape[1]:
-        raise ValueError(
-            f"{name} must have D = {paired.shape[1]} as the pairs do; found shape {tuple(unpaired.shape)}"
+        return (
+            self._pool(self.prediction, "unpaired_text", self.unpaired_text),
+            self._pool(self.image, "unpaired_image", self.unpaired_image),
         )
-    return torch.cat([paired, unpaired])
+
+    def _pool(self, paired: Tensor, name: str, unpaired: Tensor | None) -> Tensor:
+        if unpaired is None:
+            return paired
+        check_matrix(name, unpaired)
+        width = paired.shape[1]
+        if unpaired.shape[1] != width:
+            raise ValueError(f"{name} must have D = {width} as the pairs do; found shape {tuple(unpaired.shape)}")
+        return torch.cat([paired, unpaired])
 
 
 class Term(NamedTuple):
-    """One summand: its name, its weight, and its value for a batch, None where the batch has nothing for it.
+    """One summand of an objective.
 
-    `reads` names what it looks at beside the pairs: "unpaired", "tokens", "source_text" or nothing.
+    `value(objective, batch)` reads its options from the objective; None where the batch has nothing for it. `weight`
+    names the option that holds its weight, None for 1. `reads` names what it looks at beside the pairs: "unpaired",
+    "tokens", "source_text" or nothing.
     """
 
-    name: str
-    weight: float
-    value: Callable[[Batch], Tensor | None]
+    value: Callable[[Any, Batch], Tensor | None]
+    weight: str | None = None
     reads: str = ""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Objective(nn.Module):
-    """Base of the objectives: a dataclass of options, whose `terms` say what is added up.
+    """Base of the objectives: a dataclass of options, and a table of the terms that are added up.
 
-    A class adds its options as fields with defaults, fit for JSON, and defines `terms`. Options are checked by their
-    names, see `check_option`.
+    A class adds its options as fields with defaults, fit for JSON, and names its terms in `table`. Options are checked
+    by their names, see `check_option`.
 
     Args:
         group: every process of it passes its share of the batch and gets the loss of the whole; see
@@ -107,24 +110,28 @@ class Objective(nn.Module):
 
     group: torch.distributed.ProcessGroup | None = None
 
-    # Whether an objective of the class can make use of unpaired rows; an instance says what its weights make use of.
+    table: ClassVar[dict[str, Term]]
+    # Whether objectives of the class can make use of unpaired rows; an instance says what its weights make use of.
     uses_unpaired: ClassVar[bool] = False
+    # What terms read where the class has no such option.
+    learnable_temperature = False
+    two_sided = True
+    block_size = None
 
     def __post_init__(self):
         super().__init__()
         for option in self.options():
             setattr(self, option, check_option(option, getattr(self, option)))
-        if getattr(self, "learnable_temperature", False):
+        if self.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(self.temperature), dtype=torch.float32))
             if self.temperature < LEAST_TEMPERATURE:
                 raise ValueError(
                     f"temperature must be at least {LEAST_TEMPERATURE} with learnable_temperature=True, the bound it "
                     f"is held above while it learns; found {self.temperature}"
                 )
-        reads = {term.reads for term in self.terms() if term.weight}
+        reads = {self.table[name].reads for name, weight in self.weights().items() if weight}
         if not reads:
-            weights = {option: getattr(self, option) for option in self.options() if option.endswith("weight")}
-            raise ValueError(f"at least one weight must be > 0; found {weights}")
+            raise ValueError(f"at least one weight must be > 0; found {self.weights()}")
         self.uses_unpaired = "unpaired" in reads
         self.uses_tokens = "tokens" in reads
         self.uses_source_text = "source_text" in reads
@@ -133,12 +140,12 @@ class Objective(nn.Module):
         """The names of the options."""
         return [option.name for option in fields(self) if option.name != "group"]
 
+    def weights(self) -> dict[str, float]:
+        """The weight of each term; one of weight 0 is not computed."""
+        return {name: getattr(self, term.weight) if term.weight else 1.0 for name, term in self.table.items()}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{option}={getattr(self, option)!r}" for option in self.options())
-
-    def terms(self) -> list[Term]:
-        """The summands; one of weight 0 is not computed."""
-        raise NotImplementedError
 
     def current_temperature(self) -> float | Tensor:
         """InfoNCE's temperature: the option, or where it is learnable the parameter's, never below its bound."""
@@ -148,58 +155,33 @@ class Objective(nn.Module):
             self.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
         return self.log_temperature.exp()
 
-    def forward(
-        self,
-        prediction: Tensor,
-        image: Tensor,
-        *,
-        source_text: Tensor | None = None,
-        unpaired_text: Tensor | None = None,
-        unpaired_image: Tensor | None = None,
-        text_tokens: Tensor | None = None,
-        image_tokens: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        image_mask: Tensor | None = None,
-    ) -> ObjectiveOutput:
+    def forward(self, prediction: Tensor, image: Tensor, **inputs: Tensor | None) -> ObjectiveOutput:
         """The loss of a batch. Embeddings are raw: normalising happens inside.
 
         Args:
             prediction: `(B, D)` adapted text embeddings.
             image: `(B, D)` embeddings of their images, row by row.
-            source_text: `(B, D)` text embeddings before the adapter.
-            unpaired_text: `(P, D)` adapted captions without images.
-            unpaired_image: `(Q, D)` images without captions.
-            text_tokens: `(B, L, D)`.
-            image_tokens: `(B, V, D)`.
-            text_mask: `(B, L)` boolean, True for a token.
-            image_mask: `(B, V)` boolean.
+            **inputs: what there is of `source_text` `(B, D)`, the text embeddings before the adapter; `unpaired_text`
+                `(P, D)`, adapted captions without images; `unpaired_image` `(Q, D)`, images without captions;
+                `text_tokens` `(B, L, D)` and `image_tokens` `(B, V, D)`, with the boolean `text_mask` `(B, L)` and
+                `image_mask` `(B, V)`, True for a token.
         """
-        batch = Batch(
-            prediction,
-            image,
-            source_text,
-            unpaired_text,
-            unpaired_image,
-            text_tokens,
-            image_tokens,
-            text_mask,
-            image_mask,
-            self.group,
-        )
-        found = {term.name: (term.weight, term.value(batch)) for term in self.terms() if term.weight}
-        found = {name: (weight, value) for name, (weight, value) in found.items() if value is not None}
+        batch = Batch(prediction=prediction, image=image, group=self.group, **inputs)
+        weights = {name: weight for name, weight in self.weights().items() if weight}
+        found = {name: self.table[name].value(self, batch) for name in weights}
+        found = {name: value for name, value in found.items() if value is not None}
         if not found:
             raise ValueError("only token_weight is > 0, but no tokens were given")
-        loss = sum(weight * value for weight, value in found.values())
-        return ObjectiveOutput(loss, {name: value.detach() for name, (_, value) in found.items()})
+        loss = sum(weights[name] * value for name, value in found.items())
+        return ObjectiveOutput(loss, {name: value.detach() for name, value in found.items()})
 
 
 def check_option(name: str, value: object) -> object:
     """The value of an option, as a plain number where it is one, or ValueError by what its name stands for."""
     if name.endswith("weight"):
-        return check_weight(name, value)
+        return check_number(name, value, zero=True)
     if name in ("temperature", "alpha", "t", "blur", "scaling"):
-        return check_positive(name, value)
+        return check_number(name, value)
     if name == "bandwidth" or (name == "token_bandwidth" and value is not None):
         check_bandwidth(value)
     if name == "block_size":

@@ -1,39 +1,96 @@
-"""The other objectives: each names its options and the terms that it adds up."""
+"""The objectives by name: each is a table of terms and the options that they read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from csdiff.losses import terms
-from csdiff.losses.arguments import check_positive
-from csdiff.losses.autograd import apart_from_autocast
-from csdiff.losses.objective import Batch, Objective, Term
+from csdiff.losses.arguments import check_number
+from csdiff.losses.objective import Objective, Term
 
 objective = dataclass(kw_only=True, eq=False, repr=False)
 
 
 @objective
-class InfoNCELoss(Objective):
-    """InfoNCE of the pairs on unit vectors, CLIP's loss; see `info_nce`.
+class CSAlignerLoss(Objective):
+    r"""`info_nce_weight * InfoNCE(pairs) + cs_weight * D_CS(all text, all images) + token_weight * mean D_CS(tokens)`.
+
+    InfoNCE pulls the two of a pair together and keeps captions apart, but leaves the two modalities apart as wholes;
+    the Cauchy-Schwarz term pulls the two distributions onto each other and needs no pairs, so it also sees the
+    unpaired embeddings. All rows are made unit vectors first. A term of weight 0 is not computed; the token term is
+    added when tokens are given.
+
+    ```python
+    objective = CSAlignerLoss(cs_weight=2.0, bandwidth=0.5)
+    output = objective(adapter.embed(text), image)
+    output.loss.backward()
+    ```
 
     Args:
-        temperature: of the softmax.
-        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01, CLIP's bound.
+        info_nce_weight: weight of InfoNCE on the pairs, >= 0.
+        cs_weight: weight of the Cauchy-Schwarz term, >= 0.
+        token_weight: weight of the token-level term, >= 0.
+        bandwidth: of the Cauchy-Schwarz term on unit vectors: a number, several (mean of the kernels), "median" or
+            "silverman" (taken anew from each batch).
+        diagonal: whether its within-set means include the pairs `i = j`.
+        temperature: of InfoNCE.
+        learnable_temperature: make it a parameter, held as its logarithm and never below 0.01, CLIP's bound; add the
+            objective's parameters to the optimizer.
         two_sided: False leaves the direction "text picks its image" alone.
-        block_size: see `info_nce`.
+        token_bandwidth: of the token term; None takes that of the Cauchy-Schwarz term.
+        token_diagonal: of the token term, likewise.
+        source_weight: weight of one-way InfoNCE of the adapted text against the un-adapted text `source_text`, as in
+            ECLIPSE; needs text and image of one dimension.
+        regression_weight: weight of a mean squared error term.
+        regression_rows: its rows: "raw", "unit" or "standardized", see `csdiff.losses.terms.regression`.
+        block_size: see `cauchy_schwarz_divergence`.
+        group: see `Objective`.
+
+    Raises:
+        ValueError: a weight < 0 or none > 0, bad options, a learnable temperature below 0.01, shapes that do not fit,
+            one of `text_tokens` and `image_tokens` without the other.
+
+    Source:
+        Yin et al., "CS-Aligner", arXiv 2502.17028. The paper does not state weights, bandwidth or temperature.
     """
+
+    info_nce_weight: float = 1.0
+    cs_weight: float = 2.0
+    token_weight: float = 1.0
+    bandwidth: float | Sequence[float] | str = 0.5
+    diagonal: bool = True
+    temperature: float = 0.07
+    learnable_temperature: bool = False
+    two_sided: bool = True
+    token_bandwidth: float | Sequence[float] | str | None = None
+    token_diagonal: bool | None = None
+    source_weight: float = 0.0
+    regression_weight: float = 0.0
+    regression_rows: str = "unit"
+    block_size: int | None = None
+
+    uses_unpaired: ClassVar[bool] = True
+    table = {
+        "info_nce": Term(terms.contrast, "info_nce_weight"),
+        "cs": Term(terms.divergence, "cs_weight", "unpaired"),
+        "tokens": Term(terms.token_divergence, "token_weight", "tokens"),
+        "source": Term(terms.contrast_with_source, "source_weight", "source_text"),
+        "regression": Term(lambda o, batch: terms.regression(batch, o.regression_rows), "regression_weight"),
+    }
+
+
+@objective
+class InfoNCELoss(Objective):
+    """InfoNCE of the pairs on unit vectors, CLIP's loss; options as for `info_nce` and `CSAlignerLoss`."""
 
     temperature: float = 0.07
     learnable_temperature: bool = False
     two_sided: bool = True
     block_size: int | None = None
 
-    def terms(self) -> list[Term]:
-        options = {"two_sided": self.two_sided, "block_size": self.block_size}
-        return [Term("info_nce", 1.0, partial(terms.contrast, temperature=self.current_temperature(), **options))]
+    table = {"info_nce": Term(terms.contrast)}
 
 
 @objective
@@ -45,8 +102,7 @@ class ProjectionLoss(Objective):
 
     rows: str = "raw"
 
-    def terms(self) -> list[Term]:
-        return [Term("mse", 1.0, partial(terms.regression, rows=self.rows))]
+    table = {"mse": Term(terms.squared_error)}
 
 
 @objective
@@ -54,16 +110,8 @@ class EclipseLoss(Objective):
     """ECLIPSE: `MSE(prediction, image) + contrast_weight * InfoNCE(prediction against source_text)`.
 
     The contrast is one-way and against the *text* embeddings: the prediction picks its caption out of the batch, which
-    keeps it near the language it came from. It needs text and image embeddings of one dimension.
-
-    Args:
-        contrast_weight: 0.2 as published; 0 gives `ProjectionLoss`.
-        temperature: of the contrast.
-        rows: of the mean squared error, see `csdiff.losses.terms.regression`.
-        block_size: see `info_nce`.
-
-    Raises:
-        ValueError: no `source_text`, or one of another shape than the prediction.
+    keeps it near the language it came from. It needs `source_text`, of the images' dimension. 0.2 is the published
+    weight; `rows`: see `csdiff.losses.terms.regression`.
 
     Source: Patel et al., "ECLIPSE: a resource-efficient text-to-image prior for image generations", CVPR 2024.
     """
@@ -73,26 +121,17 @@ class EclipseLoss(Objective):
     rows: str = "raw"
     block_size: int | None = None
 
-    def terms(self) -> list[Term]:
-        contrast = partial(terms.contrast_with_source, temperature=self.temperature, block_size=self.block_size)
-        return [
-            Term("mse", 1.0, partial(terms.regression, rows=self.rows)),
-            Term("contrast", self.contrast_weight, contrast, reads="source_text"),
-        ]
+    table = {
+        "mse": Term(terms.squared_error),
+        "contrast": Term(terms.contrast_with_source, "contrast_weight", "source_text"),
+    }
 
 
 @objective
 class DistributionLoss(Objective):
     """Base: `weight * divergence(all text, all images) + info_nce_weight * InfoNCE(pairs)` on unit vectors.
 
-    Unpaired embeddings enter the divergence alone. A class names its divergence in `term` and computes it in
-    `divergence`.
-
-    Args:
-        weight: of the divergence, >= 0.
-        info_nce_weight: of InfoNCE, >= 0; left out by default.
-        temperature: of InfoNCE.
-        two_sided: of InfoNCE.
+    Unpaired embeddings enter the divergence alone. A class makes its table with `beside_contrast`.
     """
 
     weight: float = 1.0
@@ -101,17 +140,12 @@ class DistributionLoss(Objective):
     two_sided: bool = True
 
     uses_unpaired: ClassVar[bool] = True
-    term: ClassVar[str]
 
-    def divergence(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
 
-    def terms(self) -> list[Term]:
-        contrast = partial(terms.contrast, temperature=self.temperature, two_sided=self.two_sided)
-        return [
-            Term(self.term, self.weight, self.divergence, reads="unpaired"),
-            Term("info_nce", self.info_nce_weight, contrast),
-        ]
+def beside_contrast(**divergence) -> dict[str, Term]:
+    """The terms of a `DistributionLoss`, from the name of its divergence and the function that computes it."""
+    ((name, value),) = divergence.items()
+    return {name: Term(value, "weight", "unpaired"), "info_nce": Term(terms.contrast, "info_nce_weight")}
 
 
 @objective
@@ -122,20 +156,14 @@ class CauchySchwarzLoss(DistributionLoss):
     diagonal: bool = True
     block_size: int | None = None
 
-    term: ClassVar[str] = "cs"
-
-    def divergence(self, batch: Batch) -> Tensor:
-        return terms.divergence(batch, self.bandwidth, self.diagonal, self.block_size)
+    table = beside_contrast(cs=terms.divergence)
 
 
 @objective
 class MMDLoss(CauchySchwarzLoss):
     """Squared maximum mean discrepancy, see `squared_mmd`; `diagonal=False` gives the unbiased estimate."""
 
-    term: ClassVar[str] = "mmd"
-
-    def divergence(self, batch: Batch) -> Tensor:
-        return terms.discrepancy(batch, self.bandwidth, self.diagonal, self.block_size)
+    table = beside_contrast(mmd=terms.discrepancy)
 
 
 @objective
@@ -155,20 +183,16 @@ class SinkhornLoss(DistributionLoss):
     blur: float = 0.1
     scaling: float = 0.5
 
-    term: ClassVar[str] = "sinkhorn"
+    table = beside_contrast(sinkhorn=terms.sinkhorn)
 
     def __post_init__(self):
         super().__post_init__()
         try:
-            from geomloss import SamplesLoss
+            import geomloss  # noqa: F401
         except ImportError as error:
             raise ImportError(
                 "the objective sinkhorn needs the package geomloss, found none: pip install 'csdiff[losses]'"
             ) from error
-        self.sinkhorn = SamplesLoss("sinkhorn", p=2, blur=self.blur, scaling=self.scaling, backend="tensorized")
-
-    def divergence(self, batch: Batch) -> Tensor:
-        return apart_from_autocast(self.sinkhorn, *terms.unit_rows_of_all(batch))
 
 
 @objective
@@ -181,10 +205,7 @@ class CoralLoss(DistributionLoss):
 
     mean_weight: float = 0.0
 
-    term: ClassVar[str] = "coral"
-
-    def divergence(self, batch: Batch) -> Tensor:
-        return terms.coral(batch, self.mean_weight)
+    table = beside_contrast(coral=terms.coral)
 
 
 @objective
@@ -198,14 +219,11 @@ class KernelKLLoss(DistributionLoss):
     bandwidth: float = 0.5
     reverse: bool = False
 
-    term: ClassVar[str] = "kl"
+    table = beside_contrast(kl=terms.kernel_kl)
 
     def __post_init__(self):
-        self.bandwidth = check_positive("bandwidth", self.bandwidth)
+        self.bandwidth = check_number("bandwidth", self.bandwidth)
         super().__post_init__()
-
-    def divergence(self, batch: Batch) -> Tensor:
-        return terms.kernel_kl(batch, self.bandwidth, self.reverse)
 
 
 @objective
@@ -220,14 +238,7 @@ class UniformAlignLoss(Objective):
     t: float = 2.0
     uniformity_weight: float = 1.0
 
-    def terms(self) -> list[Term]:
-        return [
-            Term("align", 1.0, partial(terms.alignment, alpha=self.alpha)),
-            Term("uniform", self.uniformity_weight, self._uniformity),
-        ]
-
-    def _uniformity(self, batch: Batch) -> Tensor:
-        return sum(terms.uniformity(rows, self.t, batch) for rows in (batch.prediction, batch.image)) / 2
+    table = {"align": Term(terms.alignment), "uniform": Term(terms.uniformity, "uniformity_weight")}
 
 
 @objective
@@ -237,13 +248,6 @@ class ModGapLoss(Objective):
     `c_i = (x_i + y_i) / ||x_i + y_i||` are the pairs' centroids and `U(c) = log mean_{i != j} exp(-t ||c_i - c_j||^2)`
     spreads them, which needs two pairs at least. Source: Grassucci et al., "Closing the modality gap aligns group-wise
     semantics", arXiv 2601.18525, ICLR 2026.
-
-    Args:
-        align_weight: of the alignment of the pairs.
-        uniformity_weight: of the uniformity of their centroids.
-        t: of the uniformity.
-        temperature: of InfoNCE.
-        block_size: see `info_nce`.
     """
 
     align_weight: float = 1.0
@@ -252,13 +256,44 @@ class ModGapLoss(Objective):
     temperature: float = 0.07
     block_size: int | None = None
 
-    def terms(self) -> list[Term]:
-        options = {"temperature": self.temperature, "two_sided": True, "block_size": self.block_size}
-        return [
-            Term("info_nce", 1.0, partial(terms.contrast, **options)),
-            Term("align", self.align_weight, partial(terms.alignment, alpha=2.0)),
-            Term("uniform", self.uniformity_weight, self._uniformity),
-        ]
+    alpha = 2.0
+    table = {
+        "info_nce": Term(terms.contrast),
+        "align": Term(terms.alignment, "align_weight"),
+        "uniform": Term(terms.centroid_uniformity, "uniformity_weight"),
+    }
 
-    def _uniformity(self, batch: Batch) -> Tensor:
-        return terms.uniformity(terms.pair_centroids(batch), self.t, batch)
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "cs_aligner": CSAlignerLoss,
+    "cs": CauchySchwarzLoss,
+    "info_nce": InfoNCELoss,
+    "mse": ProjectionLoss,
+    "eclipse": EclipseLoss,
+    "mmd": MMDLoss,
+    "sinkhorn": SinkhornLoss,
+    "coral": CoralLoss,
+    "kl": KernelKLLoss,
+    "uniform_align": UniformAlignLoss,
+    "modgap": ModGapLoss,
+}
+
+
+def objective_options(name: str) -> dict[str, object]:
+    """The options of the objective `name` with their defaults; all of them are fit for JSON."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
+    return {option.name: option.default for option in fields(OBJECTIVES[name]) if option.name != "group"}
+
+
+def build_objective(name: str, *, group: torch.distributed.ProcessGroup | None = None, **options: object) -> Objective:
+    """The objective `name` with the given options; the others keep their defaults.
+
+    Raises:
+        ValueError: an unknown name or option, with the known ones; a value the objective refuses.
+    """
+    known = objective_options(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown options {unknown} of the objective {name!r}; its options are {', '.join(known)}")
+    return OBJECTIVES[name](group=group, **options)

@@ -1,64 +1,71 @@
-"""The terms that objectives are made of: functions of a batch."""
+"""The terms that objectives are made of: functions of an objective, whose options they read, and a batch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csdiff.losses.arguments import check_finite
 from csdiff.losses.autograd import apart_from_autocast
-from csdiff.losses.bandwidth import Bandwidth
 from csdiff.losses.cauchy_schwarz import cauchy_schwarz_divergence, log_mean_kernel, squared_mmd
 from csdiff.losses.contrastive import info_nce
-from csdiff.losses.kernels import compute_dtype, unit_rows
 from csdiff.losses.objective import Batch
 from csdiff.losses.process_group import global_rows, global_sum
+from csdiff.losses.tiles import compute_dtype, unit_rows
 from csdiff.losses.tokens import token_cauchy_schwarz_divergence
 
 
-def contrast(batch: Batch, temperature: float | Tensor, two_sided: bool, block_size: int | None = None) -> Tensor:
+def contrast(o: Any, batch: Batch) -> Tensor:
     """InfoNCE of the pairs on unit vectors."""
-    options = {"temperature": temperature, "two_sided": two_sided, "block_size": block_size}
+    options = {"temperature": o.current_temperature(), "two_sided": o.two_sided, "block_size": o.block_size}
     return info_nce(batch.prediction, batch.image, normalize=True, group=batch.group, **options)
 
 
-def contrast_with_source(batch: Batch, temperature: float | Tensor, block_size: int | None) -> Tensor:
+def contrast_with_source(o: Any, batch: Batch) -> Tensor:
     """One-way InfoNCE: the prediction picks its caption's un-adapted embedding out of the batch."""
     source = batch.source_text
     if source is None:
         raise ValueError("the contrast against the captions needs source_text, their own embeddings; found None")
-    if source.shape != batch.prediction.shape:
-        raise ValueError(
-            "prediction and source_text must be pairs of one shape; "
-            f"found {tuple(batch.prediction.shape)} and {tuple(source.shape)}"
-        )
-    options = {"temperature": temperature, "two_sided": False, "block_size": block_size}
+    batch.check_pairs("source_text", source)
+    options = {"temperature": o.current_temperature(), "two_sided": False, "block_size": o.block_size}
     return info_nce(batch.prediction, source, normalize=True, group=batch.group, **options)
 
 
-def divergence(batch: Batch, bandwidth: Bandwidth, diagonal: bool, block_size: int | None) -> Tensor:
+def divergence(o: Any, batch: Batch) -> Tensor:
     """The Cauchy-Schwarz divergence of all predictions and all images on the unit sphere."""
-    options = {"bandwidth": bandwidth, "diagonal": diagonal, "block_size": block_size}
+    options = {"bandwidth": o.bandwidth, "diagonal": o.diagonal, "block_size": o.block_size}
     return cauchy_schwarz_divergence(*batch.pooled(), normalize=True, group=batch.group, **options)
 
 
-def discrepancy(batch: Batch, bandwidth: Bandwidth, diagonal: bool, block_size: int | None) -> Tensor:
+def discrepancy(o: Any, batch: Batch) -> Tensor:
     """The squared maximum mean discrepancy of the same sets."""
-    options = {"bandwidth": bandwidth, "diagonal": diagonal, "block_size": block_size}
+    options = {"bandwidth": o.bandwidth, "diagonal": o.diagonal, "block_size": o.block_size}
     return squared_mmd(*batch.pooled(), normalize=True, group=batch.group, **options)
 
 
-def token_divergence(batch: Batch, bandwidth: Bandwidth, diagonal: bool) -> Tensor | None:
+def token_divergence(o: Any, batch: Batch) -> Tensor | None:
     """The mean divergence between the pairs' tokens on the unit sphere, None without tokens."""
-    if batch.text_tokens is None and batch.image_tokens is None:
+    tokens = (batch.text_tokens, batch.image_tokens)
+    if all(side is None for side in tokens):
         return None
-    if batch.text_tokens is None or batch.image_tokens is None:
+    if any(side is None for side in tokens):
         missing = "text_tokens" if batch.text_tokens is None else "image_tokens"
         raise ValueError(f"text_tokens and image_tokens must be given together; found no {missing}")
-    tokens = (batch.text_tokens, batch.image_tokens, batch.text_mask, batch.image_mask)
     return token_cauchy_schwarz_divergence(
-        *tokens, bandwidth=bandwidth, diagonal=diagonal, normalize=True, group=batch.group
+        *tokens,
+        batch.text_mask,
+        batch.image_mask,
+        bandwidth=o.bandwidth if o.token_bandwidth is None else o.token_bandwidth,
+        diagonal=o.diagonal if o.token_diagonal is None else o.token_diagonal,
+        normalize=True,
+        group=batch.group,
     )
+
+
+def squared_error(o: Any, batch: Batch) -> Tensor:
+    """`regression` over the option `rows`."""
+    return regression(batch, o.rows)
 
 
 def regression(batch: Batch, rows: str) -> Tensor:
@@ -68,61 +75,67 @@ def regression(batch: Batch, rows: str) -> Tensor:
     is `2 - 2 cos`; "standardized" divided by the mean coordinate variance of the images, so that predicting their mean
     costs 1 whatever the encoder's scale.
     """
+    if rows == "unit":
+        return _mean(_square_distances(batch), batch)
     dtype = compute_dtype(batch.prediction.dtype, batch.image.dtype)
     prediction, image = batch.prediction.to(dtype), batch.image.to(dtype)
-    if rows == "unit":
-        return alignment(batch, alpha=2.0)
     error = _mean((prediction - image).square().mean(dim=1), batch)
     if rows == "raw":
         return error
     real = image.detach()
-    mean = _mean(real, batch)
-    return error / _mean((real - mean).square().mean(dim=1), batch)
+    return error / _mean((real - _mean(real, batch)).square().mean(dim=1), batch)
 
 
-def alignment(batch: Batch, alpha: float) -> Tensor:
+def alignment(o: Any, batch: Batch) -> Tensor:
     """`mean_i ||x_i - y_i||^alpha` of unit vectors."""
-    dtype = compute_dtype(batch.prediction.dtype, batch.image.dtype)
-    square = (unit_rows(batch.prediction, dtype) - unit_rows(batch.image, dtype)).square().sum(dim=1)
+    square = _square_distances(batch)
     # The floor keeps the root's derivative finite where a pair coincides.
-    return _mean(square if alpha == 2 else square.clamp_min(1e-12).pow(alpha / 2), batch)
+    return _mean(square if o.alpha == 2 else square.clamp_min(1e-12).pow(o.alpha / 2), batch)
 
 
-def uniformity(rows: Tensor, t: float, batch: Batch) -> Tensor:
-    """`log mean_{i != j} exp(-t ||x_i - x_j||^2)` of unit vectors."""
-    return log_mean_kernel(rows, bandwidth=1 / math.sqrt(2 * t), diagonal=False, normalize=True, group=batch.group)
+def uniformity(o: Any, batch: Batch) -> Tensor:
+    """`log mean_{i != j} exp(-t ||x_i - x_j||^2)` of unit vectors, the mean of both sides."""
+    return sum(_spread(rows, o.t, batch) for rows in (batch.prediction, batch.image)) / 2
 
 
-def pair_centroids(batch: Batch) -> Tensor:
-    """The middle of each pair of unit vectors, up to its length."""
-    return unit_rows(batch.prediction) + unit_rows(batch.image)
+def centroid_uniformity(o: Any, batch: Batch) -> Tensor:
+    """The same of the middle of each pair."""
+    return _spread(unit_rows(batch.prediction) + unit_rows(batch.image), o.t, batch)
 
 
-def coral(batch: Batch, mean_weight: float) -> Tensor:
+def coral(o: Any, batch: Batch) -> Tensor:
     """`||cov(x) - cov(y)||_F^2 / (4 D^2) + mean_weight ||mean(x) - mean(y)||^2` of all unit vectors."""
 
     def gap(x: Tensor, y: Tensor) -> Tensor:
         if min(len(x), len(y)) < 2:
             raise ValueError(f"coral needs at least two rows on each side; found {len(x)} and {len(y)}")
         covariances = (torch.cov(x.T) - torch.cov(y.T)).square().sum() / (4 * x.shape[1] ** 2)
-        return covariances + mean_weight * (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+        return covariances + o.mean_weight * (x.mean(dim=0) - y.mean(dim=0)).square().sum()
 
     return apart_from_autocast(gap, *unit_rows_of_all(batch))
 
 
-def kernel_kl(batch: Batch, bandwidth: float, reverse: bool) -> Tensor:
+def kernel_kl(o: Any, batch: Batch) -> Tensor:
     """`mean_i [log q(y_i) - log p(y_i)]` of kernel density estimates q of y, its own point left out, and p of x."""
 
-    def divergence(x: Tensor, y: Tensor) -> Tensor:
-        at, other = (x, y) if reverse else (y, x)
+    def mean_log_ratio(x: Tensor, y: Tensor) -> Tensor:
+        at, other = (x, y) if o.reverse else (y, x)
         if len(at) < 2:
             raise ValueError(f"kl needs at least two rows on the side it averages over; found {len(at)}")
         # Of unit vectors: ||a - b||^2 = 2 - 2 a.b
-        own, cross = ((at @ rows.T - 1) / bandwidth**2 for rows in (at, other))
+        own, cross = ((at @ rows.T - 1) / o.bandwidth**2 for rows in (at, other))
         own = own.fill_diagonal_(-math.inf).logsumexp(dim=1) - math.log(len(at) - 1)
         return (own - (cross.logsumexp(dim=1) - math.log(len(other)))).mean()
 
-    return apart_from_autocast(divergence, *unit_rows_of_all(batch))
+    return apart_from_autocast(mean_log_ratio, *unit_rows_of_all(batch))
+
+
+def sinkhorn(o: Any, batch: Batch) -> Tensor:
+    """Debiased Sinkhorn divergence of all unit vectors."""
+    from geomloss import SamplesLoss
+
+    loss = SamplesLoss("sinkhorn", p=2, blur=o.blur, scaling=o.scaling, backend="tensorized")
+    return apart_from_autocast(loss, *unit_rows_of_all(batch))
 
 
 def unit_rows_of_all(batch: Batch) -> list[Tensor]:
@@ -133,6 +146,15 @@ def unit_rows_of_all(batch: Batch) -> list[Tensor]:
         check_finite(name, rows.detach())
         found.append(unit_rows(rows))
     return found
+
+
+def _square_distances(batch: Batch) -> Tensor:
+    dtype = compute_dtype(batch.prediction.dtype, batch.image.dtype)
+    return (unit_rows(batch.prediction, dtype) - unit_rows(batch.image, dtype)).square().sum(dim=1)
+
+
+def _spread(rows: Tensor, t: float, batch: Batch) -> Tensor:
+    return log_mean_kernel(rows, bandwidth=1 / math.sqrt(2 * t), diagonal=False, normalize=True, group=batch.group)
 
 
 def _mean(values: Tensor, batch: Batch) -> Tensor:

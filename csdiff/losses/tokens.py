@@ -8,8 +8,8 @@ from torch import Tensor
 from csdiff.losses.arguments import NonFiniteRows, check_block_size, check_same_width
 from csdiff.losses.autograd import apart_from_autocast
 from csdiff.losses.bandwidth import Bandwidth, as_widths, resolve_bandwidth
-from csdiff.losses.kernels import compute_dtype, factor_dtype, multiply, unit_rows
 from csdiff.losses.process_group import gather_rows, global_sum, raise_together
+from csdiff.losses.tiles import compute_dtype, unit_rows
 
 # Kernel values evaluated at once when no block size is given.
 KERNELS_AT_ONCE = 2**18
@@ -76,40 +76,29 @@ def token_cauchy_schwarz_divergence(
         widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
     else:
         widths = as_widths(bandwidth)
-    factor = factor_dtype(x_tokens.device, x_tokens.dtype, y_tokens.dtype) or dtype
 
     def divergences(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor) -> Tensor:
-        sides = [(x, x_mask), (y, y_mask)]
         # What masked tokens hold may be anything; zeros have no gradient.
-        sides = [(prepare(t.masked_fill(~mask[..., None], 0), dtype), mask) for t, mask in sides]
+        x, y = (prepare(t.masked_fill(~mask[..., None], 0), dtype) for t, mask in ((x, x_mask), (y, y_mask)))
+        sides = (x, x_mask), (y, y_mask)
         centre = sum((t.detach() * m[..., None]).sum(1) / m.sum(1, keepdim=True) for t, m in sides)[:, None] / 2
-        sides = [(t - centre, mask) for t, mask in sides]
-        options = (widths, diagonal, factor)
-        within = log_mean_kernels(*sides[0], *sides[0], *options) + log_mean_kernels(*sides[1], *sides[1], *options)
-        found = within - 2 * log_mean_kernels(*sides[0], *sides[1], *options)
+        x, y = x - centre, y - centre
+        within = [_log_mean_kernels(t, m, t, m, widths, diagonal) for t, m in ((x, x_mask), (y, y_mask))]
+        found = within[0] + within[1] - 2 * _log_mean_kernels(x, x_mask, y, y_mask, widths, diagonal)
         return (found.clamp_min(0) if diagonal else found).sum()
 
     at_once = block_size or max(1, KERNELS_AT_ONCE // max(x_tokens.shape[1], y_tokens.shape[1]) ** 2)
     total = torch.zeros((), dtype=dtype, device=x_tokens.device)
-    chunks = zip(*(t.split(at_once) for t in (x_tokens, y_tokens, x_mask, y_mask)), strict=True)
-    for x, y, *masks in chunks:
+    for x, y, *masks in zip(*(t.split(at_once) for t in (x_tokens, y_tokens, x_mask, y_mask)), strict=True):
         total = total + apart_from_autocast(lambda a, b, m=tuple(masks): divergences(a, b, *m), x, y)
     return global_sum(total, group) / global_sum(torch.full_like(total, len(x_tokens)), group).detach()
 
 
-def log_mean_kernels(
-    x: Tensor,
-    x_mask: Tensor,
-    y: Tensor,
-    y_mask: Tensor,
-    widths: tuple[float, ...],
-    diagonal: bool,
-    factor: torch.dtype,
+def _log_mean_kernels(
+    x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, widths: tuple[float, ...], diagonal: bool
 ) -> Tensor:
     """`log V` of each pair of token sets `(b, n, D)` and `(b, m, D)`, `(b,)`; within one set where x is y."""
-    square = [(t * t).sum(dim=2) for t in (x, y)]
-    product = x @ y.mT if factor == x.dtype else _Product.apply(x.to(factor), y.to(factor))
-    distance = square[0][:, :, None] + square[1][:, None, :] - 2 * product
+    distance = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :] - 2 * (x @ y.mT)
     pair = x_mask[:, :, None] & y_mask[:, None, :]
     if x is y:
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
@@ -120,22 +109,8 @@ def log_mean_kernels(
     return torch.cat(exponents, dim=1).logsumexp(dim=1) - counts.to(x.dtype).log()
 
 
-class _Product(torch.autograd.Function):
-    """`x y^T` of bfloat16 batches with float32 sums, there and back."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
-        return multiply(x, y.mT)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        return multiply(grad, y), multiply(grad.mT, x)
-
-
 def _check(name: str, tokens: Tensor, mask_name: str, mask: Tensor | None, diagonal: bool) -> Tensor:
+    """The mask of tokens that are fit for use, or a ValueError."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 3 or tokens.numel() == 0:
         found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{name} must be a tensor of shape (B, tokens, D), none of them 0; found {found}")
@@ -143,10 +118,11 @@ def _check(name: str, tokens: Tensor, mask_name: str, mask: Tensor | None, diago
         raise ValueError(f"{name} must be floating point; found dtype {tokens.dtype}")
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{mask_name} must be boolean, True for a token; found dtype {mask.dtype}")
-    if mask.shape != tokens.shape[:2]:
-        raise ValueError(f"{mask_name} must have shape {tuple(tokens.shape[:2])}; found shape {tuple(mask.shape)}")
+    if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"{mask_name} must be boolean, True for a token, of shape {tuple(tokens.shape[:2])}; found dtype "
+            f"{mask.dtype} and shape {tuple(mask.shape)}"
+        )
     least = 1 if diagonal else 2
     short = (mask.sum(dim=1) < least).nonzero().flatten().tolist()
     if short:

@@ -11,7 +11,7 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
 from csdiff.errors import CSDiffError
-from csdiff.losses.registry import OBJECTIVES, build_objective, objective_options
+from csdiff.losses.presets import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData
 from csdiff.training.encoders import TextSide, wants_tokens

@@ -69,9 +69,7 @@ def test_y_without_rows():
 
 
 @pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
-@pytest.mark.parametrize(
-    "bandwidth", [0, -1.0, float("nan"), float("inf"), [0.5, -2], [], "mean", True, torch.tensor(0.0)]
-)
+@pytest.mark.parametrize("bandwidth", [0, -1.0, float("nan"), float("inf"), [0.5, -2], [], "mean", torch.tensor(0.0)])
 def test_bandwidths(loss, bandwidth):
     with pytest.raises(ValueError, match=r"bandwidth must .*found"):
         loss(X, Y, bandwidth=bandwidth)
@@ -123,7 +121,7 @@ def test_tokens():
     mask[1] = False
     with pytest.raises(ValueError, match=r"x_mask must leave at least one token in every row; rows \[1\]"):
         token_cauchy_schwarz_divergence(x, y, mask)
-    with pytest.raises(ValueError, match=r"y_mask must have shape \(3, 6\); found shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"y_mask must be boolean.*\(3, 6\); found .*\(3, 5\)"):
         token_cauchy_schwarz_divergence(x, y, None, mask)
     with pytest.raises(ValueError, match="x_mask must be boolean"):
         token_cauchy_schwarz_divergence(x, y, mask.long())

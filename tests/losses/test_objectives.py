@@ -338,9 +338,7 @@ def test_a_distribution_objective_is_small_for_equal_sets_and_joins_info_nce(nam
         assert abs(same.loss) < 1e-6
     assert same.loss < far.loss
     joined = call(build_objective(name, info_nce_weight=0.5, weight=2.0), inputs)
-    torch.testing.assert_close(
-        joined.loss.detach(), 2 * joined.terms[build_objective(name).term] + 0.5 * joined.info_nce
-    )
+    torch.testing.assert_close(joined.loss.detach(), 2 * joined.terms[name] + 0.5 * joined.info_nce)
 
 
 def test_importing_the_package_loads_nothing_heavy():
