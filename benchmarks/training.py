@@ -32,7 +32,6 @@ from csdiff.training.data import Pairs
 from csdiff.training.gradient_cache import split
 from csdiff.training.inputs import Inputs
 from csdiff.training.loop import Loop
-from csdiff.training.optimization import make_optimizer
 from csdiff.training.task import AlignmentTask, Embedder
 
 
@@ -52,7 +51,7 @@ def make_loop(dim: int, batch: int) -> Loop:
     task = AlignmentTask(
         Embedder(build_adapter("mlp", embedding_dim=dim)).train(), build_objective("cs_aligner"), 0.999
     )
-    return Loop(config, task, make_optimizer(task.parameters, config), torch.amp.GradScaler("cpu", enabled=False))
+    return Loop(config, task)
 
 
 def bare_step(dim: int):
@@ -98,7 +97,7 @@ def overhead(rounds: int, folder: Path) -> None:
     dim, batch = 512, 4096
     store = plain_store(folder / "store", 8 * batch, dim)
     inputs, loop = Inputs("cpu"), make_loop(dim, batch)
-    feed = inputs.batches("pairs", Pairs(store), batch, 0, 0, 1, 0)
+    feed = inputs.batches("pairs", Pairs(store), batch)
     memory, step = store.read(range(len(store))), bare_step(dim)
 
     def bare():
@@ -321,7 +320,7 @@ def group_step(batch: int, rounds: int) -> dict:
         0.999,
         group=dist.group.WORLD,
     )
-    loop = Loop(config, task, make_optimizer(task.parameters, config), torch.amp.GradScaler("cpu", enabled=False))
+    loop = Loop(config, task)
     rows = {"text_embeds": torch.randn(batch // world, dim), "image_embeds": torch.randn(batch // world, dim)}
     seconds = alternate({"step": lambda: loop.step({"pairs": rows})}, rounds)["step"]
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """From a configuration and its data to what is trained: adapter, objective, task."""
 
+import inspect
 from functools import partial
 
 import torch
@@ -13,10 +14,11 @@ from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
 from csdiff.errors import CSDiffError
 from csdiff.losses.presets import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
-from csdiff.training.data import TrainingData
-from csdiff.training.encoders import TextSide, wants_tokens
-from csdiff.training.task import DIFFUSION, AlignmentTask, DenoisingObjective, Embedder
+from csdiff.training.data import TrainingData, wants_tokens
+from csdiff.training.encoders import TextSide
+from csdiff.training.task import AlignmentTask, DenoisingObjective, Embedder
 
+DIFFUSION = "diffusion"
 _FIT_ROWS = 200_000
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,23 +65,20 @@ def all_objective_options(config: TrainConfig) -> dict:
 def build_embedder(config: TrainConfig, data: TrainingData, text: TextSide) -> Embedder:
     """Adapter (and image adapter) with the statistics of the training data, at its starting point."""
     torch.manual_seed(config.seed)
-    image, text_statistics = (data.train.statistics(f"{side}_embeds") for side in ("image", "text"))
-    options = {**text.adapter_options(config), **config.adapter_options}
-    adapter = _build(config.adapter, "adapter_options", options, data.store.image_dim, data.store.text_dim)
-    adapter.set_statistics(image.mean, image.std, text_statistics.mean, text_statistics.std)
+    image, captions = (data.train.statistics(f"{side}_embeds") for side in ("image", "text"))
+    options = {"text_encoder": text.inside}
+    if text.shape is not None:
+        options |= {"num_embeddings": text.shape[0], "states_dim": text.shape[1]}
+    accepted = inspect.signature(ADAPTERS[config.adapter].__init__).parameters
+    options = {name: value for name, value in options.items() if name in accepted and value is not None}
+    dims = data.store.image_dim, data.store.text_dim
+    adapter = _build(config, config.adapter, "adapter_options", *dims, options)
+    adapter.set_statistics(image.mean, image.std, captions.mean, captions.std)
     _start(adapter, config, data)
     image_adapter = None
     if config.image_adapter is not None:
-        dims = data.store.image_dim, data.store.image_dim
-        image_adapter = _build(config.image_adapter, "image_adapter_options", config.image_adapter_options, *dims)
+        image_adapter = _build(config, config.image_adapter, "image_adapter_options", dims[0], dims[0], {})
         image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
-    for part in filter(None, (adapter, image_adapter)):
-        if config.gradient_checkpointing:
-            if not part._supports_gradient_checkpointing:
-                raise CSDiffError(
-                    f"--gradient_checkpointing: {type(part).__name__} does not support it, switch it off."
-                )
-            part.enable_gradient_checkpointing()
     embedder = Embedder(adapter, image_adapter)
     for parameter in embedder.parameters():
         if parameter.requires_grad:
@@ -87,11 +86,19 @@ def build_embedder(config: TrainConfig, data: TrainingData, text: TextSide) -> E
     return embedder.train()
 
 
-def _build(name: str, option: str, options: dict, embedding_dim: int, text_dim: int) -> Adapter:
+def _build(config: TrainConfig, name: str, option: str, image_dim: int, text_dim: int, options: dict) -> Adapter:
+    options |= getattr(config, option)
     try:
-        return build_adapter(name, embedding_dim=embedding_dim, text_dim=text_dim, **options)
+        adapter = build_adapter(name, embedding_dim=image_dim, text_dim=text_dim, **options)
     except (CSDiffError, TypeError) as error:
         raise CSDiffError(f"--{option}: {error}") from error
+    if config.gradient_checkpointing:
+        if not adapter._supports_gradient_checkpointing:
+            raise CSDiffError(
+                f"--gradient_checkpointing: {type(adapter).__name__} does not support it, switch it off."
+            )
+        adapter.enable_gradient_checkpointing()
+    return adapter
 
 
 def _start(adapter: Adapter, config: TrainConfig, data: TrainingData) -> None:
@@ -126,20 +133,16 @@ def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator
     """The task on the device, for the processes there are."""
     device, precision = accelerator.device, config.mixed_precision
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
-    objective = _objective(config, group).to(device).train()
+    objective: nn.Module = DenoisingObjective(group)
+    if config.objective != DIFFUSION:
+        try:
+            objective = build_objective(config.objective, **all_objective_options(config), group=group)
+        except (ValueError, TypeError) as error:
+            raise CSDiffError(f"--objective_options: {error}") from error
     autocast = partial(torch.autocast, device.type, dtype=_DTYPES[precision], enabled=precision != "no")
-    task = AlignmentTask(embedder.to(device), objective, config.ema.decay, autocast, group)
+    task = AlignmentTask(embedder.to(device), objective.to(device).train(), config.ema.decay, autocast, group)
     if not task.parameters:
         raise CSDiffError(f"--adapter {config.adapter} has no weights to train.")
     if config.compile:
         embedder.compile()
     return task
-
-
-def _objective(config: TrainConfig, group: dist.ProcessGroup | None) -> nn.Module:
-    if config.objective == DIFFUSION:
-        return DenoisingObjective(group)
-    try:
-        return build_objective(config.objective, **all_objective_options(config), group=group)
-    except (ValueError, TypeError) as error:
-        raise CSDiffError(f"--objective_options: {error}") from error

@@ -1,7 +1,7 @@
 """The rows a run trains on and is measured on: opened, split, and refused where they do not fit together."""
 
-import warnings
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from csdiff.adapters.registry import ADAPTERS
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.fingerprint import check_same_encoder
@@ -18,10 +19,12 @@ from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
-from csdiff.training.split import held_out_split
 
 DEFAULT_ENCODER = "tiny-clip"
 _STATISTICS_ROWS = 1 << 17
+_HELD_OUT_LIMIT = 20_000
+# Stores up to this many rows are split exactly; larger ones by a threshold on a hash, in one pass without a table.
+_EXACT_SPLIT = 200_000
 _SIDES = {"unpaired_text": ("text",), "unpaired_image": ("image",)}
 
 
@@ -58,11 +61,7 @@ class Pairs:
 
     def read(self, positions, keys: Sequence[str] = ("text_embeds", "image_embeds")) -> dict[str, Tensor]:
         """Rows by position among the chosen ones, as float32 tensors by column."""
-        return self.store.read(self.rows[np.asarray(positions, dtype=np.int64)], keys)
-
-    def all(self, keys: Sequence[str] = ("text_embeds", "image_embeds")) -> dict[str, Tensor]:
-        """All rows at once."""
-        return self.store.read(self.rows, keys)
+        return self.store.read(self.rows[positions], keys)
 
     def sample(self, limit: int) -> "Pairs":
         """At most `limit` of the rows, evenly spread."""
@@ -79,84 +78,71 @@ class Pairs:
             rows = self.sample(_STATISTICS_ROWS)
             parts = []
             for start in range(0, len(rows), 4096):
-                part = rows.read(range(start, min(start + 4096, len(rows))), [key])[key]
-                self._check(rows.rows[start:], key, part)
+                part = rows.read(slice(start, start + 4096), [key])[key]
+                zero = (part.norm(dim=1) == 0).nonzero()
+                if len(zero):
+                    place = self.store.place(key, int(rows.rows[start + int(zero[0])]))
+                    raise CSDiffError(
+                        f"{self.store.path}: {place} has only zeros ({len(zero)} of {len(part)} rows looked at): "
+                        "embed these again, or leave them out."
+                    )
                 parts.append(Moments.of(part))
             self._statistics[key] = reduce(Moments.merge, parts).statistics()
         return self._statistics[key]
 
-    def _check(self, rows: np.ndarray, key: str, values: Tensor) -> None:
-        norms = values.norm(dim=1)
-        for what, wrong in (("NaN or infinity", ~norms.isfinite()), ("only zeros", norms == 0)):
-            if wrong.any():
-                first = self.store.place(key, int(rows[int(wrong.nonzero()[0])]))
-                raise CSDiffError(
-                    f"{self.store.path}: {first} has {what} ({int(wrong.sum())} of {len(values)} rows looked at): "
-                    "embed these again, or leave them out."
-                )
-
-    def check(self, warn: bool = False) -> None:
-        """Look at both sides; `warn` of one whose rows are all the same, of which nothing can be learned.
-
-        Raises:
-            CSDiffError: see `statistics`.
-        """
-        for key in ("text_embeds", "image_embeds"):
-            found = self.statistics(key)
-            if warn and found.std.max() <= 1e-6 * found.norm_mean:
-                warnings.warn(
-                    f"{self.store.path}: all {len(self)} {key.replace('_', ' ')} are the same, nothing can be learned "
-                    "from them: look at how they were made.",
-                    stacklevel=2,
-                )
-
 
 @dataclass
 class TrainingData:
-    """The data of a run.
-
-    Attributes:
-        train: Pairs to train on.
-        validation: Held-out pairs, if any.
-        unpaired_text: Captions without images, if any.
-        unpaired_image: Images without captions, if any.
-    """
+    """The data of a run: pairs to train on, held-out pairs, and unpaired rows by name, where there are such."""
 
     train: Pairs
     validation: Pairs | None
-    unpaired_text: Pairs | None
-    unpaired_image: Pairs | None
+    unpaired: dict[str, Pairs]
+
+    @property
+    def groups(self) -> dict[str, Pairs]:
+        """What a batch has rows of, by name: `pairs`, and `unpaired_text`, `unpaired_image` where there are such."""
+        return {"pairs": self.train, **self.unpaired}
 
     @property
     def store(self) -> EmbeddingStore:
         """The store trained on."""
         return self.train.store
 
-    def encoder(self, side: str) -> dict:
-        """What the store's `csdiff.json` says of its text or image encoder; empty where it says nothing."""
-        return self.fingerprint.get(f"{side}_encoder") or {}
-
     @property
     def fingerprint(self) -> dict:
         """Its `csdiff.json`; empty for a foreign store."""
         return self.store.fingerprint or {}
 
+    def encoder(self, side: str) -> dict:
+        """What `csdiff.json` says of the store's text or image encoder; empty where it says nothing."""
+        return self.fingerprint.get(f"{side}_encoder") or {}
 
-def open_data(config: TrainConfig, embed_dataset: Callable[[str, str], EmbeddingStore]) -> TrainingData:
-    """Open every store of a run and split off held-out rows.
 
-    Args:
-        config: The run.
-        embed_dataset: Makes a store of a captioned dataset, given its path and a name for the store.
+def wants_tokens(config: TrainConfig) -> bool:
+    """Whether the objective is to see tokens: its `token_weight` is given and not 0."""
+    return bool(config.objective_options.get("token_weight"))
+
+
+def reads_states(config: TrainConfig) -> bool:
+    """Whether the adapter or the token term reads token states of a frozen text encoder."""
+    adapter = ADAPTERS[config.adapter]
+    if adapter.uses_input_ids:
+        return False
+    reads = adapter.uses_text_states
+    if not isinstance(reads, bool):
+        reads = config.adapter_options.get("encoder_hid_proj_type", "linear") is not None
+    return reads or wants_tokens(config)
+
+
+def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
+    """Open every store of a run and split off held-out rows; captioned datasets are embedded first, on a device.
 
     Raises:
         CSDiffError: a store is missing, damaged, too small, or does not fit the others.
     """
     data = config.data
-    stores = {
-        name: _open(name, getattr(data, name), embed_dataset)
-        for name in ("train", "validation", "unpaired_text", "unpaired_image")
-    }
+    stores = {name: _open(name, config, device) for name in ("train", "validation", *_SIDES)}
     store = stores["train"]
     for side in ("text", "image"):
         if getattr(store, f"{side}_dim") is None:
@@ -172,39 +158,35 @@ def open_data(config: TrainConfig, embed_dataset: Callable[[str, str], Embedding
     train, validation = Pairs(store), None
     if stores["validation"] is not None:
         validation = Pairs(stores["validation"])
-        if len(validation) < 2:
-            raise CSDiffError(f"--data.validation {data.validation} has {len(validation)} rows, expected at least 2.")
     elif data.validation_fraction > 0:
-        train, validation = (Pairs(store, rows) for rows in held_out_split(store, data.validation_fraction))
-    if len(train) < 2:
-        raise CSDiffError(f"--data.train {data.train} has {len(train)} row to train on, expected at least 2.")
-    train.check(warn=True)
-    if validation is not None:
-        validation.check()
+        train, validation = _split(store, data.validation_fraction)
+    for name, pairs in {"train": train, "validation": validation}.items():
+        if pairs is None:
+            continue
+        if len(pairs) < 2:
+            raise CSDiffError(f"--data.{name}: {pairs.store.path} has {len(pairs)} row for it, expected at least 2.")
+        for key in ("text_embeds", "image_embeds"):
+            pairs.statistics(key)
     if data.one_caption_per_image:
         train.group_by_image()
-    if config.batch_size > train.epoch_rows:
-        what, cure = ("pairs", "lower it or give more data")
-        if train.groups is not None:
-            what = "images"
-            cure = (
-                "lower it, or set --data.one_caption_per_image false, with which captions of one image meet in a batch"
-            )
-        raise CSDiffError(
-            f"--batch_size {config.batch_size} is larger than the {train.epoch_rows} {what} to train on in "
-            f"{data.train}: {cure}."
-        )
-    unpaired = {name: None if stores[name] is None else Pairs(stores[name]) for name in _SIDES}
-    for name, pairs in unpaired.items():
-        wanted = data.unpaired_batch_size or config.batch_size
-        if pairs is not None and wanted > len(pairs):
+    made = TrainingData(train, validation, {name: Pairs(stores[name]) for name in _SIDES if stores[name] is not None})
+    for name, pairs in made.groups.items():
+        option, wanted = "--batch_size", config.batch_size
+        if name != "pairs" and data.unpaired_batch_size is not None:
+            option, wanted = "--data.unpaired_batch_size", data.unpaired_batch_size
+        if wanted > pairs.epoch_rows:
+            rows = "images" if pairs.groups is not None else "pairs" if name == "pairs" else f"{name} rows"
+            cure = ", or set --data.one_caption_per_image false" if pairs.groups is not None else ""
             raise CSDiffError(
-                f"--data.unpaired_batch_size {wanted} is larger than the {len(pairs)} rows of --data.{name}: lower it."
+                f"{option} {wanted} is larger than the {pairs.epoch_rows} {rows} to train on in {pairs.store.path}: "
+                f"lower it or give more data{cure}."
             )
-    return TrainingData(train, validation, **unpaired)
+    return made
 
 
-def _open(name: str, path: str | None, embed_dataset: Callable[[str, str], EmbeddingStore]) -> EmbeddingStore | None:
+def _open(name: str, config: TrainConfig, device: str) -> EmbeddingStore | None:
+    """The store of an option; of a captioned dataset made now or by an earlier run, all processes share the work."""
+    path, data, sides = getattr(config.data, name), config.data, _SIDES.get(name, ("text", "image"))
     if path is None:
         return None
     if not Path(path).exists():
@@ -212,56 +194,79 @@ def _open(name: str, path: str | None, embed_dataset: Callable[[str, str], Embed
             f"--data.{name} {path} does not exist: expected an embedding store (`csdiff embed` makes one) or a "
             "captioned dataset."
         )
-    return EmbeddingStore.open(path) if is_store(path) else embed_dataset(path, name)
-
-
-def _check_fits(name: str, other: EmbeddingStore, store: EmbeddingStore) -> None:
-    for side in _SIDES.get(name, ("text", "image")):
-        found, expected = getattr(other, f"{side}_dim"), getattr(store, f"{side}_dim")
-        if found != expected:
-            raise CSDiffError(
-                f"--data.{name} {other.path} has {side} embeddings of width {found}, expected {expected} as in "
-                f"{store.path}: embed both with one encoder."
-            )
-        mine, theirs = ((s.fingerprint or {}).get(f"{side}_encoder") for s in (store, other))
-        check_same_encoder(mine, theirs, side, str(store.path), f"--data.{name} {other.path}")
-    if other.normalized != store.normalized:
-        words = {True: "unit-norm", False: "raw"}
-        raise CSDiffError(
-            f"--data.{name} {other.path} holds {words[other.normalized]} embeddings, {store.path} "
-            f"{words[store.normalized]} ones: use two stores of one kind."
-        )
-
-
-def embed_dataset(
-    config: TrainConfig, device: str, states: bool, tokens: bool, path: str, name: str
-) -> EmbeddingStore:
-    """The store of a captioned dataset, made now or by an earlier run; all processes share the work.
-
-    Args:
-        config: The run; names the encoders and the place.
-        device: Where the encoders run.
-        states: Keep token states of the text.
-        tokens: Keep token states of the images.
-        path: Dataset in any form that `csdiff embed` reads.
-        name: `train`, `validation`, `unpaired_text` or `unpaired_image`; the last two are embedded on one side only.
-
-    Raises:
-        CSDiffError: nothing to read, no such encoder, or a store there that was made otherwise.
-    """
-    base = Path(config.data.store) if config.data.store else Path(config.output_dir) / "store"
-    sides = _SIDES.get(name, ("text", "image"))
+    if is_store(path):
+        return EmbeddingStore.open(path)
+    output = (Path(data.store) if data.store else Path(config.output_dir) / "store") / name
     embed(
         EmbedConfig(
             source=path,
-            output=str(base / name),
-            text_encoder=(config.data.text_encoder or DEFAULT_ENCODER) if "text" in sides else None,
-            image_encoder=(config.data.image_encoder or DEFAULT_ENCODER) if "image" in sides else None,
-            text_states=states and "text" in sides,
-            image_tokens=tokens and "image" in sides,
-            allow_outside=config.data.allow_outside,
+            output=str(output),
+            text_encoder=(data.text_encoder or DEFAULT_ENCODER) if "text" in sides else None,
+            image_encoder=(data.image_encoder or DEFAULT_ENCODER) if "image" in sides else None,
+            text_states="text" in sides and reads_states(config) and data.text != "online",
+            image_tokens="image" in sides and wants_tokens(config) and data.image != "online",
+            allow_outside=data.allow_outside,
             device=device,
             progress=config.logging.progress,
         )
     )
-    return EmbeddingStore.open(base / name)
+    return EmbeddingStore.open(output)
+
+
+def _check_fits(name: str, other: EmbeddingStore, store: EmbeddingStore) -> None:
+    where = f"--data.{name} {other.path}"
+    for side in _SIDES.get(name, ("text", "image")):
+        found, expected = getattr(other, f"{side}_dim"), getattr(store, f"{side}_dim")
+        if found != expected:
+            raise CSDiffError(
+                f"{where} has {side} embeddings of width {found}, expected {expected} as in {store.path}: embed both "
+                "with one encoder."
+            )
+        mine, theirs = ((s.fingerprint or {}).get(f"{side}_encoder") for s in (store, other))
+        check_same_encoder(mine, theirs, side, str(store.path), where)
+    if other.normalized != store.normalized:
+        words = {True: "unit-norm", False: "raw"}
+        raise CSDiffError(
+            f"{where} holds {words[other.normalized]} embeddings, {store.path} {words[store.normalized]} ones: use "
+            "two stores of one kind."
+        )
+
+
+def _split(store: EmbeddingStore, fraction: float) -> tuple[Pairs, Pairs]:
+    """Rows to train on and to hold out, by image, the same for every run on the same data.
+
+    Images are told apart by the store's `image_id`, else by their embedding (in stores too large for that, by row).
+    About `fraction` of the rows is held out, at most 20,000.
+    """
+    count = len(store)
+    target = min(max(round(fraction * count), 2), _HELD_OUT_LIMIT)
+    codes = np.concatenate([_codes(store, range(start, min(start + 8192, count))) for start in range(0, count, 8192)])
+    if count > _EXACT_SPLIT:
+        held_out = codes < target / count * 2**32
+    else:
+        values, counts = np.unique(codes, return_counts=True)
+        enough = int(np.searchsorted(np.cumsum(counts), target)) + 1
+        held_out = codes <= values[min(max(enough, 2), len(values)) - 1]
+    if held_out.all() or not held_out.any():
+        raise CSDiffError(
+            f"{store.path}: holding out {fraction:.0%} of {count} rows by image leaves none to train or to validate "
+            "on: give more data, --data.validation, or --data.validation_fraction 0."
+        )
+    return Pairs(store, np.flatnonzero(~held_out)), Pairs(store, np.flatnonzero(held_out))
+
+
+def _codes(store: EmbeddingStore, rows: range) -> np.ndarray:
+    """Well-spread 32-bit codes of the images of these rows."""
+    if store.knows_images:
+        keys = [str(value).encode() for value in store.image_ids(rows)]
+    elif len(store) <= _EXACT_SPLIT:
+        keys = [row.tobytes() for row in store.read(rows, keys=["image_embeds"])["image_embeds"].numpy()]
+    else:
+        keys = [b"%d" % row for row in rows]
+    codes = np.fromiter((zlib.crc32(key) for key in keys), dtype=np.uint32, count=len(keys))
+    # crc32 is linear: neighbouring numbers land in a pattern. The finaliser of murmur3 breaks it up.
+    codes ^= codes >> np.uint32(16)
+    codes *= np.uint32(0x85EBCA6B)
+    codes ^= codes >> np.uint32(13)
+    codes *= np.uint32(0xC2B2AE35)
+    return codes ^ (codes >> np.uint32(16))

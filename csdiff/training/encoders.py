@@ -1,6 +1,5 @@
 """Which frozen encoders are in the loop and which columns are read: it follows from adapter, objective and store."""
 
-import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -17,25 +16,9 @@ from csdiff.embeddings.text_encoder import TextEncoder
 from csdiff.embeddings.tokenizer import load_caption_tokenizer
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
-from csdiff.training.data import TrainingData
+from csdiff.training.data import TrainingData, reads_states, wants_tokens
 from csdiff.training.inputs import DatasetImages, Inputs
 from csdiff.training.task import Embedder
-
-
-def wants_tokens(config: TrainConfig) -> bool:
-    """Whether the objective is to see tokens: its `token_weight` is given and not 0."""
-    return bool(config.objective_options.get("token_weight"))
-
-
-def reads_states(config: TrainConfig) -> bool:
-    """Whether the adapter or the token term reads token states of a frozen text encoder."""
-    adapter = ADAPTERS[config.adapter]
-    if adapter.uses_input_ids:
-        return False
-    reads = adapter.uses_text_states
-    if not isinstance(reads, bool):
-        reads = config.adapter_options.get("encoder_hid_proj_type", "linear") is not None
-    return reads or wants_tokens(config)
 
 
 @dataclass
@@ -45,24 +28,14 @@ class TextSide:
     Attributes:
         online: Captions are encoded at every step.
         encoder: Frozen text encoder, where it is in the loop or its projection is needed.
-        encoder_id: Text encoder by name, where the adapter lives inside it.
+        inside: Text encoder by name, where the adapter lives inside it.
         shape: Tokens and width of the token states that are read, or None.
     """
 
     online: bool
-    encoder: TextEncoder | None
-    encoder_id: str | None
-    shape: tuple[int, int] | None
-
-    def adapter_options(self, config: TrainConfig) -> dict:
-        """Options of the adapter that the data decides."""
-        accepted = inspect.signature(ADAPTERS[config.adapter].__init__).parameters
-        options: dict = {}
-        if self.encoder_id is not None:
-            options["text_encoder"] = self.encoder_id
-        if self.shape is not None:
-            options |= {"num_embeddings": self.shape[0], "states_dim": self.shape[1]}
-        return {name: value for name, value in options.items() if name in accepted}
+    encoder: TextEncoder | None = None
+    inside: str | None = None
+    shape: tuple[int, int] | None = None
 
 
 def open_text_side(config: TrainConfig, data: TrainingData, device: torch.device) -> TextSide:
@@ -72,43 +45,45 @@ def open_text_side(config: TrainConfig, data: TrainingData, device: torch.device
         CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states that
             are neither cached nor encoded, captions that are not there, another encoder than the store's.
     """
+    for side in ("text", "image"):
+        name = getattr(config.data, f"{side}_encoder")
+        if name is not None and is_store(config.data.train):
+            _check_named(data, side, name)
     store, inside, states = data.store, bool(ADAPTERS[config.adapter].uses_input_ids), reads_states(config)
     cached = not inside and (not states or "text_states" in store.keys)
-    if config.data.text == "cached" and inside:
-        raise CSDiffError(
-            f"--adapter {config.adapter} changes the text encoder itself, so it cannot be trained on cached text: set "
-            "--data.text online."
-        )
     if config.data.text == "cached" and not cached:
+        lack = "changes the text encoder itself" if inside else f"needs token states, and {store.path} has none"
+        cure = "" if inside else ", or embed again with --text_states true"
         raise CSDiffError(
-            f"--adapter {config.adapter} with this objective needs token states, and {store.path} has none: embed "
-            "again with --text_states true, or set --data.text online."
+            f"--adapter {config.adapter} with this objective {lack}, so it cannot be trained on cached text: set "
+            f"--data.text online{cure}."
         )
     online = config.data.text == "online" or not cached
-    name = _encoder_id(config, data, "text") if online or wants_tokens(config) else None
+    name = _encoder_name(config, data, "text") if online or wants_tokens(config) else None
     if online and not _has_captions(store):
         raise CSDiffError(
             f"--adapter {config.adapter} encodes captions at every step, and {store.path} has no captions: expected "
             "the column caption in metadata/*.parquet."
         )
-    if online and not inside and config.data.text == "auto":
+    if inside:
+        _check_named(data, "text", name)
+        return TextSide(online, inside=name)
+    if online and config.data.text == "auto":
         warnings.warn(
             f"Steps are slow: {store.path} has no token states, so {name} encodes {config.batch_size:,} captions at "
             "every step, which takes many times as long as the adapter. Embed once with --text_states true instead, "
             "or choose an adapter for pooled text such as mlp.",
             stacklevel=2,
         )
-    encoder = None
-    if name is not None and not inside:
-        encoder = load_text_encoder(name, device)
-        check_same_encoder(data.encoder("text"), encoder.describe(), "text", str(store.path), name)
-    elif name is not None:
-        _check_named(data, "text", name)
-    shape = None
-    if states:
-        example = None if online else store.read([0], ["text_states"])["text_states"]
-        shape = (encoder.max_length, encoder.states_dim) if online else tuple(example.shape[1:])
-    return TextSide(online, encoder, name if inside else None, shape)
+    text = TextSide(online)
+    if name is not None:
+        text.encoder = load_text_encoder(name, device)
+        check_same_encoder(data.encoder("text"), text.encoder.describe(), "text", str(store.path), name)
+    if states and online:
+        text.shape = text.encoder.max_length, text.encoder.states_dim
+    elif states:
+        text.shape = tuple(store.read([0], ["text_states"])["text_states"].shape[1:])
+    return text
 
 
 def open_inputs(
@@ -119,26 +94,27 @@ def open_inputs(
     Raises:
         CSDiffError: image tokens that are neither cached nor encoded, a second store that lacks what is read.
     """
-    tokenize = None if text.encoder_id is None else load_caption_tokenizer(embedder.adapter.config.text_encoder)
+    tokenize = None if text.inside is None else load_caption_tokenizer(embedder.adapter.config.text_encoder)
     image_encoder = images = None
     image_keys: tuple[str, ...] = ("image_embeds",)
     if wants_tokens(config):
         image_encoder, images = _open_image_tokens(config, data, device)
         image_keys = ("image_embeds",) if images else ("image_embeds", "image_tokens")
         if text.encoder is not None:
-            embedder.project_text_with(text.encoder.project)
+            embedder.project_text = text.encoder.project
         else:
-            embedder.project_text_with(embedder.adapter.text_encoder.text_projection.forward)
+            embedder.project_text = embedder.adapter.text_encoder.text_projection.forward
     cached_states = text.shape is not None and not text.online
     text_keys = ("text_embeds", "text_states", "text_mask") if cached_states else ("text_embeds",)
-    encoder = text.encoder if text.online and tokenize is None else None
+    encoder = text.encoder if text.online else None
     inputs = Inputs(device, text_keys, image_keys, encoder, tokenize, image_encoder, images)
-    for group, name in {"pairs": "validation", "unpaired_text": "unpaired_text"}.items():
-        pairs = getattr(data, name)
+    unpaired_text = data.unpaired.get("unpaired_text")
+    others = {"pairs": ("validation", data.validation), "unpaired_text": ("unpaired_text", unpaired_text)}
+    for group, (name, pairs) in others.items():
         if pairs is None:
             continue
         # Held-out rows are measured on pooled embeddings: tokens are for the objective.
-        missing = [key for key in inputs.keys[group] if key not in pairs.store.keys and key != "image_tokens"]
+        missing = [key for key in inputs.keys[group] if key not in (*pairs.store.keys, "image_tokens")]
         if inputs.captions and not _has_captions(pairs.store):
             missing.append("captions")
         if missing:
@@ -149,20 +125,13 @@ def open_inputs(
     return inputs
 
 
-def check_named_encoders(config: TrainConfig, data: TrainingData) -> None:
-    """Refuse encoders that are named in the configuration and are not those of the store, needed or not."""
-    for side in ("text", "image"):
-        name = getattr(config.data, f"{side}_encoder")
-        if name is not None and data.encoder(side) and is_store(config.data.train):
-            _check_named(data, side, name)
-
-
 def _check_named(data: TrainingData, side: str, name: str) -> None:
-    found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
-    check_same_encoder(data.encoder(side), found, side, str(data.store.path), name)
+    if data.encoder(side):
+        found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
+        check_same_encoder(data.encoder(side), found, side, str(data.store.path), name)
 
 
-def _encoder_id(config: TrainConfig, data: TrainingData, side: str) -> str:
+def _encoder_name(config: TrainConfig, data: TrainingData, side: str) -> str:
     """An encoder by the configuration, else the one the store was made with."""
     name = getattr(config.data, f"{side}_encoder") or data.encoder(side).get("id")
     if name is None:
@@ -186,7 +155,7 @@ def _open_image_tokens(
         raise CSDiffError(
             "--image_adapter maps pooled embeddings only: leave it or --objective_options.token_weight out."
         )
-    name, cached = _encoder_id(config, data, "image"), "image_tokens" in store.keys
+    name, cached = _encoder_name(config, data, "image"), "image_tokens" in store.keys
     dataset = config.data.images or (None if is_store(config.data.train) else config.data.train)
     if not cached and (config.data.image == "cached" or dataset is None):
         raise CSDiffError(
@@ -197,4 +166,4 @@ def _open_image_tokens(
     check_same_encoder(data.encoder("image"), encoder.describe(), "image", str(store.path), name)
     if cached and config.data.image != "online":
         return encoder, None
-    return encoder, DatasetImages(dataset, config.data.allow_outside)
+    return encoder, DatasetImages(dataset, store, config.data.allow_outside)

@@ -17,7 +17,6 @@ from csdiff.training.task import AlignmentTask
 # Norms are calibrated on this many rows at most, and on held-out ones where there are enough for two numbers.
 _CALIBRATION_ROWS = 4096
 _HELD_OUT_ROWS = 256
-IMAGE_ADAPTER = "image_adapter"
 _FROM_THE_STORE = ("text_encoder", "image_encoder", "tokenizer", "preprocessing")
 
 
@@ -33,12 +32,7 @@ class Exporter:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        data: TrainingData,
-        task: AlignmentTask,
-        inputs: Inputs,
-        pause: Callable[[], None] = lambda: None,
+        self, config: TrainConfig, data: TrainingData, task: AlignmentTask, inputs: Inputs, pause: Callable[[], None]
     ):
         self.config, self.data, self.task, self.inputs, self.pause = config, data, task, inputs, pause
         # An image adapter has norms of its own.
@@ -50,19 +44,18 @@ class Exporter:
     @contextmanager
     def weights(self, step: int, averaged: bool) -> Iterator[Adapter]:
         """The adapter with the averaged or online weights of a step, norms calibrated; all is put back afterwards."""
-        task, adapter = self.task, self.task.embedder.adapter
-        was_training = task.embedder.training
+        embedder, adapter = self.task.embedder, self.task.embedder.adapter
         before = adapter.norm_scale.clone(), adapter.norm_shift.clone()
-        task.embedder.eval()
+        embedder.eval()
         try:
-            with task.ema.applied() if averaged else nullcontext():
+            with self.task.ema.applied() if averaged else nullcontext():
                 if self.calibrates:
                     self._calibrate(adapter, (step, averaged))
                 yield adapter
         finally:
             adapter.norm_scale.copy_(before[0])
             adapter.norm_shift.copy_(before[1])
-            task.embedder.train(was_training)
+            embedder.train()
 
     @torch.no_grad()
     def _calibrate(self, adapter: Adapter, weights: tuple[int, bool]) -> None:
@@ -92,15 +85,15 @@ class Exporter:
 
     def write(self, folder: Path, step: int, metrics: dict, averaged: bool = True) -> None:
         """Write the adapter folder (and the image adapter's below it)."""
+        image_adapter = self.task.embedder.image_adapter
         with self.weights(step, averaged) as adapter:
-            adapter.metadata = self.metadata(step, metrics, averaged)
+            adapter.metadata = self._metadata(step, metrics, averaged)
             adapter.save_pretrained(folder)
-            if self.task.embedder.image_adapter is not None:
-                image_adapter = self.task.embedder.image_adapter
+            if image_adapter is not None:
                 image_adapter.metadata = adapter.metadata
-                image_adapter.save_pretrained(folder / IMAGE_ADAPTER)
+                image_adapter.save_pretrained(folder / "image_adapter")
 
-    def metadata(self, step: int, metrics: dict, averaged: bool) -> dict:
+    def _metadata(self, step: int, metrics: dict, averaged: bool) -> dict:
         """Content of `csdiff.json`."""
         config, data = self.config, self.data
         statistics = data.train.statistics("image_embeds")

@@ -12,6 +12,7 @@ from csdiff.data.items import Item
 from csdiff.data.opening import open_source
 from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.loader import StoreBatches
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.embeddings.text_encoder import TextEncoder
 from csdiff.embeddings.tokenizer import CaptionTokenizer
 from csdiff.errors import CSDiffError
@@ -31,7 +32,7 @@ class Inputs:
         text_encoder: Frozen text encoder in the loop, or None.
         tokenize: For an adapter inside the text encoder, or None.
         image_encoder: Frozen image encoder whose projection maps image tokens, or None without a token-level term.
-        images: Images by identity for that encoder in the loop, or None where its tokens are cached.
+        images: Images by row for that encoder in the loop, or None where its tokens are cached.
     """
 
     def __init__(
@@ -55,25 +56,12 @@ class Inputs:
         self.captions = text_encoder is not None or tokenize is not None
 
     def batches(
-        self, group: str, pairs: Pairs, batch_size: int, seed: int, rank: int, world_size: int, step: int
+        self, group: str, pairs: Pairs, batch_size: int, seed: int = 0, place: tuple[int, int, int] = (0, 1, 0)
     ) -> Iterator[dict]:
-        """Endless batches of one group, this process's part of them, from a step on."""
-        loader = StoreBatches(
-            pairs.store,
-            batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            start_step=step,
-            keys=self.keys[group],
-            captions=self.captions and group != "unpaired_image",
-            rows=pairs.rows,
-            groups=pairs.groups,
-        )
-        for batch in loader:
-            if group == "pairs" and self.images is not None:
-                batch["image_ids"] = pairs.store.image_ids(batch["index"])
-            yield batch
+        """Endless batches of one group: this process's part (`place`: rank, processes, first step) of them."""
+        captions = self.captions and group != "unpaired_image"
+        data = {"keys": self.keys[group], "captions": captions, "rows": pairs.rows, "groups": pairs.groups}
+        return iter(StoreBatches(pairs.store, batch_size, seed, *place, **data))
 
     def prepare(self, batch: Rows) -> Rows:
         """Move every group to the device and encode what is not cached."""
@@ -95,33 +83,31 @@ class Inputs:
         ready: dict[str, Tensor] = {
             name: value.to(self.device, non_blocking=True)
             for name, value in rows.items()
-            if isinstance(value, Tensor) and name != "index"
+            if name not in ("index", "captions")
         }
         if "captions" in rows and self.tokenize is not None:
             ready["input_ids"], ready["text_mask"] = (t.to(self.device) for t in self.tokenize(rows["captions"]))
         if "captions" in rows and self.text_encoder is not None:
-            ready |= self._encode_text(rows["captions"])
+            parts = [self.text_encoder.encode(captions) for captions in _chunks(rows["captions"])]
+            ready["text_embeds"] = torch.cat([part.embeds for part in parts]).float()
+            ready["text_states"] = torch.cat([part.states for part in parts]).float()
+            ready["text_mask"] = torch.cat([part.mask for part in parts])
         if tokens and self.image_encoder is not None:
             ready["image_tokens"] = self._image_tokens(rows, ready)
         return ready
 
-    def _encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        parts = [self.text_encoder.encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)]
-        return {
-            "text_embeds": torch.cat([p.embeds for p in parts]).float(),
-            "text_states": torch.cat([p.states for p in parts]).float(),
-            "text_mask": torch.cat([p.mask for p in parts]),
-        }
-
     @torch.no_grad()
     def _image_tokens(self, rows: dict, ready: dict) -> Tensor:
         if self.images is None:
-            states = ready["image_tokens"].split(_CHUNK)
+            states = _chunks(ready["image_tokens"])
         else:
-            names = rows["image_ids"]
-            chunks = (self.images(names[start : start + _CHUNK]) for start in range(0, len(names), _CHUNK))
-            states = (self.image_encoder.encode(images).tokens for images in chunks)
+            states = (self.image_encoder.encode(self.images(part)).tokens for part in _chunks(rows["index"]))
         return torch.cat([self.image_encoder.project(part).float() for part in states])
+
+
+def _chunks(rows) -> Iterator:
+    """Encoders see so many rows at a time, whatever the batch."""
+    return (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
 
 
 class DatasetImages:
@@ -132,11 +118,12 @@ class DatasetImages:
 
     Args:
         path: Dataset in any form that `csdiff embed` reads.
+        store: The store that was made from it.
         allow_outside: Read images that it names outside its folder.
     """
 
-    def __init__(self, path: str, allow_outside: bool = False):
-        self.path = path
+    def __init__(self, path: str, store: EmbeddingStore, allow_outside: bool = False):
+        self.path, self.store = path, store
         source = open_source(path, allow_outside=allow_outside)
         if not source.has_images:
             raise CSDiffError(f"{path} has no images, and an image encoder is to see them at every step.")
@@ -147,14 +134,14 @@ class DatasetImages:
             if isinstance(item, Item) and item.image is not None
         }
 
-    def __call__(self, identities: list[str]) -> list[Image]:
-        """Images by `image_id`.
+    def __call__(self, rows: Tensor) -> list[Image]:
+        """Images of rows of the store.
 
         Raises:
             CSDiffError: an image of the store is not in the dataset, or cannot be decoded any more.
         """
         try:
-            return [decode_image(self._images[name]) for name in identities]
+            return [decode_image(self._images[name]) for name in self.store.image_ids(rows)]
         except (KeyError, UnreadableImage) as error:
             raise CSDiffError(
                 f"{self.path}: an image of the store cannot be read here ({error}): give the dataset that the store "

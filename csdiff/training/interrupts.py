@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Stopped(BaseException):
@@ -20,11 +20,9 @@ class Interrupt:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Listen within a block. Outside the main thread signals cannot be handled and keep their meaning."""
-        try:
+        with suppress(ValueError):
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
-        except ValueError:
-            pass
         try:
             yield
         finally:
@@ -40,11 +38,7 @@ class Interrupt:
             self._may_leave = False
 
     def pause(self) -> None:
-        """A place where a block of `may_leave` can be left.
-
-        Raises:
-            Stopped: if a signal has come, within such a block.
-        """
+        """Leaves a block of `may_leave` by `Stopped` if a signal has come."""
         if self._may_leave and self.signal is not None:
             raise Stopped
 

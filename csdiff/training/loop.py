@@ -1,13 +1,20 @@
-"""One optimizer step after another: batches in, updated weights, averages and numbers out."""
+"""One optimizer step after another, and all that a run needs to go on as if it had never stopped."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from csdiff.errors import CSDiffError
+from csdiff.files import read_json
 from csdiff.training.config import TrainConfig
 from csdiff.training.gradient_cache import Rows
-from csdiff.training.optimization import learning_rate_factor
+from csdiff.training.optimization import copy_weights, learning_rate_factor, make_optimizer
+from csdiff.training.run_folder import STATE
 from csdiff.training.task import AlignmentTask, NonFinite
 
 
@@ -42,8 +49,6 @@ class Loop:
     Args:
         config: The run.
         task: What is trained.
-        optimizer: Over the task's weights.
-        scaler: Loss scaler of float16; disabled otherwise.
         rank: Of this process.
 
     Attributes:
@@ -51,36 +56,44 @@ class Loop:
         skip_reason: Why the last skipped step was skipped.
     """
 
-    def __init__(self, config: TrainConfig, task: AlignmentTask, optimizer, scaler, rank: int = 0):
-        self.config, self.task, self.optimizer, self.scaler = config, task, optimizer, scaler
-        self.rank, self.progress, self.skip_reason = rank, Progress(), ""
+    def __init__(self, config: TrainConfig, task: AlignmentTask, rank: int = 0):
+        self.config, self.task, self.rank = config, task, rank
+        self.optimizer = make_optimizer(task.parameters, config)
+        device = next(iter(task.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
+        self.progress, self.skip_reason = Progress(), ""
 
-    def step(self, batch: Rows) -> dict[str, torch.Tensor | float] | None:
-        """One update; returns the numbers to log, or None when the step was skipped.
-
-        Raises:
-            CSDiffError: after too many skipped steps in a row.
-        """
-        config, progress = self.config, self.progress
+    def step(self, batch: Rows) -> dict[str, Tensor | float] | None:
+        """One update; returns the numbers to log, or None when the step was skipped."""
+        config, progress, task = self.config, self.progress, self.task
         rate = config.learning_rate * learning_rate_factor(config.schedule, progress.step, config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
-            output = self.task.backward(batch, config.micro_batch_size, scale=self.scaler.scale, reseed=self._reseed)
-            self.task.average_gradients()
-            norm = self._clip()
+            output = task.backward(batch, config.micro_batch_size, scale=self.scaler.scale, reseed=self._reseed)
+            task.average_gradients()
+            self.scaler.unscale_(self.optimizer)
+            limit = config.optimizer.max_grad_norm or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(list(task.parameters.values()), limit)
             reason = None if torch.isfinite(norm) else "the gradient is not finite"
         except NonFinite as problem:
             reason = str(problem)
         progress.step += 1
-        if reason is not None:
-            self._skip(reason)
-            return None
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if reason is None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            task.ema.update(progress.step - progress.skipped)
+            progress.skipped_in_a_row = 0
+        else:
+            if self.scaler.is_enabled():
+                # Overflow is how the scaler finds its range: halve it, as it would itself.
+                self.scaler.update(self.scaler.get_scale() / 2)
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            self.skip_reason = reason
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.ema.update(progress.step - progress.skipped)
-        progress.skipped_in_a_row = 0
+        if reason is not None:
+            return None
         return {"loss": output.loss.detach(), **output.terms, "grad_norm": norm, "learning_rate": rate}
 
     def _reseed(self, micro_batch: int) -> None:
@@ -89,27 +102,58 @@ class Loop:
         seed += self.rank * 0x94D049BB133111EB + micro_batch * 0xD6E8FEB86659FD93
         torch.manual_seed(seed % 2**63)
 
-    def _clip(self) -> torch.Tensor:
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.optimizer.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(
-            list(self.task.parameters.values()), limit if limit > 0 else float("inf")
-        )
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the adapter, and weights, averages and two moments in float32."""
+        adapter = sum(t.numel() * t.element_size() for t in self.task.embedder.state_dict().values())
+        return adapter + 4 * 4 * sum(p.numel() for p in self.task.parameters.values()) + 65536
 
-    def _skip(self, reason: str) -> None:
-        progress, self.skip_reason = self.progress, reason
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():
-            # Overflow is how the scaler finds its range: halve it, as it would itself.
-            self.scaler.update(self.scaler.get_scale() / 2)
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        if progress.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise TooManySkipped(
-                f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because "
-                f"{reason}"
+    def save(self, folder: Path) -> None:
+        """Write `state/` into a checkpoint folder: `weights` and `optimizer.safetensors`, `state.json`."""
+        target = folder / STATE
+        target.mkdir()
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.task.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        for file, tensors in {"weights": self._weights(), "optimizer": moments}.items():
+            plain = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+            save_file(plain, target / f"{file}.safetensors")
+        content = {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() or None}
+        (target / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> Progress:
+        """Read `state/` of a checkpoint into task, optimizer and loss scaler; returns its counters.
+
+        Raises:
+            CSDiffError: if a file is missing, damaged, or of another model.
+        """
+        source = folder / STATE
+        try:
+            weights = load_file(source / "weights.safetensors")
+            moments = load_file(source / "optimizer.safetensors")
+            content = read_json(source / "state.json")
+            progress = Progress(**content["progress"])
+        except (OSError, SafetensorError, KeyError, TypeError, CSDiffError) as error:
+            raise CSDiffError(
+                f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give "
+                "another with --resume."
+            ) from error
+        here, there = ({n: tuple(t.shape) for n, t in side.items()} for side in (self._weights(), weights))
+        if odd := sorted(set(here.items()) ^ set(there.items())):
+            raise CSDiffError(
+                f"Checkpoint {folder} is of another model: {odd[0][0]} of shape {list(odd[0][1])} is on one side "
+                "only; resume with the adapter and objective of that run."
             )
+        copy_weights(weights, self._weights())
+        for name, value in moments.items():
+            parameter, key = name.rsplit("/", 1)
+            parameter = self.task.parameters[parameter]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+        if self.scaler.is_enabled() and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        return progress
 
-
-class TooManySkipped(CSDiffError):
-    """Training has broken down; the caller names the last good checkpoint."""
+    def _weights(self) -> dict[str, Tensor]:
+        online = {f"online.{name}": parameter for name, parameter in self.task.parameters.items()}
+        return online | {f"ema.{name}": value for name, value in self.task.ema.average.items()}

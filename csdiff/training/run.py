@@ -15,17 +15,15 @@ from csdiff.training.data import TrainingData
 from csdiff.training.export import Exporter
 from csdiff.training.inputs import Inputs
 from csdiff.training.interrupts import Interrupt, Stopped
-from csdiff.training.loop import Loop, TooManySkipped
+from csdiff.training.loop import Loop
 from csdiff.training.run_folder import ONLINE, RunFolder
-from csdiff.training.samples import Samples
-from csdiff.training.state import load_state, save_state, state_bytes
-from csdiff.training.validation import Validator
+from csdiff.training.validation import Validator, check_decoder, draw
 
 _BASELINE_ROWS = 20_000
 
 
 class Run:
-    """A run with all its parts.
+    """A run with all its parts; making it reads the held-out rows and measures the baselines.
 
     Args:
         config: The run.
@@ -35,6 +33,9 @@ class Run:
         data: What it trains on.
         inputs: Prepares batches.
         loop: Makes the steps.
+
+    Raises:
+        CSDiffError: a decoder that does not fit, or no such metric: the last chance to refuse something.
     """
 
     def __init__(
@@ -53,43 +54,34 @@ class Run:
         self.interrupt = Interrupt()
         self.exporter = Exporter(config, data, loop.task, inputs, self.interrupt.pause)
         self.validator: Validator | None = None
-        self.samples: Samples | None = None
         self.metrics: dict = {}
         self.measured_at: int | None = None
-
-    def prepare(self) -> None:
-        """Read the held-out rows and measure the baselines; the last chance to refuse something."""
-        config = self.config.validation
-        if self.main and config.decoder is not None:
-            self.samples = Samples(self.config, self.exporter, self.interrupt.at_once)
-        if not self.main or self.data.validation is None:
-            return
-        rows = self.inputs.read(self.data.validation.sample(config.limit))
-        self.validator = Validator(rows, config.metric, config.mode, self.interrupt.pause)
-        progress = self.loop.progress
-        if not progress.baselines:
-            fitted = self.data.train.sample(_BASELINE_ROWS).all()
-            progress.baselines = self.validator.baselines(fitted["text_embeds"], fitted["image_embeds"])
-        for metrics in progress.baselines.values():
-            self.validator.value(metrics)
+        if self.main and config.validation.decoder is not None:
+            check_decoder(config.validation.decoder, data.store)
+        if self.main and data.validation is not None:
+            rows = inputs.read(data.validation.sample(config.validation.limit))
+            self.validator, progress = Validator(rows, config.validation, self.interrupt.pause), loop.progress
+            if not progress.baselines:
+                progress.baselines = self.validator.baselines(data.train.sample(_BASELINE_ROWS).read(slice(None)))
+            for metrics in progress.baselines.values():
+                self.validator.value(metrics)
 
     def announce(self, start: Path | None) -> None:
         """Say what is trained, on what, with what."""
-        config, data, train, store = self.config, self.data, self.data.train, self.data.store
+        config, train, store = self.config, self.data.train, self.data.store
         weights = sum(p.numel() for p in self.task.parameters.values())
-        groups = [f"{len(train):,} pairs"]
+        rows = f"{len(train):,} pairs"
         if train.groups is not None:
-            groups[0] += f" of {train.epoch_rows:,} images, one caption of each an epoch"
-        for name in ("unpaired_text", "unpaired_image"):
-            if getattr(data, name) is not None:
-                groups.append(f"{len(getattr(data, name)):,} {name.replace('_', ' ')} rows")
-        groups.append(f"{0 if data.validation is None else len(data.validation):,} held out")
+            rows += f" of {train.epoch_rows:,} images, one caption of each an epoch"
+        for name, pairs in self.data.unpaired.items():
+            rows += f", {len(pairs):,} {name.replace('_', ' ')} rows"
+        held_out = 0 if self.data.validation is None else len(self.data.validation)
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
         count = self.accelerator.num_processes
         epochs = config.max_steps * config.batch_size / train.epoch_rows
         self.console.say(
-            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {', '.join(groups)} "
-            f"({store.path}, text {store.text_dim}, image {store.image_dim})."
+            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {rows}, {held_out:,} held "
+            f"out ({store.path}, text {store.text_dim}, image {store.image_dim})."
         )
         self.console.say(
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs) on {count} "
@@ -135,7 +127,7 @@ class Run:
                     if better or stop or last or (sound and self._due(config.checkpoint.every)):
                         self._save()
                     if stop and (not last or not self.task.agree(not progress.validation_left)):
-                        self._stop(interrupt.signal)
+                        self._stop()
         finally:
             self.console.stop()
             feed.close()
@@ -144,15 +136,12 @@ class Run:
 
     def _feed(self) -> Iterator[dict]:
         """Endless batches of all groups side by side, on the device."""
-        config = self.config
-        unpaired = config.data.unpaired_batch_size or config.batch_size
-        sizes = {"pairs": config.batch_size, "unpaired_text": unpaired, "unpaired_image": unpaired}
-        groups = {"pairs": self.data.train} | {name: getattr(self.data, name) for name in list(sizes)[1:]}
+        config, groups = self.config, self.data.groups
+        sizes = dict.fromkeys(groups, config.data.unpaired_batch_size or config.batch_size)
+        sizes["pairs"] = config.batch_size
         place = self.accelerator.process_index, self.accelerator.num_processes, self.loop.progress.step
         loaders = {
-            name: self.inputs.batches(name, pairs, sizes[name], config.seed, *place)
-            for name, pairs in groups.items()
-            if pairs is not None
+            name: self.inputs.batches(name, pairs, sizes[name], config.seed, place) for name, pairs in groups.items()
         }
         for parts in zip(*loaders.values(), strict=True):
             yield self.inputs.prepare(dict(zip(loaders, parts, strict=True)))
@@ -162,19 +151,19 @@ class Run:
         return step == self.config.max_steps or (every > 0 and step % every == 0)
 
     def _step(self, batch: dict) -> dict | None:
-        progress = self.loop.progress
-        try:
-            numbers = self.loop.step(batch)
-        except TooManySkipped as error:
+        numbers, progress, reason = self.loop.step(batch), self.loop.progress, self.loop.skip_reason
+        if numbers is not None:
+            return numbers
+        if progress.skipped_in_a_row >= self.config.max_skipped_steps:
             last = self.folder.checkpoints.latest()
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise CSDiffError(
-                f"{error}; {good}. Lower --learning_rate, or look for damaged rows in the data."
-            ) from None
-        if numbers is None:
-            self.console.say(f"Step {progress.step} skipped: {self.loop.skip_reason} ({progress.skipped} so far).")
-            self._log("skipped", {"reason": self.loop.skip_reason, "skipped": progress.skipped})
-        return numbers
+                f"Stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row were skipped because "
+                f"{reason}; {good}. Lower --learning_rate, or look for damaged rows in the data."
+            )
+        self.console.say(f"Step {progress.step} skipped: {reason} ({progress.skipped} so far).")
+        self._log("skipped", {"reason": reason, "skipped": progress.skipped})
+        return None
 
     def _log(self, kind: str, numbers: dict) -> None:
         step = self.loop.progress.step
@@ -185,13 +174,15 @@ class Run:
 
     def _validate(self) -> bool:
         """Draw and measure, unless a signal comes first; whether the averaged weights are the best so far."""
-        progress = self.loop.progress
+        progress, better = self.loop.progress, False
         progress.validation_left = True
         try:
             with self.interrupt.may_leave():
-                if self.samples is not None:
-                    self.samples.draw(self.folder.path, progress.step, self.accelerator.trackers)
-                better = self.validator is not None and self._measure(self.validator)
+                if self.main and self.config.validation.decoder is not None:
+                    trackers = self.accelerator.trackers
+                    draw(self.config, self.exporter, progress.step, self.interrupt.at_once, trackers)
+                if self.validator is not None:
+                    better = self._measure(self.validator)
         except Stopped:
             return False
         progress.validation_left = False
@@ -208,31 +199,29 @@ class Run:
         value = validator.value(self.metrics)
         shown = "not finite" if value is None else f"{value:.4f}"
         self.console.say(f"step {step}: {validator.metric} {shown} on {len(validator.image):,} held-out rows")
-        if not validator.better(value, progress.best_value):
-            return False
-        progress.best_step, progress.best_value = step, value
-        return True
+        better = validator.better(value, progress.best_value)
+        if better:
+            progress.best_step, progress.best_value = step, value
+        return better
 
     def _save(self) -> None:
         if not self.main:
             return
-        loop, progress = self.loop, self.loop.progress
-        metrics = self.metrics if self.measured_at == progress.step else {}
+        progress = self.loop.progress
 
         def write(folder: Path) -> None:
+            metrics = self.metrics if self.measured_at == progress.step else {}
             self.exporter.write(folder, progress.step, metrics)
-            save_state(folder, self.task, loop.optimizer, loop.scaler, progress)
+            self.loop.save(folder)
 
-        self.folder.checkpoints.save(progress.step, write, state_bytes(self.task), progress.best_step)
+        self.folder.checkpoints.save(progress.step, write, self.loop.checkpoint_bytes(), progress.best_step)
 
-    def _stop(self, number: int | None) -> None:
+    def _stop(self) -> None:
+        number, step = self.interrupt.signal, self.loop.progress.step
         name = signal.Signals(number).name if number else "a signal to another process"
-        where = self.folder.checkpoints.path(self.loop.progress.step)
+        where = self.folder.checkpoints.path(step)
         self.console.stop()
-        self.console.say(
-            f"Stopped by {name} after step {self.loop.progress.step}; {where} is written, run the same "
-            "command to continue."
-        )
+        self.console.say(f"Stopped by {name} after step {step}; {where} is written, run the same command to continue.")
         raise SystemExit(128 + (number or signal.SIGTERM))
 
     def finish(self) -> dict:
@@ -246,7 +235,7 @@ class Run:
         elif self.config.export == "best" and progress.best_step != step:
             step = progress.best_step
             best = self.folder.checkpoints.path(step)
-            load_state(best, self.task, self.loop.optimizer, self.loop.scaler)
+            self.loop.load(best)
             metrics = read_json(best / "csdiff.json").get("metrics") or {}
         self.exporter.write(self.folder.path, step, metrics)
         self.exporter.write(self.folder.path / ONLINE, step, metrics, averaged=False)

@@ -4,7 +4,6 @@ Everything appears whole or not at all. Names are absolute here; see `csdiff.tra
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from csdiff.files import (
     write_text,
     writing_folder,
 )
+from csdiff.plain import plain
 from csdiff.training.config import TrainConfig, resolved
 
 CONFIG_NAME = "training.yaml"
@@ -36,15 +36,13 @@ STATE = "state"
 
 _STEP = re.compile(r"step-(\d+)")
 # What may change between two launches of one run without making it another run.
-_FREE = (
-    *("output_dir", "resume", "max_steps", "micro_batch_size"),
-    *("gradient_checkpointing", "compile", "export", "threads"),
-)
+_FREE = {"output_dir", "resume", "max_steps", "micro_batch_size", "gradient_checkpointing", "compile"}
+_FREE |= {"export", "threads"}
 _FREE_SECTIONS = ("logging.", "checkpoint.", "validation.")
 
 
 class Checkpoints:
-    """The checkpoint folder of a run: `step-00000100/`, ..., and the files `latest` and `best` that name two of them.
+    """The checkpoint folder of a run: `step-00000100/`, ..., and the text files `latest` and `best` that name two.
 
     Args:
         folder: `OUTPUT_DIR/checkpoints`.
@@ -71,19 +69,12 @@ class Checkpoints:
         return self.path(steps[-1]) if steps else None
 
     def named(self, name: str) -> Path | None:
-        """The checkpoint that `latest` or `best` names, whole or gone; None when nothing is named.
-
-        They are text files, since not every file system has links; earlier versions made links.
-        """
+        """The checkpoint that `latest` or `best` names, whole or gone; None when nothing is named."""
         marker = self.folder / name
-        if marker.is_symlink():
-            return self.folder / marker.readlink().name
-        if not marker.is_file():
-            return None
-        match = _STEP.fullmatch(marker.read_text(encoding="utf-8", errors="replace").strip())
+        match = _STEP.fullmatch(marker.read_text("utf-8", errors="replace").strip()) if marker.is_file() else None
         return self.folder / match[0] if match else None
 
-    def save(self, step: int, write: Callable[[Path], None], size: int, best: int | None) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], size: int, best: int | None) -> None:
         """Write a checkpoint, name it, drop what retention no longer keeps.
 
         Args:
@@ -114,14 +105,9 @@ class Checkpoints:
                 gone = self.folder / f"{PARTIAL}{os.getpid()}-{self.path(old).name}"
                 move(self.path(old), gone)
                 shutil.rmtree(gone)
-        return target
 
     def full_message(self, what: str) -> str:
-        """One sentence for a full disk.
-
-        Args:
-            what: What could not be written, and where.
-        """
+        """One sentence for a full disk, given what could not be written, and where."""
         last = self.latest()
         kept = f"the last checkpoint, {last}, is intact" if last else "there is no earlier checkpoint"
         free = shutil.disk_usage(self.folder.parent).free
@@ -156,29 +142,25 @@ class RunFolder:
         Raises:
             CSDiffError: if the folder holds a run with another configuration, or `--resume` names no checkpoint.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise CSDiffError(f"--output_dir {self.path} is a file, expected a folder: give another --output_dir.")
         writable = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not writable.is_dir() or not os.access(writable, os.W_OK):
             raise CSDiffError(f"--output_dir {self.path} cannot be written: {writable} is not a folder to write into.")
-        if self.config.resume == "never":
+        resume = self.config.resume
+        if resume == "never" or (resume == "auto" and not self._used()):
             return None
-        if self.config.resume != "auto":
-            return self._given(Path(self.config.resume))
-        latest = self.checkpoints.latest()
-        if latest is None and not (self.path / ADAPTER_CONFIG).exists():
-            return None
-        self._check_same_run()
-        return latest
-
-    def _given(self, path: Path) -> Path:
-        for candidate in (path, Checkpoints(path / "checkpoints").latest()):
+        if resume == "auto":
+            self._check_same_run()
+            return self.checkpoints.latest()
+        for candidate in (Path(resume), Checkpoints(Path(resume) / "checkpoints").latest()):
             if candidate is not None and (candidate / STATE / "state.json").is_file():
                 return candidate
         raise CSDiffError(
-            f"--resume {path}: expected auto, never, or a checkpoint folder such as {self.checkpoints.path(500)}, "
+            f"--resume {resume}: expected auto, never, or a checkpoint folder such as {self.checkpoints.path(500)}, "
             f"found no {STATE}/state.json there."
         )
+
+    def _used(self) -> bool:
+        return self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists()
 
     def _check_same_run(self) -> None:
         hint = "give another --output_dir, or --resume never to set what is there aside and start anew"
@@ -186,10 +168,10 @@ class RunFolder:
         if not saved:
             raise CSDiffError(f"--output_dir {self.path} holds an adapter but no {CONFIG_NAME} of a run: {hint}.")
         # An option that the earlier launch did not know had its default.
-        saved, default = ({k: v for k, v in o.items() if v != {}} for o in (saved, flatten(asdict(TrainConfig()))))
+        default = flatten(asdict(TrainConfig()))
         differences = []
-        for key in sorted(saved.keys() | {k for k, v in mine.items() if v != {}}):
-            was, now = saved.get(key, default.get(key, "unset")), mine.get(key, default.get(key, "unset"))
+        for key in sorted(saved.keys() | mine.keys()):
+            was, now = (options.get(key, default.get(key, "unset")) for options in (saved, mine))
             if was != now and key not in _FREE and not key.startswith(_FREE_SECTIONS):
                 differences.append(f"{key} was {was!r}, is {now!r}")
         if differences:
@@ -213,19 +195,16 @@ class RunFolder:
     def open(self, start: Path | None, step: int) -> None:
         """Make the folder ready to go on after `step`; it exists, and is locked."""
         if start is not None and start.parent == self.checkpoints.folder:
-            later = [self.checkpoints.path(other) for other in self.checkpoints.steps() if other > step]
-        elif self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists():
-            later = list(self.path.iterdir())
-        else:
-            later = []
-        if later:
-            self._set_aside(later)
+            self._set_aside([self.checkpoints.path(other) for other in self.checkpoints.steps() if other > step])
+        elif self._used():
+            self._set_aside(list(self.path.iterdir()))
         for folder in (self.path, self.checkpoints.folder, self.path / ONLINE):
             remove_partial(folder)
         write_text(self.path / CONFIG_NAME, yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True))
-        if (self.path / METRICS_NAME).is_file():
-            kept = [json.dumps(row) + "\n" for row in read_jsonl(self.path / METRICS_NAME) if self._stays(row, step)]
-            write_text(self.path / METRICS_NAME, "".join(kept))
+        metrics = self.path / METRICS_NAME
+        kept = [json.dumps(row) + "\n" for row in read_jsonl(metrics) if self._stays(row, step)]
+        if metrics.is_file():
+            write_text(metrics, "".join(kept))
 
     def _stays(self, row: dict, step: int) -> bool:
         """Whether a line of `metrics.jsonl` is not written again after going on at `step`."""
@@ -234,6 +213,8 @@ class RunFolder:
         return row.get("step", step) < step + (not again)
 
     def _set_aside(self, paths: list[Path]) -> None:
+        if not paths:
+            return
         number = 1
         while (aside := self.path / f"previous-{number}").exists():
             number += 1
@@ -244,13 +225,6 @@ class RunFolder:
                 path.rename(aside / path.name)
 
     def log(self, step: int, kind: str, numbers: dict) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`; null stands for numbers that are not finite."""
         with (self.path / METRICS_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **_finite(numbers)}) + "\n")
-
-
-def _finite(value):
-    """JSON has no infinities: null stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            file.write(json.dumps(plain({"step": step, "kind": kind, **numbers})) + "\n")

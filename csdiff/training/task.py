@@ -14,8 +14,6 @@ from csdiff.losses.process_group import global_sum
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
 from csdiff.training.optimization import EMA
 
-DIFFUSION = "diffusion"
-
 
 class NonFinite(ArithmeticError):
     """The embeddings or the loss of a batch are not finite; nothing was added to the gradients that counts."""
@@ -27,26 +25,16 @@ class Embedder(nn.Module):
     Args:
         adapter: Text side.
         image_adapter: Image side, for retrieval; None leaves image embeddings as they are.
+
+    Attributes:
+        project_text: For a token-level term: token states (B, L, H) to the space of the text embeddings (B, L, Dt),
+            a method of the frozen text encoder; None maps no tokens.
     """
 
     def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None):
         super().__init__()
         self.adapter, self.image_adapter = adapter, image_adapter
-        self._project_text: Callable[[Tensor], Tensor] | None = None
-
-    def project_text_with(self, projection: Callable[[Tensor], Tensor]) -> None:
-        """Map tokens too, for a token-level term.
-
-        Args:
-            projection: Token states (B, L, H) to the space of the text embeddings (B, L, Dt), by the text encoder.
-        """
-        # A bound method: the encoder behind it is frozen and must not become a part of this module.
-        self._project_text = projection
-
-    @property
-    def tokens(self) -> bool:
-        """Whether tokens are mapped too."""
-        return self._project_text is not None
+        self.project_text: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         """What the objective needs of groups of rows.
@@ -71,18 +59,19 @@ class Embedder(nn.Module):
                 )
                 embedded["error"] = error.expand(len(values["image_embeds"]))
             else:
-                embedded |= self.predict(values, tokens=self.tokens)
+                embedded |= self.predict(values, tokens=self.project_text is not None)
         return {name: value.float() for name, value in embedded.items()}
 
     def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
         """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
-        text = self._text(pairs)
+        text, embedded = self._text(pairs), {}
         if tokens:
-            projected = self._project_text(text["text_states"])
-            prediction, text_tokens = self.adapter.embed_with_tokens(token_embeds=projected, **text)
-            embedded = {"prediction": prediction, "text_tokens": text_tokens}
+            projected = self.project_text(text["text_states"])
+            embedded["prediction"], embedded["text_tokens"] = self.adapter.embed_with_tokens(
+                token_embeds=projected, **text
+            )
         else:
-            embedded = {"prediction": self.adapter.embed(**text)}
+            embedded["prediction"] = self.adapter.embed(**text)
         if self.image_adapter is not None:
             embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
         return {name: value.float() for name, value in embedded.items()}
@@ -102,7 +91,7 @@ class AlignmentTask:
         objective: Module of `csdiff.losses`, made for the process group that shares the batch.
         ema_decay: See :class:`EMA`.
         autocast: Context the embedder computes in, by default none; the objective always computes in float32.
-        group: Process group that shares the batch, or None.
+        group: Process group that shares the batch, or None; all processes get the weights of the first.
     """
 
     def __init__(
@@ -119,44 +108,9 @@ class AlignmentTask:
             **{f"objective.{n}": p for n, p in objective.named_parameters() if p.requires_grad},
         }
         if group is not None:
-            self.broadcast()
+            for tensor in (*self.parameters.values(), *embedder.adapter.buffers()):
+                dist.broadcast(tensor.detach(), 0, group=group)
         self.ema = EMA(self.parameters, ema_decay)
-
-    def embed(self, rows: Rows) -> dict[str, Tensor]:
-        """What the embedder makes of rows, in the computation type."""
-        with self.autocast():
-            return self.embedder(rows)
-
-    def loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
-        """The objective of embedded rows and of what in the batch does not depend on the weights."""
-        if "error" in embedded:
-            return self.objective(embedded["error"])
-        pairs = batch["pairs"]
-        inputs: dict[str, Tensor | None] = {}
-        if self.objective.uses_source_text:
-            inputs["source_text"] = pairs["text_embeds"]
-        if self.objective.uses_unpaired:
-            inputs["unpaired_text"] = embedded.get("unpaired_text")
-            inputs["unpaired_image"] = embedded.get("unpaired_image")
-            if inputs["unpaired_image"] is None and "unpaired_image" in batch:
-                inputs["unpaired_image"] = batch["unpaired_image"]["image_embeds"]
-        if self.embedder.tokens:
-            inputs |= {
-                "text_tokens": embedded["text_tokens"],
-                "image_tokens": pairs["image_tokens"],
-                "text_mask": pairs["text_mask"],
-            }
-        image = embedded.get("image", pairs["image_embeds"])
-        try:
-            with torch.autocast(embedded["prediction"].device.type, enabled=False):
-                return self.objective(embedded["prediction"], image, **inputs)
-        except ValueError as error:
-            raise CSDiffError(f"--objective: {type(self.objective).__name__} refuses these rows: {error}") from error
-
-    def trained_rows(self, batch: Rows) -> Rows:
-        """The groups of a batch that pass through trainable weights."""
-        frozen = set() if self.embedder.image_adapter is not None else {"unpaired_image"}
-        return {group: rows for group, rows in batch.items() if group not in frozen}
 
     def backward(
         self,
@@ -170,7 +124,9 @@ class AlignmentTask:
         Raises:
             NonFinite: if embeddings or loss are not finite, on any process; the gradients are then to be thrown away.
         """
-        rows = self.trained_rows(batch)
+        # Images without an adapter pass through no weights: they go to the loss directly.
+        trained = self.embedder.image_adapter is not None
+        rows = {group: part for group, part in batch.items() if group != "unpaired_image" or trained}
         parts = [rows] if micro_batch_size is None else split(rows, micro_batch_size)
         if len(parts) > 1:
             return cached_gradients(
@@ -185,6 +141,11 @@ class AlignmentTask:
         scale(output.loss).backward()
         return output
 
+    def embed(self, rows: Rows) -> dict[str, Tensor]:
+        """What the embedder makes of rows, in the computation type."""
+        with self.autocast():
+            return self.embedder(rows)
+
     def _finite_loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
         checked = [*embedded.values(), *(rows["image_embeds"] for rows in batch.values() if "image_embeds" in rows)]
         if not self.agree(all(bool(value.detach().isfinite().all()) for value in checked)):
@@ -193,6 +154,28 @@ class AlignmentTask:
         if not self.agree(bool(output.loss.detach().isfinite())):
             raise NonFinite("the loss is not finite")
         return output
+
+    def loss(self, embedded: dict[str, Tensor], batch: Rows) -> Any:
+        """The objective of embedded rows and of what in the batch does not depend on the weights."""
+        if "error" in embedded:
+            return self.objective(embedded["error"])
+        pairs = batch["pairs"]
+        inputs: dict[str, Tensor | None] = {}
+        if self.objective.uses_source_text:
+            inputs["source_text"] = pairs["text_embeds"]
+        if self.objective.uses_unpaired:
+            fixed = batch.get("unpaired_image", {}).get("image_embeds")
+            inputs["unpaired_text"] = embedded.get("unpaired_text")
+            inputs["unpaired_image"] = embedded.get("unpaired_image", fixed)
+        if "text_tokens" in embedded:
+            inputs |= {name: pairs[name] for name in ("image_tokens", "text_mask")}
+            inputs["text_tokens"] = embedded["text_tokens"]
+        image = embedded.get("image", pairs["image_embeds"])
+        try:
+            with torch.autocast(embedded["prediction"].device.type, enabled=False):
+                return self.objective(embedded["prediction"], image, **inputs)
+        except ValueError as error:
+            raise CSDiffError(f"--objective: {type(self.objective).__name__} refuses these rows: {error}") from error
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over the processes, in one reduction.
@@ -209,11 +192,6 @@ class AlignmentTask:
         flat /= dist.get_world_size(self.group)
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-
-    def broadcast(self) -> None:
-        """Give every process the weights of the first one."""
-        for tensor in (*self.parameters.values(), *self.embedder.adapter.buffers()):
-            dist.broadcast(tensor.detach(), 0, group=self.group)
 
     def agree(self, fine: bool) -> bool:
         """Whether something holds on every process, so that all of them take the same turn."""

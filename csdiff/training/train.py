@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,13 +22,11 @@ from csdiff.options import check_options
 from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
-from csdiff.training.data import embed_dataset, open_data
-from csdiff.training.encoders import check_named_encoders, open_inputs, open_text_side, reads_states, wants_tokens
+from csdiff.training.data import open_data
+from csdiff.training.encoders import open_inputs, open_text_side
 from csdiff.training.loop import Loop
-from csdiff.training.optimization import make_optimizer
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
-from csdiff.training.state import load_state
 
 # The other processes wait while the main one validates, draws and saves.
 _PATIENCE = timedelta(hours=6)
@@ -94,28 +91,21 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
             f"--batch_size {config.batch_size} leaves some of the {accelerator.num_processes} processes without a "
             "row: raise it."
         )
-    states = reads_states(config) and config.data.text != "online"
-    tokens = wants_tokens(config) and config.data.image != "online"
     with _warnings_said(console):
-        data = open_data(config, partial(embed_dataset, config, str(device), states, tokens))
+        data = open_data(config, str(device))
         if config.export == "best" and data.validation is None:
             raise CSDiffError(
                 "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
                 "--data.validation_fraction, or --export last."
             )
-        check_named_encoders(config, data)
         text = open_text_side(config, data, device)
         embedder = build_embedder(config, data, text)
         inputs = open_inputs(config, data, text, embedder, device)
-    task = build_task(config, embedder, accelerator)
-    optimizer = make_optimizer(task.parameters, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
-    loop = Loop(config, task, optimizer, scaler, accelerator.process_index)
+    loop = Loop(config, build_task(config, embedder, accelerator), accelerator.process_index)
     if start is not None:
-        loop.progress = load_state(start, task, optimizer, scaler)
+        loop.progress = loop.load(start)
         _check_progress(config, folder, start, loop)
     run = Run(config, accelerator, console, folder, data, inputs, loop)
-    run.prepare()
 
     if accelerator.is_main_process:
         if not folder.path.is_dir():
@@ -193,16 +183,13 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
             )
     trackers = [name for name in config.logging.trackers if name != "none"]
     # Accelerate leaves out in silence what is not installed.
-    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    for name in trackers:
-        if name not in {*LOGGER_TYPE_TO_CLASS, "all"}:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise CSDiffError(f"--logging.trackers {name}: expected one of {known}, or none.")
-        if name not in {*ready, "all"}:
-            raise CSDiffError(
-                f"--logging.trackers {name}: its package is not installed here: install it (pip install {name}), or "
-                f"use one of those that are ({', '.join(sorted(ready)) or 'none'})."
-            )
+    ready = {str(tracker) for tracker in get_available_trackers()}
+    absent = [name for name in trackers if name in LOGGER_TYPE_TO_CLASS and name not in ready]
+    if absent:
+        raise CSDiffError(
+            f"--logging.trackers {absent[0]}: its package is not installed here: install it (pip install "
+            f"{absent[0]}), or use one of those that are ({', '.join(sorted(ready)) or 'none'})."
+        )
     try:
         return Accelerator(
             # Without this, Accelerate runs every launched process on its own where there is no accelerator.

@@ -1,16 +1,25 @@
-"""How good the adapter is on held-out pairs, during training."""
+"""How good the adapter is on held-out pairs, and what it draws, during training."""
 
+import shutil
+import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_metrics
 from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.metrics import metric
 from csdiff.files import flatten
+from csdiff.pipelines.config import GenerateConfig
+from csdiff.training.config import TrainConfig, ValidationConfig
+from csdiff.training.export import Exporter
 from csdiff.training.task import AlignmentTask
 
 
@@ -19,45 +28,40 @@ class Validator:
 
     Args:
         batches: Held-out rows, prepared for the embedder, on its device.
-        key: Dotted key of the metric that tells the best checkpoint.
-        mode: `max`, `min`, or `auto` by the table of metrics, which says of a few that neither is better: then `max`.
+        config: The metric that tells the best checkpoint, and whether more of it is better: in mode `auto` by the
+            table of metrics, which says of a few that neither is better: then more.
         pause: Called between blocks of rows; may raise.
     """
 
-    def __init__(self, batches: list[dict], key: str, mode: str = "auto", pause: Callable[[], None] = lambda: None):
-        self.batches, self.metric, self.mode, self.pause = batches, key, mode, pause
+    def __init__(self, batches: list[dict], config: ValidationConfig, pause: Callable[[], None]):
+        self.batches, self.metric, self.mode, self.pause = batches, config.metric, config.mode, pause
         self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
-        texts = [rows.get("text_embeds") for rows in batches]
-        self.text = None if texts[0] is None else torch.cat(texts).float()
+        texts = [rows["text_embeds"] for rows in batches if "text_embeds" in rows]
+        self.text = torch.cat(texts).float() if texts else None
 
     @torch.no_grad()
     def measure(self, task: AlignmentTask) -> dict:
         """Metrics of the weights that are in the model now; the embeddings' own dimension decides on text cosines."""
-        was_training = task.embedder.training
-        task.embedder.eval()
         # Samplers draw noise: the same noise at every validation. Training seeds every step itself.
         torch.manual_seed(0)
         embedded = []
-        try:
-            for rows in self.batches:
-                self.pause()
-                with task.autocast():
-                    embedded.append(task.embedder.predict(rows))
+        for rows in self.batches:
             self.pause()
-        finally:
-            task.embedder.train(was_training)
+            with task.autocast():
+                embedded.append(task.embedder.predict(rows))
+        self.pause()
         prediction = torch.cat([e["prediction"] for e in embedded])
         image = torch.cat([e["image"] for e in embedded]) if "image" in embedded[0] else self.image
         if not prediction.isfinite().all():
             return {"count": len(prediction), "error": "predictions are not finite"}
         return embedding_metrics(prediction, image, self.text)
 
-    def baselines(self, train_text: Tensor, train_image: Tensor) -> dict:
-        """Metrics of raw text, mean shift and ridge on the same rows."""
+    def baselines(self, train: dict[str, Tensor]) -> dict:
+        """Metrics of raw text, mean shift and ridge on the same rows, fitted to training pairs."""
         if self.text is None:
             return {}
-        device = self.image.device
-        return baseline_metrics(train_text.to(device), train_image.to(device), self.text, self.image)
+        fitted = (train[f"{side}_embeds"].to(self.image.device) for side in ("text", "image"))
+        return baseline_metrics(*fitted, self.text, self.image)
 
     def value(self, metrics: dict) -> float | None:
         """The metric that decides, or None where it could not be measured.
@@ -77,8 +81,70 @@ class Validator:
         return value is not None and (best is None or self._loss(value) < self._loss(best))
 
     def _loss(self, value: float) -> float:
-        """How bad a value is."""
         with suppress(KeyError, ValueError):
             if self.mode == "auto":
                 return metric(self.metric).loss(value)
         return value if self.mode == "min" else -value
+
+
+def check_decoder(name: str, store: EmbeddingStore) -> None:
+    """Refuse a decoder that cannot draw what is trained on a store.
+
+    Raises:
+        CSDiffError: no such decoder, or one of another width than the image embeddings; unit-norm embeddings.
+    """
+    from csdiff.pipelines.decoders import resolve_decoder
+
+    decoder = resolve_decoder(name)
+    if decoder.embedding_dim is not None and decoder.embedding_dim != store.image_dim:
+        raise CSDiffError(
+            f"--validation.decoder {name} takes image embeddings of width {decoder.embedding_dim}, and {store.path} "
+            f"has {store.image_dim}: give the decoder of that encoder."
+        )
+    if store.normalized:
+        raise CSDiffError(
+            f"--validation.decoder: decoders need raw embeddings, and {store.path} holds unit-norm ones: leave the "
+            "decoder out, or embed the data again."
+        )
+
+
+def draw(
+    config: TrainConfig, exporter: Exporter, step: int, at_once: Callable[[], AbstractContextManager], trackers: list
+) -> None:
+    """Draw the prompts of a run with the averaged weights, always from the same noise.
+
+    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. What is left of an unfinished
+    drawing is removed, whatever ended it.
+
+    Args:
+        config: The run.
+        exporter: Writes the adapter that is used.
+        step: Updates done.
+        at_once: Context in which a signal may end the drawing.
+        trackers: Of accelerate.
+    """
+    from csdiff.pipelines.generate import generate
+
+    target = Path(config.output_dir) / "pictures" / f"step-{step:08d}"
+    shutil.rmtree(target, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as adapter:
+        exporter.write(Path(adapter), step, {})
+        drawing = GenerateConfig(
+            prompt=list(config.validation.prompts),
+            adapter=adapter,
+            decoder=config.validation.decoder,
+            output=str(target),
+            seed=config.seed,
+            grid=False,
+            progress=False,
+        )
+        try:
+            with at_once():
+                files = generate(drawing)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+    images = {str(i): np.asarray(Image.open(file).convert("RGB"))[None] for i, file in enumerate(files)}
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images(images, step=step, dataformats="NHWC")

@@ -22,13 +22,13 @@ def gradients_of_a_batch(store, output, micro, changes):
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
     made.adapter_options["dropout"] = 0.0
-    data = open_data(made, None)
+    data = open_data(made)
     text = open_text_side(made, data, accelerator.device)
     embedder = build_embedder(made, data, text)
     inputs = open_inputs(made, data, text, embedder, accelerator.device)
     task = build_task(made, embedder, accelerator)
-    rank, size = accelerator.process_index, accelerator.num_processes
-    batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, rank, size, 0))}
+    size = accelerator.num_processes
+    batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, (accelerator.process_index, size, 0)))}
     output_of = task.backward(inputs.prepare(batch), micro)
     task.average_gradients()
     found = {name: p.grad for name, p in task.parameters.items()} | {"loss": output_of.loss.detach().reshape(1)}

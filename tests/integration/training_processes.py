@@ -79,7 +79,7 @@ def train_and_die(made, where, count=1, rank="0"):
 
     owner, name = {
         "after a step": (loop.Loop, "step"),
-        "while a checkpoint is written": (run, "save_state"),
+        "while a checkpoint is written": (loop.Loop, "save"),
         "before a checkpoint is renamed": (run_folder, "writing_folder"),
         "before it is named": (run_folder, "write_text"),
         "after the last checkpoint": (run.Run, "finish"),
@@ -101,8 +101,8 @@ def train_and_die(made, where, count=1, rank="0"):
             return original(*args, **options)
         now = due()
         if now and where == "while a checkpoint is written":
-            (args[0] / "state").mkdir()
-            (args[0] / "state/weights.safetensors").write_bytes(b"half of it")
+            (args[1] / "state").mkdir()
+            (args[1] / "state/weights.safetensors").write_bytes(b"half of it")
         if now and where != "after a step":
             die()
         result = original(*args, **options)

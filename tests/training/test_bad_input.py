@@ -144,7 +144,7 @@ def test_an_adapter_of_others_is_not_overwritten(plain_store, tmp_path):
 
 def test_an_output_folder_that_is_a_file(plain_store, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(training_runs.config(plain_store, tmp_path / "file"), "is a file")
+    refused(training_runs.config(plain_store, tmp_path / "file"), "cannot be written")
     refused(training_runs.config(plain_store, tmp_path / "file" / "below"), "cannot be written")
 
 
@@ -177,8 +177,8 @@ def test_constants_are_warned_of(tmp_path, capsys):
     write_store(store, text_embeds=torch.ones(20, 16), image_embeds=torch.ones(20, 16))
     train(training_runs.config(store, tmp_path / "out", batch_size=8, max_steps=1, **{"data.validation_fraction": 0}))
     said = capsys.readouterr().out
-    assert "20 text embeds are the same" in said
-    assert "20 image embeds are the same" in said
+    assert "all text rows looked at are the same" in said
+    assert "all image rows looked at are the same" in said
 
 
 def test_one_row(tmp_path):

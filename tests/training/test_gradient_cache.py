@@ -49,7 +49,7 @@ def one_shot_task(name, dropout):
     """With the token-level term where the name says so."""
     embedder = Embedder(adapter(name.removesuffix(TOKENS).strip(), dropout))
     if name.endswith(TOKENS):
-        embedder.project_text_with(torch.nn.Linear(STATES, TEXT).requires_grad_(False))
+        embedder.project_text = torch.nn.Linear(STATES, TEXT).requires_grad_(False).forward
     return AlignmentTask(embedder, build_objective("cs_aligner"))
 
 
