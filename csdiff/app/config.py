@@ -1,6 +1,7 @@
 """Options of `csdiff app`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from csdiff.options import Port, PositiveInt
 
@@ -33,8 +34,8 @@ class AppConfig:
     """Most presses of the button that may wait; images are drawn one after the other."""
     device: str = "auto"
     """Where the models run: auto, cpu, cuda, cuda:1, mps, ..."""
-    dtype: str = "auto"
-    """Number format of the models: auto (float16 on CUDA, float32 elsewhere), float32, float16 or bfloat16."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Number format of the models. auto: float16 on CUDA (FLUX.1: bfloat16), float32 elsewhere."""
     offload: bool = False
     """Keep models in main memory and bring each to the GPU only while it works."""
     open_browser: bool = False

@@ -18,10 +18,16 @@ from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
+from csdiff.pipelines.decoders import AdapterCard
 from csdiff.pipelines.decoding import DrawingOptions
-from csdiff.pipelines.generate import check_config, redraw_command, sampling
-from csdiff.pipelines.pairing import AdapterCard
-from csdiff.pipelines.pictures import picture_name, read_settings, write_picture
+from csdiff.pipelines.generate import (
+    check_config,
+    picture_name,
+    read_settings,
+    redraw_command,
+    sampling,
+    write_picture,
+)
 
 MOST_STEPS = 200
 LONGEST_PROMPT = 2000
@@ -240,7 +246,7 @@ class _Drawing:
     def ridge(self, prompt: str) -> Tensor:
         """The text embedding through a ridge map."""
         ridge = self.models.ridge(self.card, self.source)
-        return ridge.embed(self._text(prompt).float()).to(self.models.dtype)
+        return ridge.embed(self._text(prompt).float()).to(self.embedder.dtype)
 
     @torch.no_grad()
     def _text(self, prompt: str) -> Tensor:

@@ -21,7 +21,7 @@ from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.metrics import BASELINES, metric_rows
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities
 from csdiff.evaluation.predictions import predict
-from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
+from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
 
 MOST_ROWS = 4000

@@ -15,16 +15,14 @@ from torch import Tensor
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.app.config import AppConfig
 from csdiff.app.work import Line
+from csdiff.devices import choose_device
 from csdiff.embeddings import load_image_encoder
 from csdiff.embeddings.fingerprint import compare_encoders
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import DecoderSource, check_pairing, resolve_decoder
+from csdiff.pipelines.decoders import AdapterCard, DecoderSource, check_pairing, read_adapter_card, resolve_decoder
 from csdiff.pipelines.decoding import load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder
-from csdiff.pipelines.generate import device_and_dtype
-from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
 
 logger = logging.getLogger(__name__)
@@ -48,9 +46,13 @@ class Models:
 
     def __init__(self, config: AppConfig, folder: Path):
         self.config, self.folder = config, folder
-        self.device, self.dtype = device_and_dtype(GenerateConfig(device=config.device, dtype=config.dtype))
+        self.device = choose_device(config.device)
         self.line = Line(config.max_waiting)
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
+
+    def dtype(self, source: DecoderSource) -> torch.dtype:
+        """The number format of a decoder and its encoders, as `csdiff generate` chooses it."""
+        return source.dtype(self.config.dtype, self.device)
 
     def warm_up(self) -> None:
         """Loads what the page starts with, while its reader still reads."""
@@ -89,13 +91,13 @@ class Models:
     def embedder(self, card: AdapterCard | None, source: DecoderSource) -> PromptEmbedder:
         """Text encoder and adapter."""
         key = ("embedder", _state(card), source.source)
-        return self._keep(key, lambda: PromptEmbedder(card, source, self.device, self.dtype))
+        return self._keep(key, lambda: PromptEmbedder(card, source, self.device, self.dtype(source)))
 
     def decoder(self, source: DecoderSource):
         """The decoder of `csdiff.pipelines.decoding`."""
         return self._keep(
             ("decoder", source.source, str(source.ip_adapter)),
-            lambda: load_decoder(source, self.device, self.dtype, self.config.offload, progress=False),
+            lambda: load_decoder(source, self.device, self.dtype(source), self.config.offload, progress=False),
         )
 
     def ridge(self, card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
@@ -118,9 +120,9 @@ class Models:
             raise CSDiffError("Neither the decoder nor the adapter names an image encoder, which an upload needs.")
         encoder = self._keep(
             ("image encoder", known["id"], known.get("revision")),
-            lambda: load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision")),
+            lambda: load_image_encoder(known["id"], self.device, embedder.dtype, revision=known.get("revision")),
         )
-        return encoder.encode([image]).embeds.to(self.dtype)
+        return encoder.encode([image]).embeds.to(embedder.dtype)
 
     def _keep(self, key: tuple, load: Callable[[], Any]) -> Any:
         if key not in self._kept:

@@ -33,8 +33,9 @@ from csdiff.app.theme import status
 from csdiff.app.work import Progress, Report, Stopped, stream
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import PRESETS, resolve_decoder
+from csdiff.pipelines.decoders import resolve_decoder
 from csdiff.pipelines.generate import sampling
+from csdiff.pipelines.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 

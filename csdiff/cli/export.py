@@ -247,8 +247,7 @@ def _merged_writer(adapter, output: Path):
 
 def _pipeline_writer(config: ExportConfig, adapter, dtype, name: str):
     """A stock pipeline of the adapter, its encoders and, if it is to be whole, a decoder."""
-    from csdiff.pipelines.decoders import check_pairing, resolve_decoder
-    from csdiff.pipelines.pairing import AdapterCard
+    from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
 
     card, decoder = AdapterCard(Path(config.source), dict(adapter.config), adapter.metadata), None
     if config.format == "pipeline":
@@ -278,9 +277,8 @@ def _pipeline(adapter, card, decoder, dtype):
 
     from csdiff.embeddings import load_image_encoder, load_text_encoder
     from csdiff.embeddings.encoders import find_encoder
-    from csdiff.pipelines.decoding import load_pipeline
+    from csdiff.pipelines.embedding import text_encoder_options
     from csdiff.pipelines.loading import load_adapter
-    from csdiff.pipelines.pairing import text_encoder_options
     from csdiff.pipelines.scheduler import OneShotScheduler
 
     named = {
@@ -306,7 +304,7 @@ def _pipeline(adapter, card, decoder, dtype):
     pipe = load_adapter(pipe, adapter)
     if decoder is None:
         return pipe
-    parts = load_pipeline(KandinskyV22Pipeline, decoder, dtype)
+    parts = KandinskyV22Pipeline.from_pretrained(decoder.source, dtype=dtype, use_safetensors=True)
     prior = {f"prior_{name}": part for name, part in pipe.components.items()}
     return KandinskyV22CombinedPipeline(unet=parts.unet, scheduler=parts.scheduler, movq=parts.movq, **prior)
 

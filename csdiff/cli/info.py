@@ -179,7 +179,8 @@ def decoders(adapter: dict) -> dict[str, str]:
         adapter: Its `embedding_dim`, `image_encoder` and `normalized`, as in `config.json` and `csdiff.json`.
     """
     from csdiff.embeddings.fingerprint import compare_encoders
-    from csdiff.pipelines.decoders import PRESETS, resolve_decoder
+    from csdiff.pipelines.decoders import resolve_decoder
+    from csdiff.pipelines.presets import PRESETS
 
     verdicts = {}
     for name, preset in PRESETS.items():

@@ -21,7 +21,8 @@ from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.held_out import require_images
 from csdiff.evaluation.retrieval import first_rows, image_identities
-from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
+from csdiff.pipelines.decoders import AdapterCard
+from csdiff.pipelines.embedding import text_encoder_options
 
 CONCEPT_COLUMNS = ("concept", "label")
 

@@ -36,7 +36,7 @@ from csdiff.evaluation.held_out import held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
 from csdiff.evaluation.predictions import check_encoder_is_known, predict
 from csdiff.files import write_json
-from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
+from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.plain import plain
 from csdiff.resources import assets_dir
 

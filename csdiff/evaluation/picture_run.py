@@ -23,12 +23,10 @@ from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extracto
 from csdiff.evaluation.picture_metrics import picture_metrics
 from csdiff.evaluation.references import References, read_prompts
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import check_pairing, resolve_decoder
+from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import DrawingOptions, load_decoder
-from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder
-from csdiff.pipelines.generate import sampling
-from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
-from csdiff.pipelines.pictures import check_output_folder
+from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
+from csdiff.pipelines.generate import check_output_folder, sampling
 
 SHOWN = 16
 """Prompts on the contact sheet."""
@@ -162,7 +160,7 @@ class PictureRun:
     @torch.no_grad()
     def _draw(self, device: str) -> dict[str, PictureFolder]:
         config, folders = self.config, {}
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        dtype = self.decoder.dtype("auto", torch.device(device))
         fitted = {
             "cross_fitted": self.own_prompts,
             "references": self.references.sha256,

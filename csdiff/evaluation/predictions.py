@@ -11,7 +11,8 @@ from csdiff.embeddings.encoders import encoder_files, find_encoder
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.data import HeldOutPairs
-from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
+from csdiff.pipelines.decoders import AdapterCard
+from csdiff.pipelines.embedding import text_encoder_options
 
 
 @torch.no_grad()

@@ -1,87 +1,23 @@
-"""Decoders: presets, recognition of folders and hub repositories, and the check of an adapter against them."""
+"""Decoders and adapters as their files describe them, and which fit together; no weights are read."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csdiff.embeddings.fingerprint import HUB_ID, check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json, read_safetensors_header
 from csdiff.hub import unreachable
-from csdiff.pipelines.pairing import AdapterCard, check_dimensions
+from csdiff.pipelines.presets import FLUX_IP_ADAPTER_V2, PRESETS, SD15_IP_ADAPTER, SDXL_IP_ADAPTER, DecoderPreset
 from csdiff.resources import assets_dir
 
-
-@dataclass(frozen=True)
-class DecoderPreset:
-    """A published decoder and the encoders it belongs to.
-
-    Attributes:
-        name: Of the preset.
-        repo: Hub repository (or "tiny", the shipped one).
-        hand_over: How embeddings reach it: "kandinsky" (`image_embeds=` and `negative_image_embeds=`), "unclip" (the
-            prior's place in `UnCLIPPipeline`), "stable-unclip" (`image_embeds=` beside the prompt), "ip-adapter"
-            (`ip_adapter_image_embeds=` beside the prompt) or "flux-ip-adapter" (that, and the negative's list).
-        embedding_dim: D, the width of the image embeddings; None where the folder says it.
-        text_encoder: Id of the text tower adapters for it start from; also names its tokenizer.
-        image_encoder: Id of the image tower whose raw embeddings it decodes; their statistics are the adapter's.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale.
-        ip_adapter: Repository, subfolder and file of the IP-Adapter weights.
-        recipe: Name of the training recipe in `configs/`.
-    """
-
-    name: str
-    repo: str
-    hand_over: str
-    embedding_dim: int | None
-    text_encoder: str
-    image_encoder: str
-    steps: int
-    guidance: float
-    ip_adapter: tuple[str, str, str] | None = None
-    recipe: str = ""
-
-
-_VIT_L = "openai/clip-vit-large-patch14"
-_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_VIT_BIGG = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
-_SDXL, _FLUX = "stabilityai/stable-diffusion-xl-base-1.0", "black-forest-labs/FLUX.1-dev"
-SD15_IP_ADAPTER = ("h94/IP-Adapter", "models", "ip-adapter_sd15.safetensors")
-SDXL_IP_ADAPTER = ("h94/IP-Adapter", "sdxl_models", "ip-adapter_sdxl.safetensors")
-SDXL_VIT_H_IP_ADAPTER = ("h94/IP-Adapter", "sdxl_models", "ip-adapter_sdxl_vit-h.safetensors")
-FLUX_IP_ADAPTER = ("XLabs-AI/flux-ip-adapter", "", "ip_adapter.safetensors")
-FLUX_IP_ADAPTER_V2 = ("XLabs-AI/flux-ip-adapter-v2", "", "ip_adapter.safetensors")
-
-# name: repository, hand-over, width, encoder, steps, guidance, IP-Adapter, recipe
-_TABLE = {
-    # The width of the tiny decoder is read from its folder.
-    "tiny": ("tiny", "kandinsky", None, "tiny-clip", 25, 3.0, None, "tiny"),
-    "kandinsky22": (
-        "kandinsky-community/kandinsky-2-2-decoder", "kandinsky", 1280, _VIT_BIGG, 50, 4.0, None, "kandinsky22",
-    ),
-    "karlo": ("kakaobrain/karlo-v1-alpha", "unclip", 768, _VIT_L, 25, 8.0, None, "karlo"),
-    "sd-unclip-s": (
-        "stabilityai/stable-diffusion-2-1-unclip-small", "stable-unclip", 768, _VIT_L, 20, 10.0, None, "sd-unclip-s",
-    ),
-    "sd-unclip-h": (
-        "stabilityai/stable-diffusion-2-1-unclip", "stable-unclip", 1024, _VIT_H, 20, 10.0, None, "sd-unclip-h",
-    ),
-    "ip-adapter-sd15": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "ip-adapter", 1024, _VIT_H, 50, 7.5, SD15_IP_ADAPTER,
-        "ip-adapter-sd15",
-    ),
-    "ip-adapter-sdxl": (_SDXL, "ip-adapter", 1280, _VIT_BIGG, 50, 5.0, SDXL_IP_ADAPTER, "ip-adapter-sdxl"),
-    "sdxl-vit-h": (_SDXL, "ip-adapter", 1024, _VIT_H, 50, 5.0, SDXL_VIT_H_IP_ADAPTER, "ip-adapter-sd15"),
-    "flux-ip-adapter": (_FLUX, "flux-ip-adapter", 768, _VIT_L, 28, 3.5, FLUX_IP_ADAPTER, "karlo"),
-    "flux-ip-adapter-v2": (_FLUX, "flux-ip-adapter", 768, _VIT_L, 28, 3.5, FLUX_IP_ADAPTER_V2, "karlo"),
-}  # fmt: skip
-PRESETS = {
-    name: DecoderPreset(name, repo, hand_over, width, encoder, encoder, *rest)
-    for name, (repo, hand_over, width, encoder, *rest) in _TABLE.items()
-}
+if TYPE_CHECKING:
+    import torch
 
 # Pipeline classes that generate from text alone, by how they take an image embedding.
 HAND_OVER = {
@@ -107,6 +43,8 @@ _PROJECTIONS = {
     "ip-adapter": "image_proj.proj.weight",
     "flux-ip-adapter": "ip_adapter_proj_model.proj.weight",
 }
+# The IP-Adapter of a folder for which none is named.
+_USUAL = {"StableDiffusionPipeline": SD15_IP_ADAPTER, "StableDiffusionXLPipeline": SDXL_IP_ADAPTER}
 
 
 @dataclass(frozen=True)
@@ -134,9 +72,17 @@ class DecoderSource:
     def encoder(self, tower: str) -> dict | None:
         """What is known of its "text" or "image" encoder: `{"id", "weights_sha256", ...}`; None for nothing."""
         known = (self.fingerprint or {}).get(f"{tower}_encoder")
-        if known or self.preset is None:
-            return known
-        return {"id": getattr(self.preset, f"{tower}_encoder")}
+        return known or (self.preset and {"id": getattr(self.preset, f"{tower}_encoder")})
+
+    def dtype(self, name: str, device: torch.device) -> torch.dtype:
+        """The number format of an option's name; "auto" is float16 on CUDA (FLUX.1: bfloat16), else float32."""
+        import torch
+
+        if name == "auto":
+            # FLUX.1 was trained in bfloat16 and overflows float16.
+            half = "bfloat16" if self.hand_over == "flux-ip-adapter" else "float16"
+            name = half if device.type == "cuda" else "float32"
+        return getattr(torch, name)
 
 
 def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | None = None) -> DecoderSource:
@@ -153,8 +99,7 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
     Raises:
         CSDiffError: nothing there, a pipeline of another class, or a configuration that does not state its width.
     """
-    preset = PRESETS.get(str(decoder))
-    source = str(decoder)
+    source, preset = str(decoder), PRESETS.get(str(decoder))
     if preset is not None:
         source = str(assets_dir() / "decoder") if preset.name == "tiny" else preset.repo
     elif not Path(source).is_dir() and not HUB_ID.fullmatch(source):
@@ -162,7 +107,7 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
             f"decoder: expected a preset ({', '.join(PRESETS)}), a folder saved by diffusers, or a hub repository "
             f"(owner/name), found {source!r}."
         )
-    class_name = _read(source, "model_index.json").get("_class_name", "nothing")
+    class_name = read_json(_file(source, "model_index.json")).get("_class_name", "nothing")
     hand_over = HAND_OVER.get(class_name)
     if hand_over is None:
         raise CSDiffError(
@@ -171,31 +116,143 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
         )
     weights = None
     if hand_over in _PROJECTIONS:
-        weights = _ip_adapter_place(ip_adapter, hand_over) or (preset and preset.ip_adapter) or _usual(class_name)
+        weights = ip_adapter and _ip_adapter_place(ip_adapter, hand_over)
+        weights = weights or (preset and preset.ip_adapter) or _USUAL.get(class_name, FLUX_IP_ADAPTER_V2)
         embedding_dim = _ip_adapter_dim(weights, hand_over)
     elif ip_adapter is not None:
         raise CSDiffError(f"ip_adapter: a {class_name} takes image embeddings as it is; leave --ip_adapter out.")
     else:
         file, key = _DIMENSION_FILES[hand_over]
-        embedding_dim = _read(source, file).get(key)
+        embedding_dim = read_json(_file(source, file)).get(key)
         if not isinstance(embedding_dim, int):
             raise CSDiffError(
                 f"decoder: {source}/{file} states no {key}; this {class_name} is not conditioned on image embeddings."
             )
     fingerprint = read_json(Path(source) / "csdiff.json") if (Path(source) / "csdiff.json").is_file() else None
     if fingerprint is None and (preset is None or preset.ip_adapter != weights):
-        preset = _published(hand_over, embedding_dim, weights)
+        kind = (hand_over, embedding_dim, weights)
+        alike = [p for p in PRESETS.values() if (p.hand_over, p.embedding_dim, p.ip_adapter) == kind]
+        preset = alike[0] if alike else None
     return DecoderSource(source, class_name, hand_over, embedding_dim, preset, fingerprint, weights)
 
 
+def _file(source: str, file: str) -> Path:
+    """A file of a folder or of a hub repository."""
+    if Path(source).is_dir():
+        return Path(source) / file
+    from huggingface_hub import hf_hub_download
+
+    silent = unreachable()
+    try:
+        return Path(hf_hub_download(source, file, local_files_only=silent is not None))
+    # every reason (no network, no such repository or file, gated) has one cure
+    except Exception as error:
+        raise CSDiffError(
+            f"decoder: expected {file} of the hub repository {source}, found neither a local copy nor the hub "
+            f"({silent or type(error).__name__}); download it where there is a network, or give a folder; with "
+            "HF_HUB_OFFLINE=1 the hub is not asked."
+        ) from error
+
+
+def _ip_adapter_place(location: str | os.PathLike, hand_over: str) -> tuple[str, str, str]:
+    """Folder or repository, subfolder and file."""
+    path, name = Path(location), str(location)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) == 1 and files[0].is_file() and files[0].suffix == ".safetensors":
+        return str(files[0].parent), "", files[0].name
+    if HUB_ID.fullmatch(name) and not path.exists() and path.suffix not in (".safetensors", ".bin"):
+        known = [p.ip_adapter for p in PRESETS.values() if p.ip_adapter and p.hand_over == hand_over]
+        return next((place for place in known if place[0] == name), (name, "", known[-1][2]))
+    parts = path.parts
+    if path.exists() or path.is_absolute() or len(parts) < 3 or path.suffix != ".safetensors":
+        found = f"a folder with {len(files)} of them" if path.is_dir() else "nothing of the kind"
+        raise CSDiffError(
+            "ip_adapter: expected a .safetensors file (pickled weights are not read), a folder with one, or "
+            f"owner/name or owner/name/subfolder/file.safetensors on the hub, found {found} at {location}."
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:-1]), parts[-1]
+
+
+def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
+    """Width of the image embeddings: a preset's, or from the header of the weights file."""
+    known = [preset.embedding_dim for preset in PRESETS.values() if preset.ip_adapter == weights]
+    if known:
+        return known[0]
+    path = _file(weights[0], "/".join(filter(None, weights[1:])))
+    header = read_safetensors_header(path)
+    found = next((kind for kind, key in _PROJECTIONS.items() if key in header), None)
+    if found != hand_over:
+        raise CSDiffError(
+            f"ip_adapter: expected the projection {_PROJECTIONS[hand_over]} of one pooled image embedding, found "
+            f"{'weights for the other kind of decoder' if found else 'none'} in {path}; give an IP-Adapter made for "
+            "this decoder (not the plus, full-face or FaceID kinds, which read more than that)."
+        )
+    return header[_PROJECTIONS[found]][1][1]
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter folder says of itself.
+
+    Attributes:
+        path: The folder.
+        config: `config.json`, with `embedding_dim` and `text_dim`.
+        metadata: `csdiff.json`.
+    """
+
+    path: Path
+    config: dict
+    metadata: dict
+
+    @property
+    def kind(self) -> str:
+        """Class name of the adapter."""
+        return self.config.get("_class_name", "unknown")
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """D, the width of the image embeddings it makes."""
+        return self.config.get("embedding_dim")
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the text embeddings it takes."""
+        return self.config.get("text_dim") or self.embedding_dim
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the configuration and the weights as first read: the same for copies of one adapter."""
+        digest = hashlib.sha256()
+        files = [file for file in self.path.rglob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
+        for file in sorted(files):
+            digest.update(file.relative_to(self.path).as_posix().encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+
+def read_adapter_card(adapter: str | os.PathLike) -> AdapterCard:
+    """Reads the JSON files of an adapter folder or hub repository.
+
+    Raises:
+        CSDiffError: no such folder, a file is missing, or a JSON file is broken.
+    """
+    from csdiff.adapters import folder, hub
+
+    path = hub.locate(adapter)
+    config = folder.read_config(path)
+    if not isinstance(config.get("embedding_dim"), int):
+        raise CSDiffError(f"{path / folder.CONFIG} has no embedding_dim; it is not the configuration of an adapter.")
+    return AdapterCard(path, config, folder.read_metadata(path))
+
+
 def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
-    """Refuses an adapter of another width or for another image encoder than the decoder's; reads no weights.
+    """Refuses an adapter of another width or for another image encoder than the decoder's.
 
     Raises:
         CSDiffError: naming what was expected and what was found.
     """
     where = f"the decoder {decoder.source}"
-    check_dimensions(card.config, image_dim=decoder.embedding_dim, text_dim=None, where=where)
+    check_dimensions(card.config, where, image_dim=decoder.embedding_dim)
     if card.metadata.get("normalized"):
         raise CSDiffError(
             f"adapter: {card.path} was trained on unit-norm embeddings, for retrieval; decoders want raw ones. "
@@ -204,85 +261,21 @@ def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
     check_same_encoder(card.metadata.get("image_encoder"), decoder.encoder("image"), "image", "the adapter", where)
 
 
-def _published(hand_over: str, embedding_dim: int, weights: tuple | None) -> DecoderPreset | None:
-    """The preset that a repository, or a folder without a fingerprint, is a copy of."""
-    for preset in PRESETS.values():
-        same_kind = preset.hand_over == hand_over and preset.embedding_dim == embedding_dim
-        if same_kind and weights == preset.ip_adapter:
-            return preset
-    return None
+def check_dimensions(config, where: str, *, image_dim: int | None, text_dim: int | None = None) -> None:
+    """Refuses an adapter whose embeddings have another width than `where` takes or gives; None is not checked.
 
-
-def _usual(class_name: str) -> tuple[str, str, str]:
-    if HAND_OVER[class_name] == "flux-ip-adapter":
-        return FLUX_IP_ADAPTER_V2
-    return SDXL_IP_ADAPTER if class_name == "StableDiffusionXLPipeline" else SD15_IP_ADAPTER
-
-
-def _read(source: str, file: str) -> dict:
-    return read_json(Path(source) / file if Path(source).is_dir() else Path(_download(source, file)))
-
-
-def _download(repo: str, file: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    silent = unreachable()
-    try:
-        return hf_hub_download(repo, file, local_files_only=silent is not None)
-    # every reason (no network, no such repository or file, gated) has one cure
-    except Exception as error:
+    Raises:
+        CSDiffError: naming both dimensions.
+    """
+    embedding_dim = config.get("embedding_dim")
+    adapter_text_dim = config.get("text_dim") or embedding_dim
+    if image_dim not in (None, embedding_dim):
         raise CSDiffError(
-            f"decoder: expected {file} of the hub repository {repo}, found neither a local copy nor the hub "
-            f"({silent or type(error).__name__}); download it where there is a network, or give a folder; with "
-            "HF_HUB_OFFLINE=1 the hub is not asked."
-        ) from error
-
-
-def _ip_adapter_place(location: str | os.PathLike | None, hand_over: str) -> tuple[str, str, str] | None:
-    """Folder or repository, subfolder and file."""
-    if location is None:
-        return None
-    path = Path(location)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise CSDiffError(f"ip_adapter: expected one .safetensors file in {path}, found {len(files)}; name it.")
-        path = files[0]
-    if path.is_file() and path.suffix == ".safetensors":
-        return str(path.parent), "", path.name
-    parts = path.parts
-    if HUB_ID.fullmatch(str(location)) and path.suffix not in (".safetensors", ".bin"):
-        known = [p.ip_adapter for p in PRESETS.values() if p.ip_adapter and p.hand_over == hand_over]
-        return next((place for place in known if place[0] == str(location)), (str(location), "", known[-1][2]))
-    if path.suffix != ".safetensors":
-        raise CSDiffError(f"ip_adapter: expected a .safetensors file, found {location}; pickled weights are not read.")
-    if path.is_absolute() or len(parts) < 3:
-        raise CSDiffError(
-            f"ip_adapter: expected a file or owner/name/subfolder/file on the hub, found nothing at {location}."
+            f"The adapter makes image embeddings of {embedding_dim} dimensions, but {where} takes {image_dim}: "
+            "use an adapter trained on this decoder's image encoder."
         )
-    return "/".join(parts[:2]), "/".join(parts[2:-1]), parts[-1]
-
-
-def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
-    """Width of the image embeddings: a preset's, or from the header of the weights file."""
-    for preset in PRESETS.values():
-        if preset.ip_adapter == weights:
-            return preset.embedding_dim
-    folder, subfolder, name = weights
-    local = Path(folder) / subfolder / name
-    path = local if local.is_file() else Path(_download(folder, f"{subfolder}/{name}" if subfolder else name))
-    header = read_safetensors_header(path)
-    found = next((kind for kind, key in _PROJECTIONS.items() if key in header), None)
-    if found is None:
+    if text_dim not in (None, adapter_text_dim):
         raise CSDiffError(
-            f"ip_adapter: {path} has no projection of one image embedding ({' or '.join(_PROJECTIONS.values())}); "
-            "only IP-Adapters that take pooled image embeddings can be driven by an adapter (not the plus, full-face "
-            "or FaceID kinds)."
+            f"The adapter takes text embeddings of {adapter_text_dim} dimensions, but {where} gives {text_dim}: "
+            "use the text encoder the adapter was trained on."
         )
-    if found != hand_over:
-        kinds = {"ip-adapter": "Stable Diffusion", "flux-ip-adapter": "FLUX.1"}
-        raise CSDiffError(
-            f"ip_adapter: expected weights for {kinds[hand_over]}, found those of an IP-Adapter for {kinds[found]} in "
-            f"{path}; give the decoder or the weights that belong together."
-        )
-    return header[_PROJECTIONS[found]][1][1]

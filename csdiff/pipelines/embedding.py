@@ -6,15 +6,14 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from csdiff.adapters import AutoAdapter
 from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.pairing import AdapterCard, text_encoder_options
+from csdiff.pipelines.decoders import AdapterCard, DecoderSource
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,17 @@ def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: 
     """
     known = (card.metadata.get("text_encoder") if card else None) or decoder.encoder("text")
     return find_encoder(known, "text", given, f"the adapter {card.path}" if card else f"the decoder {decoder.source}")
+
+
+def text_encoder_options(encoder: dict, card: AdapterCard | None) -> dict:
+    """`revision`, `pooling` and `max_length` with which `load_text_encoder` encodes as the training did.
+
+    Args:
+        encoder: what is known of the encoder, `{"id", "revision", "pooling", ...}`.
+        card: the adapter it is loaded for; None for none.
+    """
+    tokenizer = (card.metadata.get("tokenizer") if card else None) or {}
+    return {key: encoder.get(key) for key in ("revision", "pooling")} | {"max_length": tokenizer.get("max_length")}
 
 
 class PromptEmbedder:
@@ -76,8 +86,6 @@ class PromptEmbedder:
         # A commit of a hub repository cannot change; a folder can.
         if text_encoder is None and known.get("weights_sha256") and not known.get("revision"):
             check_same_encoder(known, self.encoder.describe(), "text", "the adapter", f"the folder {known['id']} now")
-        from csdiff.adapters import AutoAdapter
-
         # LoRA wraps layers of the encoder in place: what it encodes is then adapted.
         options = {"base_model": self.encoder.model} if card.kind == "LoRAAdapter" else {}
         self.adapter = AutoAdapter.from_pretrained(card.path, **options).to(device).eval()
@@ -105,27 +113,21 @@ class PromptEmbedder:
         """
         if spread and self.adapter is None:
             raise CSDiffError("spread: the raw text embedding has no whitened space to draw in; leave --spread out.")
-        self._warn_of_cut(prompts)
         rows = []
         for row, prompt in enumerate(prompts):
+            self._warn_of_cut(prompt)
             text = self.encoder.encode([prompt])
+            embeds = text.embeds
+            if self.adapter is not None:
+                options = {"generator": generators[row]} if generators and (self.samples or spread) else {}
+                options |= {"spread": spread} if spread else {}
+                embeds = self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options)
+            cure = "the adapter was trained on too little data or has diverged, train it again"
             if self.adapter is None:
-                rows.append(text.embeds)
-                continue
-            options = {"generator": generators[row]} if generators and (self.samples or spread) else {}
-            options |= {"spread": spread} if spread else {}
-            rows.append(self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options))
-        embeds = torch.cat(rows)
-        finite = embeds.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            cure = "the adapter was trained on too little data or has diverged, train it again."
-            if self.adapter is None:
-                cure = f"copy the text encoder {self.text_encoder['id']} again."
-            raise CSDiffError(
-                f"The image embedding of {prompts[finite.index(False)]!r} is not finite: expected numbers, found NaN "
-                f"or infinity; {cure}"
-            )
-        return embeds.to(self.dtype)
+                cure = f"copy the text encoder {self.text_encoder['id']} again"
+            _check_finite(embeds, repr(prompt), cure)
+            rows.append(embeds.to(self.dtype))
+        return torch.cat(rows)
 
     @torch.no_grad()
     def negative(self, prompt: str | None, true_cfg: float = 1.0) -> Tensor | None:
@@ -143,37 +145,35 @@ class PromptEmbedder:
             return self.embed([prompt])
         if self.decoder.hand_over not in ("kandinsky", "flux-ip-adapter"):
             return None
-        known = self.image_encoder
-        if not (known or {}).get("id"):
+        if not (self.image_encoder or {}).get("id"):
             raise CSDiffError(
                 f"Neither the decoder {self.decoder.source} nor the adapter names an image encoder, which guidance "
                 "needs for its default negative; give --negative_prompt, or --guidance 1."
             )
-        known = find_encoder(known, "image", None, f"the decoder {self.decoder.source}")
+        known = find_encoder(self.image_encoder, "image", None, f"the decoder {self.decoder.source}")
         encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
-        size = encoder.model.config.image_size
-        if self.decoder.hand_over == "kandinsky":
-            embeds = encoder.forward(torch.zeros(1, 3, size, size)).embeds
-        else:
-            embeds = encoder.encode([Image.new("RGB", (size, size))]).embeds
-        if not embeds.isfinite().all():
-            raise CSDiffError(
-                f"The image encoder {known['id']} embeds a black image, the default negative, as NaN or infinity: "
-                "copy it again, or give --negative_prompt."
-            )
+        black = encoder.blank()[None]
+        pixels = torch.zeros_like(black) if self.decoder.hand_over == "kandinsky" else black
+        embeds = encoder.forward(pixels).embeds
+        _check_finite(embeds, "a black image", f"copy {known['id']} again, or give --negative_prompt")
         return embeds.to(self.dtype)
 
-    def _warn_of_cut(self, prompts: Sequence[str]) -> None:
+    def _warn_of_cut(self, prompt: str) -> None:
         limit = self.encoder.max_length
-        lengths = self.encoder.caption_tokenizer.lengths(prompts)
-        for prompt, length in zip(prompts, lengths, strict=True):
-            if length > limit:
-                ids = self.encoder.tokenizer(prompt, verbose=False).input_ids
-                lost = self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
-                logger.warning(
-                    "The prompt %r has %d tokens, the text encoder reads %d; this end is cut off: %r",
-                    prompt[:60],
-                    length,
-                    limit,
-                    lost,
-                )
+        (length,) = self.encoder.caption_tokenizer.lengths([prompt])
+        if length > limit:
+            ids = self.encoder.tokenizer(prompt, verbose=False).input_ids
+            logger.warning(
+                "The prompt %r has %d tokens, the text encoder reads %d; this end is cut off: %r",
+                prompt[:60],
+                length,
+                limit,
+                self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True),
+            )
+
+
+def _check_finite(embeds: Tensor, what: str, cure: str) -> None:
+    if not embeds.isfinite().all():
+        raise CSDiffError(
+            f"The image embedding of {what} is not finite: expected numbers, found NaN or infinity; {cure}."
+        )

@@ -1,31 +1,40 @@
 """From prompts to images on disk: what `generate.py` and `csdiff generate` do.
 
 The way of a prompt: `generate` here, the adapter and the decoder that it needs (`decoders`), its image embedding
-(`embedding`), its image (`decoding`), and the files (`pictures`).
+(`embedding`), its image (`decoding`), and back here the files: a PNG that holds its settings, a JSON of them, a grid.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shlex
+import tempfile
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import csdiff
 from csdiff.errors import CSDiffError
+from csdiff.files import write_json, writing
 from csdiff.options import check_options
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import PRESETS, DecoderSource, check_pairing, resolve_decoder
-from csdiff.pipelines.pairing import read_adapter_card
-from csdiff.pipelines.pictures import check_output_folder, picture_name, write_grid, write_picture
+from csdiff.pipelines.decoders import DecoderSource, check_pairing, read_adapter_card, resolve_decoder
+from csdiff.pipelines.presets import PRESETS
 from csdiff.resources import assets_dir
 
 if TYPE_CHECKING:
-    import torch
-
     from csdiff.pipelines.decoding import OnStep
+
+SETTINGS = "csdiff"
+"""Keyword of the PNG's text chunk."""
 
 
 def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path]:
@@ -53,23 +62,26 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     if card is not None:
         check_pairing(card, decoder)
     steps, guidance = sampling(config, decoder)
-    is_flux = decoder.hand_over == "flux-ip-adapter"
-    guided = (config.true_cfg if is_flux else guidance) > 1
-    if is_flux and config.negative_prompt is not None and not guided:
+    guided = (config.true_cfg if decoder.hand_over == "flux-ip-adapter" else guidance) > 1
+    if decoder.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and not guided:
         raise CSDiffError(
             "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both."
         )
 
+    import diffusers
     import torch
+    import transformers
 
     from csdiff.data.items import well_formed
+    from csdiff.devices import choose_device
     from csdiff.pipelines.decoding import DrawingOptions, load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
     prompts = [well_formed(prompt) for prompt in prompts]
     if config.negative_prompt is not None:
         config.negative_prompt = well_formed(config.negative_prompt)
-    device, dtype = device_and_dtype(config, decoder)
+    device = choose_device(config.device)
+    dtype = decoder.dtype(config.dtype, device)
     embedder = PromptEmbedder(
         card, decoder, device, dtype, text_encoder=config.text_encoder, image_encoder=config.image_encoder
     )
@@ -90,6 +102,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
     drawing = load_decoder(decoder, device, dtype, config.offload, config.progress)
     options = DrawingOptions(steps, guidance, config.negative_prompt, config.height, config.width, config.true_cfg)
+    versions = {module.__name__: str(module.__version__) for module in (csdiff, torch, diffusers, transformers)}
     settings = {
         "adapter": {"folder": str(card.path), "class": card.kind, "sha256": card.sha256} if card else "none",
         "text_encoder": text_encoder,
@@ -103,7 +116,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions},
     }
     paths, images = [], []
     for start in range(0, len(jobs), config.batch_size):
@@ -123,7 +136,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
             paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **settings}))
             images.append(image)
     if config.grid and len(images) > 1:
-        columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else None
+        columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else ceil(sqrt(len(images)))
         paths.append(write_grid(folder, images, columns))
     return paths
 
@@ -134,20 +147,14 @@ def check_config(config: GenerateConfig) -> GenerateConfig:
     Raises:
         CSDiffError: naming the option, what it may be, and what was found.
     """
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    places = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
     prompt = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
-    places = {
-        field.name: os.fspath(value)
-        for field in fields(config)
-        if isinstance(value := getattr(config, field.name), os.PathLike)
-    }
     config = replace(config, prompt=prompt, **places)
     check_options(config)
     for name in ("height", "width"):
-        value = getattr(config, name)
-        if value is not None and value % 8:
-            raise CSDiffError(f"{name}: expected a multiple of 8 pixels, found {value}.")
-    if config.seed > 2**63 - config.num_images:
-        raise CSDiffError(f"seed: expected at most 2**63 - num_images, found {config.seed}.")
+        if (values[name] or 0) % 8:
+            raise CSDiffError(f"{name}: expected a multiple of 8 pixels, found {values[name]}.")
     return config
 
 
@@ -157,19 +164,18 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     Raises:
         CSDiffError: none at all, an empty one, or a file that cannot be read.
     """
-    prompts = list(config.prompt)
+    prompts, found = list(config.prompt), "none"
     if config.prompts_file is not None:
         try:
             lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text: save it as UTF-8"
             raise CSDiffError(
-                f"prompts_file: expected a text file with one prompt a line, cannot read {config.prompts_file} "
-                f"({reason})."
+                f"prompts_file: expected a UTF-8 text file with one prompt a line, cannot read {config.prompts_file} "
+                f"({getattr(error, 'strerror', None) or 'not UTF-8: save it as UTF-8'})."
             ) from error
         prompts += [line.strip() for line in lines if line.strip()]
+        found = f"no line of it in {config.prompts_file}"
     if not prompts:
-        found = "none" if config.prompts_file is None else f"no line of it in {config.prompts_file}"
         raise CSDiffError(
             f'No prompt: expected text to draw, found {found}; give --prompt "a red apple" or --prompts_file.'
         )
@@ -188,22 +194,7 @@ def sampling(config: GenerateConfig, decoder: DecoderSource) -> tuple[int, float
     return steps, float(guidance)
 
 
-def device_and_dtype(config: GenerateConfig, decoder: DecoderSource | None = None) -> tuple[torch.device, torch.dtype]:
-    """Torch device and number format that the options mean; CSDiffError for a device that is not there."""
-    import torch
-
-    from csdiff.devices import choose_device
-
-    device = choose_device(config.device)
-    if config.dtype != "auto":
-        return device, getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return device, torch.float32
-    # FLUX.1 was trained in bfloat16 and overflows float16.
-    return device, torch.bfloat16 if decoder and decoder.hand_over == "flux-ip-adapter" else torch.float16
-
-
-def redraw_command(config: GenerateConfig, prompts: list[str], batch: list[tuple[str, int]]) -> str:
+def redraw_command(config: GenerateConfig, prompts: list[str], batch: Sequence[tuple[str, int]]) -> str:
     """The command that draws these images again, as one batch: neighbours in a batch may change the last bits."""
     ours = list(dict.fromkeys(prompt for prompt, _ in batch))
     seed, count = batch[0][1], len(batch) // len(ours)
@@ -222,11 +213,84 @@ def redraw_command(config: GenerateConfig, prompts: list[str], batch: list[tuple
     return shlex.join(["csdiff", "generate", *words])
 
 
-def _versions() -> dict[str, Any]:
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("csdiff", "torch", "diffusers", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
+def check_output_folder(output: str | os.PathLike) -> Path:
+    """Refuses a folder that could not be written, without making it.
+
+    Raises:
+        CSDiffError: it is a file, or it or its nearest existing parent is not a writable folder.
+    """
+    folder = Path(output)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CSDiffError(f"output: expected a folder, found the file {existing}; give another --output.")
+    try:
+        # Permission bits do not tell of read-only disks and special folders.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise CSDiffError(
+            f"output: {folder} cannot be written ({error.strerror} in {existing}); give another --output."
+        ) from error
+    return folder
+
+
+def picture_name(prompt: str, seed: int) -> str:
+    """A file name that says what is in it: `a-red-apple-3d-style-0`."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    return f"{words[:60].strip('-_') or 'image'}-{seed}"
+
+
+def write_picture(folder: Path, name: str, image: Image.Image, settings: dict[str, Any]) -> Path:
+    """Writes `name.png`, which holds its settings as text, and the same settings as `name.json`; returns the PNG.
+
+    An image of the same name is replaced only if it was made with the same settings; otherwise the new one is called
+    `name-2`, `name-3`, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # In ASCII, so that it becomes a tEXt chunk, which every program shows.
+    text, inside = json.dumps(settings), PngInfo()
+    inside.add_text(SETTINGS, text)
+    path, count = folder / f"{name}.png", 1
+    while path.exists() and _text_of(path) != text:
+        count += 1
+        path = folder / f"{name}-{count}.png"
+    # First the image: a JSON alone would say that there is one.
+    with writing(path, "wb") as file:
+        image.save(file, format="PNG", pnginfo=inside)
+    write_json(path.with_suffix(".json"), settings)
+    return path
+
+
+def write_grid(folder: Path, images: list[Image.Image], columns: int) -> Path:
+    """Writes `grid.png`, the images row by row, and returns its path."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (columns * width, ceil(len(images) / columns) * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    path = folder / "grid.png"
+    with writing(path, "wb") as file:
+        sheet.save(file, format="PNG")
+    return path
+
+
+def read_settings(png: str | os.PathLike | Image.Image) -> dict[str, Any]:
+    """The settings with which an image was drawn, from the PNG itself.
+
+    Raises:
+        CSDiffError: no image there, or one that was not drawn by csdiff.
+    """
+    text = png.info.get(SETTINGS) if isinstance(png, Image.Image) else _text_of(Path(png))
+    try:
+        settings = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise CSDiffError(f"Expected a PNG that csdiff drew, with its text kept, found no settings in {png}.")
+    return settings
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            return image.info.get(SETTINGS)
+    except (OSError, ValueError, SyntaxError):
+        return None

@@ -3,6 +3,12 @@
 import os
 
 import torch
+from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from csdiff.pipelines.loading import load_adapter
+from csdiff.pipelines.scheduler import EmbeddingPrior
 
 KARLO = "kakaobrain/karlo-v1-alpha"
 
@@ -40,17 +46,11 @@ def load_karlo(
         CSDiffError: the adapter does not fit.
         OSError: a component's folder is missing or incomplete.
     """
-    from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
-    from csdiff.pipelines.embedding_prior import EmbeddingPrior
-    from csdiff.pipelines.loading import load_adapter
-
     classes = {
         "decoder": UNet2DConditionModel,
         "text_encoder": CLIPTextModelWithProjection,
         "tokenizer": CLIPTokenizer,
-        "text_proj": text_projection_class(),
+        "text_proj": UnCLIPTextProjModel,
         "super_res_first": UNet2DModel,
         "super_res_last": UNet2DModel,
         "prior_scheduler": UnCLIPScheduler,
@@ -70,12 +70,3 @@ def load_karlo(
     loaded.setdefault("prior", EmbeddingPrior(embedding_dim=loaded["text_proj"].config.clip_embeddings_dim))
     pipe = UnCLIPPipeline(**loaded)
     return pipe if adapter is None else load_adapter(pipe, adapter, check=check)
-
-
-def text_projection_class() -> type:
-    """`UnCLIPTextProjModel`, wherever the installed diffusers keeps it."""
-    try:
-        from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-    except ImportError:
-        from diffusers.pipelines.unclip.text_proj import UnCLIPTextProjModel
-    return UnCLIPTextProjModel

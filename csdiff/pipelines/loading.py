@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from csdiff.embeddings.fingerprint import check_same_encoder
+from csdiff.embeddings.fingerprint import HUB_CACHE, check_same_encoder, weights_sha256
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.pairing import check_dimensions, encoder_of_module
-from csdiff.pipelines.prior import is_one_shot
-from csdiff.pipelines.scheduler import OneShotScheduler
+from csdiff.files import read_json
+from csdiff.pipelines.decoders import check_dimensions
+from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class PriorSlots:
     shares_text_encoder: bool = False
 
 
-KANDINSKY_PRIOR = PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder")
-KANDINSKY_COMBINED = PriorSlots(
-    "prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder"
+_STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None)
+_SLOTS = (
+    PriorSlots("prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder"),
+    _STABLE_UNCLIP,
+    PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, True),
+    PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder"),
 )
-STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None)
-UNCLIP = PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, True)
-ALL_SLOTS = (KANDINSKY_COMBINED, STABLE_UNCLIP, UNCLIP, KANDINSKY_PRIOR)
 
 
 def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: bool = True):
@@ -62,7 +63,7 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
         >>> pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
         >>> image = csdiff.load_adapter(pipe, "runs/my-adapter")("a red apple").images[0]
     """
-    slots = prior_slots(pipe)
+    slots = _prior_slots(pipe)
     if isinstance(adapter, (str, os.PathLike)):
         from csdiff.adapters import AutoAdapter
 
@@ -89,9 +90,11 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     parts[slots.prior] = adapter
     parts[slots.scheduler] = OneShotScheduler() if is_one_shot(adapter) else _diffusion_scheduler(slots)
     text_encoder = getattr(pipe, slots.text_encoder)
-    for name in (slots.prior, slots.text_encoder):
-        if name in parts:
-            _move(parts[name], text_encoder.device, text_encoder.dtype)
+    for name in {slots.prior, slots.text_encoder} & parts.keys():
+        parts[name].to(text_encoder.device)
+        # diffusers warns of every cast, also of one to the dtype that is there
+        if parts[name].dtype != text_encoder.dtype:
+            parts[name].to(dtype=text_encoder.dtype)
     pipe.register_modules(**parts)
     inner = getattr(pipe, "prior_pipe", None)
     if inner is not None:
@@ -99,15 +102,11 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     return pipe
 
 
-def prior_slots(pipe) -> PriorSlots:
-    """Finds where `pipe` keeps its prior.
-
-    Raises:
-        CSDiffError: it has none.
-    """
+def _prior_slots(pipe) -> PriorSlots:
+    """Where `pipe` keeps its prior; CSDiffError where it has none."""
     components = getattr(pipe, "components", {})
-    for slots in ALL_SLOTS:
-        if all(name in components for name in (slots.prior, slots.scheduler, slots.text_encoder)):
+    for slots in _SLOTS:
+        if {slots.prior, slots.scheduler, slots.text_encoder} <= set(components):
             return slots
     raise CSDiffError(
         "load_adapter: expected a pipeline with a prior (KandinskyV22PriorPipeline, a Kandinsky 2.2 combined "
@@ -116,32 +115,43 @@ def prior_slots(pipe) -> PriorSlots:
     )
 
 
-def _move(model: torch.nn.Module, device: torch.device, dtype: torch.dtype):
-    model.to(device)
-    # diffusers warns of every cast, also of one to the dtype that is there
-    if model.dtype != dtype:
-        model.to(dtype=dtype)
-
-
 def _diffusion_scheduler(slots: PriorSlots):
     """For adapters that denoise: whitened embeddings reach beyond the [-1, 1] to which schedulers clip by default."""
     from diffusers import DDPMScheduler, UnCLIPScheduler
 
-    if slots is STABLE_UNCLIP:
+    if slots is _STABLE_UNCLIP:
         # it does not say which step comes next, so UnCLIPScheduler would take steps of one
         return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=10.0)
     return UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)
 
 
 def _check(pipe, slots: PriorSlots, adapter):
-    old = getattr(pipe, slots.prior)
-    text_encoder, image_encoder = getattr(pipe, slots.text_encoder), getattr(pipe, slots.image_encoder or "", None)
-    image_dim = getattr(getattr(image_encoder, "config", None), "projection_dim", None)
-    if image_dim is None and old is not None:
-        image_dim = old.config.embedding_dim
-    text_dim = getattr(getattr(text_encoder, "config", None), "projection_dim", None)
-    check_dimensions(adapter.config, image_dim=image_dim, text_dim=text_dim, where=type(pipe).__name__)
+    where, old = type(pipe).__name__, getattr(pipe, slots.prior)
+    encoders = {"text": getattr(pipe, slots.text_encoder), "image": getattr(pipe, slots.image_encoder or "", None)}
+    dims = {t: getattr(getattr(encoder, "config", None), "projection_dim", None) for t, encoder in encoders.items()}
+    if dims["image"] is None and old is not None:
+        dims["image"] = old.config.embedding_dim
+    check_dimensions(adapter.config, where, image_dim=dims["image"], text_dim=dims["text"])
     metadata = getattr(adapter, "metadata", None) or {}
-    for tower, encoder in {"text": text_encoder, "image": image_encoder}.items():
-        found = encoder_of_module(encoder, tower)
-        check_same_encoder(metadata.get(f"{tower}_encoder"), found, tower, "the adapter", type(pipe).__name__)
+    for tower, encoder in encoders.items():
+        found = _identity(encoder, tower)
+        check_same_encoder(metadata.get(f"{tower}_encoder"), found, tower, "the adapter", where)
+
+
+def _identity(encoder, tower: str) -> dict | None:
+    """Where a loaded transformers model came from and, for a local folder, the hash of its weights.
+
+    Of an encoder in the folder of a pipeline that states its encoders, what is stated there: a copy in another number
+    format has other bytes.
+    """
+    origin = getattr(getattr(encoder, "config", None), "_name_or_path", None)
+    if not origin:
+        return None
+    folder = Path(origin)
+    beside = folder.parent / "csdiff.json"
+    if beside.is_file() and (known := read_json(beside).get(f"{tower}_encoder")):
+        return known
+    # what the hub's cache holds is known by its name
+    if HUB_CACHE.search(origin) or not any(folder.glob("*.safetensors")):
+        return {"id": origin}
+    return {"id": origin, "weights_sha256": weights_sha256(folder, tower)}

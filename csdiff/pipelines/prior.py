@@ -9,7 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from diffusers import KandinskyV22PriorPipeline, PriorTransformer
+from diffusers import KandinskyV22PriorPipeline
 from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
 from csdiff.data.items import well_formed
@@ -17,7 +17,7 @@ from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.tokenizer import CaptionTokenizer
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
-from csdiff.pipelines.scheduler import OneShotScheduler
+from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
 
 
 class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
@@ -33,7 +33,7 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         text_encoder (`CLIPTextModelWithProjection`): the frozen text tower the adapter was trained on.
         tokenizer (`CLIPTokenizer`): its tokenizer.
         image_encoder (`CLIPVisionModelWithProjection`, *optional*): the image tower. It gives the default negative
-            (the embedding of an all-zero image, as Kandinsky 2.2 does) and lets `interpolate` take pictures. Without
+            (the embedding of an all-zero image, as Kandinsky 2.2 does) and lets `interpolate` take images. Without
             it the default negative is the adapter's answer to the empty prompt.
         image_processor (`CLIPImageProcessor`, *optional*): the image tower's preprocessing.
         scheduler (`OneShotScheduler`, *optional*): made here when left out; None makes one for each call. Another
@@ -97,7 +97,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         adapter = AutoAdapter.from_pretrained(folder, dtype=dtype, variant=components.pop("variant", None))
         parts = dict(components)
         # A name or a folder says where an encoder is; a model is used as it is.
-        places = {t: parts.pop(f"{t}_encoder") for t in ("text", "image") if _is_place(parts.get(f"{t}_encoder"))}
+        named = [t for t in ("text", "image") if isinstance(parts.get(f"{t}_encoder"), (str, os.PathLike))]
+        places = {t: parts.pop(f"{t}_encoder") for t in named}
         if "text_encoder" not in parts or "tokenizer" not in parts:
             known = find_encoder(adapter.metadata.get("text_encoder"), "text", places.get("text"), f"{folder}")
             cut = (adapter.metadata.get("tokenizer") or {}).get("max_length")
@@ -156,27 +157,20 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         Raises:
             CSDiffError: no prompts, other numbers of prompts, negatives or generators, or a `spread` beyond 0 to 1 or
                 for a prior that samples.
+            ValueError: from diffusers, for an `output_type` or tensor names that it does not have.
         """
         prompts = _texts(prompt, "prompt")
-        negatives = None
-        if negative_prompt is not None:
-            negatives = _texts(negative_prompt, "negative_prompt")
-            negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-            if len(negatives) != len(prompts):
-                wanted = f"one, or one for each of {len(prompts)} prompts"
-                raise CSDiffError(f"negative_prompt: expected {wanted}, found {len(negatives)}.")
-        if num_images_per_prompt < 1:
-            raise CSDiffError(f"num_images_per_prompt: expected 1 or more, found {num_images_per_prompt}.")
-        if output_type not in ("pt", "np"):
-            raise CSDiffError(f"output_type must be 'pt' or 'np', found {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise CSDiffError(
-                f"callback_on_step_end_tensor_inputs: expected {self._callback_tensor_inputs}, found {unknown}."
-            )
+        negatives = None if negative_prompt is None else _texts(negative_prompt, "negative_prompt")
+        if negatives and len(negatives) == 1:
+            negatives = negatives * len(prompts)
         count = len(prompts) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != count:
-            raise CSDiffError(f"generator: expected one, or a list of {count}, found a list of {len(generator)}.")
+        generators = len(generator) if isinstance(generator, list) else count
+        if num_images_per_prompt < 1 or len(negatives or prompts) != len(prompts) or generators != count:
+            raise CSDiffError(
+                f"Expected num_images_per_prompt of 1 or more, negative_prompt one or one for each of {len(prompts)} "
+                f"prompts, and generator one or a list of {count}, found {num_images_per_prompt} images, "
+                f"{len(negatives or prompts)} negatives and {generators} generators."
+            )
 
         scheduler = self.scheduler
         if scheduler is None:
@@ -201,6 +195,8 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             generator=generator,
             latents=latents,
             guidance_scale=guidance_scale,
+            # numpy has no bfloat16: from float32, below
+            output_type="pt" if output_type == "np" else output_type,
             return_dict=False,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -210,12 +206,10 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
             whitened = (image_embeds.float() - self.prior.clip_mean) / self.prior.clip_std
             whitened = self.prior.spread(whitened, spread, noise=noise)
             image_embeds = self.prior.post_process_latents(whitened).to(image_embeds.dtype)
+        both = (image_embeds, negative_image_embeds)
         if output_type == "np":
-            image_embeds = image_embeds.float().cpu().numpy()
-            negative_image_embeds = negative_image_embeds.float().cpu().numpy()
-        if not return_dict:
-            return (image_embeds, negative_image_embeds)
-        return KandinskyPriorPipelineOutput(image_embeds=image_embeds, negative_image_embeds=negative_image_embeds)
+            both = tuple(embeds.float().cpu().numpy() for embeds in both)
+        return KandinskyPriorPipelineOutput(*both) if return_dict else both
 
     def progress_bar(self, iterable=None, total=None):
         """Diffusers' bar; one step needs none."""
@@ -232,68 +226,39 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         )
         return self.prior.post_process_latents(prediction.predicted_image_embedding).repeat(batch_size, 1)
 
-    @torch.no_grad()
     def interpolate(
         self,
         images_and_prompts: list[str | PIL.Image.Image | torch.Tensor],
         weights: list[float],
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        negative_prior_prompt: str | None = None,
-        negative_prompt: str = "",
-        guidance_scale: float = 4.0,
+        *args,
         device: str | torch.device | None = None,
+        **kwargs,
     ) -> KandinskyPriorPipelineOutput:
-        """Mixes prompts and pictures: `z = sum_i weight_i * z_i`, with `z_i` a raw image embedding.
+        """Mixes prompts and images: `z = sum_i weight_i * z_i`, with `z_i` a raw image embedding.
 
         Args:
-            images_and_prompts: prompts (through the adapter), pictures or pixel tensors `(1, 3, H, W)` (through the
+            images_and_prompts: prompts (through the adapter), images or pixel tensors `(1, 3, H, W)` (through the
                 image tower), in any order.
             weights: one for each; they usually add up to 1.
-            num_images_per_prompt: rows returned.
-            num_inference_steps: used by diffusion priors only.
-            generator: seeds adapters that sample.
-            latents: noise `(num_images_per_prompt, D)` for them.
-            negative_prior_prompt: only with `guidance_scale` above 1, as in diffusers.
-            negative_prompt: the decoder's negative; "" is the default negative of `__call__`.
-            guidance_scale: see `__call__`.
-            device: where the pictures are embedded; the pipeline's device by default.
+            *args: see **kwargs.
+            device: where the images are embedded; the pipeline's device by default.
+            **kwargs: `num_images_per_prompt` and what else diffusers' method takes; `negative_prompt` is the decoder's
+                negative, "" the default negative of `__call__`.
 
         Returns:
             `image_embeds` and `negative_image_embeds`, both `(num_images_per_prompt, D)`.
 
         Raises:
-            CSDiffError: other numbers of items and weights, nothing to mix, or a picture without an image tower.
+            CSDiffError: an image without an image tower.
+            ValueError: from diffusers, for other numbers of items and weights.
         """
-        if not images_and_prompts or len(images_and_prompts) != len(weights):
-            raise CSDiffError(
-                f"interpolate: expected as many weights as prompts and pictures, at least one, found "
-                f"{len(images_and_prompts)} items and {len(weights)} weights."
-            )
         if self.image_encoder is None and any(not isinstance(item, str) for item in images_and_prompts):
             raise CSDiffError(
-                "interpolate: mixing in a picture needs an image tower; load this pipeline with image_encoder=."
+                "interpolate: mixing in an image needs an image tower; load this pipeline with image_encoder=."
             )
         return super().interpolate(
-            images_and_prompts,
-            weights,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            latents=latents,
-            negative_prior_prompt=negative_prior_prompt,
-            negative_prompt=negative_prompt,
-            guidance_scale=guidance_scale,
-            device=device or self._execution_device,
+            images_and_prompts, weights, *args, device=device or self._execution_device, **kwargs
         )
-
-
-def is_one_shot(prior: torch.nn.Module) -> bool:
-    """Whether `prior` answers in one forward pass; a stock `PriorTransformer` and the `diffusion` adapter do not."""
-    prior = getattr(prior, "_orig_mod", prior)
-    return getattr(prior, "one_shot", not isinstance(prior, PriorTransformer))
 
 
 def _texts(given: str | Sequence[str], name: str) -> list[str]:
@@ -301,7 +266,3 @@ def _texts(given: str | Sequence[str], name: str) -> list[str]:
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise CSDiffError(f"{name}: expected a string or a list of strings, found {given!r}.")
     return [well_formed(text) for text in texts]
-
-
-def _is_place(encoder: object) -> bool:
-    return isinstance(encoder, (str, os.PathLike))

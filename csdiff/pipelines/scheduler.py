@@ -1,10 +1,12 @@
-"""A scheduler for priors that answer in one step."""
+"""A scheduler for priors that answer in one step, and a prior whose answer was computed beforehand."""
 
 import logging
 from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.prior_transformer import PriorTransformer, PriorTransformerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
@@ -62,3 +64,47 @@ class OneShotScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return (model_output,)
         return OneShotSchedulerOutput(prev_sample=model_output, pred_original_sample=model_output)
+
+
+def is_one_shot(prior: torch.nn.Module) -> bool:
+    """Whether `prior` answers in one forward pass; a stock `PriorTransformer` and the `diffusion` adapter do not."""
+    prior = getattr(prior, "_orig_mod", prior)
+    return getattr(prior, "one_shot", not isinstance(prior, PriorTransformer))
+
+
+class EmbeddingPrior(ModelMixin, ConfigMixin):
+    """Answers every call with the image embeddings it was given: drives pipelines that only take a prior.
+
+    `UnCLIPPipeline` and `StableUnCLIPPipeline` compute the embedding themselves from the prompt. With this prior in
+    them they decode any embedding. Both halves of a classifier-free guidance batch get the same answer, so that the
+    prior's guidance scale has no effect.
+
+    Args:
+        embedding_dim (`int`): D, the width of the image embeddings.
+
+    Usage:
+        >>> pipe.prior = EmbeddingPrior(embedding_dim=768)
+        >>> pipe.prior.image_embeds = adapter.embed(text_embeds)
+    """
+
+    @register_to_config
+    def __init__(self, *, embedding_dim: int):
+        super().__init__()
+        self.register_buffer("image_embeds", torch.zeros(1, embedding_dim), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: int | torch.Tensor | None = None,
+        proj_embedding: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PriorTransformerOutput | tuple[torch.Tensor]:
+        """Returns `image_embeds` (B, D), repeated to the `k * B` rows of `hidden_states`."""
+        embeds = self.image_embeds.to(hidden_states).repeat(hidden_states.shape[0] // self.image_embeds.shape[0], 1)
+        return PriorTransformerOutput(predicted_image_embedding=embeds) if return_dict else (embeds,)
+
+    def post_process_latents(self, prior_latents: torch.Tensor) -> torch.Tensor:
+        """Returns the embeddings as they are: they are raw already."""
+        return prior_latents

@@ -10,7 +10,7 @@ from csdiff.app.drawing import Drawn, Note, Settings, Started, blend, create, fr
 from csdiff.app.work import Line, Progress, Stopped, stream
 from csdiff.errors import CSDiffError
 from csdiff.pipelines import GenerateConfig, generate
-from csdiff.pipelines.pictures import read_settings
+from csdiff.pipelines.generate import read_settings
 
 
 def pictures(messages, place="images") -> list[bytes]:

@@ -17,7 +17,7 @@ from csdiff.evaluation.comparison import compare
 from csdiff.evaluation.data import open_store, read_pairs
 from csdiff.evaluation.evaluate import short_names
 from csdiff.evaluation.predictions import predict
-from csdiff.pipelines.pairing import read_adapter_card
+from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.tables import number
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*csdiff.json.*")

@@ -15,8 +15,8 @@ from csdiff.evaluation.distances import feature_frechet_distance
 from csdiff.evaluation.drawing import jobs
 from csdiff.evaluation.picture_metrics import clip_score, cmmd, diversity, fid, kid
 from csdiff.evaluation.picture_run import PictureRun
+from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.pipelines.embedding import PromptEmbedder
-from csdiff.pipelines.pairing import AdapterCard, read_adapter_card
 
 
 def cloud(n, d, seed=0, shift=0.0):
@@ -238,7 +238,7 @@ def test_a_negative_does_not_depend_on_what_is_missing(
 def test_an_adapter_is_hashed_once(picture_adapter, monkeypatch):
     card = read_adapter_card(picture_adapter)
     first = card.sha256
-    monkeypatch.setattr("csdiff.pipelines.pairing.hashlib", None)
+    monkeypatch.setattr("csdiff.pipelines.decoders.hashlib", None)
     assert isinstance(card, AdapterCard)
     assert card.sha256 == first
 

@@ -262,20 +262,12 @@ def test_a_diffusion_prior_keeps_its_scheduler_and_steps(parts, tiny_clip):
     [
         ({"prompt": []}, "prompt: expected a string or a list"),
         ({"prompt": 3}, "found 3"),
-        ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "one for each of 3 prompts, found 2"),
-        ({"prompt": PROMPTS, "generator": [torch.Generator()]}, "a list of 3, found a list of 1"),
-        ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt: expected 1 or more, found 0"),
+        ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "one for each of 3 prompts.* found .*2 negatives"),
+        ({"prompt": PROMPTS, "generator": [torch.Generator()]}, "a list of 3, found .*1 generators"),
+        ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt of 1 or more.* found 0"),
         ({"prompt": PROMPT, "spread": 1.5}, "1.5"),
-        ({"prompt": PROMPT, "output_type": "pil"}, "'pt' or 'np', found 'pil'"),
-        ({"prompt": PROMPT, "callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
     ],
 )
 def test_bad_arguments_are_named(pipe, arguments, words):
     with pytest.raises(CSDiffError, match=words):
         pipe(**arguments)
-
-
-@pytest.mark.parametrize(("items", "weights"), [([], []), (["a"], [0.5, 0.5])])
-def test_interpolate_wants_as_many_weights_as_items(pipe, items, weights):
-    with pytest.raises(CSDiffError, match="as many weights"):
-        pipe.interpolate(items, weights)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UnCLIPPipeline
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from tiny_pipelines import (
     DIM,
     PROMPT,
@@ -15,7 +16,6 @@ from tiny_pipelines import (
 
 import csdiff
 from csdiff.pipelines import CSDiffPriorPipeline, EmbeddingPrior, OneShotScheduler, load_karlo
-from csdiff.pipelines.karlo import text_projection_class
 
 SMALL = {"num_inference_steps": 2, "output_type": "np"}
 KARLO_STEPS = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "np"}
@@ -101,7 +101,7 @@ def test_karlo_with_an_adapter(karlo, adapter, decoder_guidance):
 
 def test_karlo_with_components_and_its_own_prior(karlo, tiny_clip):
     prior = prior_transformer(tiny_clip, DIM)
-    projection = text_projection_class().from_pretrained(karlo, subfolder="text_proj")
+    projection = UnCLIPTextProjModel.from_pretrained(karlo, subfolder="text_proj")
     pipe = load_karlo(repo=karlo, prior=prior, text_proj=projection)
     assert pipe.prior is prior
     assert pipe.text_proj is projection

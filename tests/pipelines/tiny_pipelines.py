@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from safetensors.torch import save_file
 from transformers import (
@@ -40,7 +41,6 @@ from transformers import (
 
 from csdiff.adapters import MLPAdapter
 from csdiff.embeddings.encoders import quiet_loading
-from csdiff.pipelines.karlo import text_projection_class
 
 TEXT_WIDTH = 16
 PROMPT = "a red apple"
@@ -240,7 +240,7 @@ def karlo_components(clip: Path, dim: int) -> dict:
         # Karlo projects token states and embeddings alike, so they have one width
         "text_encoder": text_tower(clip, projected=True),
         "tokenizer": CLIPTokenizer.from_pretrained(clip),
-        "text_proj": text_projection_class()(clip_embeddings_dim=dim, time_embed_dim=64, cross_attention_dim=16),
+        "text_proj": UnCLIPTextProjModel(clip_embeddings_dim=dim, time_embed_dim=64, cross_attention_dim=16),
         "decoder": decoder,
         "super_res_first": super_resolution(),
         "super_res_last": super_resolution(),
