@@ -28,15 +28,16 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[object]], title: str
     from rich.table import Table
 
     cells = [[number(cell) for cell in row] for row in rows]
-    table = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for place, name in enumerate(head):
         right = place > 0 and all(_numeric(row[place]) for row in cells)
-        # Text, not markup: a name may hold brackets.
-        table.add_column(_text(name), justify="right" if right else "left", no_wrap=True)
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for row in cells:
-        table.add_row(*map(_text, row))
+        table.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=10_000, force_terminal=False, color_system=None).print(table)
+    # Text, not markup: a name may hold brackets.
+    plain = {"markup": False, "emoji": False, "highlight": False, "color_system": None, "force_terminal": False}
+    Console(file=out, width=10_000, **plain).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
@@ -44,12 +45,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """The same for a Markdown page: the first column to the left, all others to the right."""
     lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *([number(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _text(cell: str):
-    from rich.text import Text
-
-    return Text(cell)
 
 
 def _numeric(cell: str) -> bool:

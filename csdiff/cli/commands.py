@@ -85,7 +85,7 @@ COMMANDS = {
             "csdiff evaluate --data held-out-store --compare runs/a runs/b runs/c",
             "csdiff evaluate --adapter runs/mine --decoder tiny --pictures held-out.parquet --num_images 2",
         ),
-        "csdiff.evaluation.table:as_text",
+        "csdiff.evaluation.report:as_text",
     ),
     "export": Command(
         "csdiff.cli.export:ExportConfig",

@@ -8,8 +8,6 @@ from torch import Tensor
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.evaluation.embedding_metrics import embedding_metrics
 
-FEWEST = 4
-
 
 @torch.no_grad()
 def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -28,11 +26,10 @@ def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) 
     """
     same = text.shape[1] == train_image.shape[1]
     result = {"raw_text": text.float()} if same else {}
-    for method in ("mean_shift", "ridge") if same else ("ridge",):
-        if len(train_text) < FEWEST:
-            continue
-        fitted = LinearAdapter.fit([(train_text, train_image)], method)
-        result[method] = fitted.eval().embed(text.float().cpu()).to(text.device)
+    if len(train_text) >= 4:
+        for method in ("mean_shift", "ridge") if same else ("ridge",):
+            fitted = LinearAdapter.fit([(train_text, train_image)], method)
+            result[method] = fitted.eval().embed(text.float().cpu()).to(text.device)
     return result
 
 
@@ -51,8 +48,8 @@ def cross_fitted_predictions(
     Returns:
         As :func:`baseline_predictions`.
     """
-    _, number = image_ids.unique(return_inverse=True)
-    count = int(number.max()) + 1
+    values, number = image_ids.unique(return_inverse=True)
+    count = len(values)
     fold = (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % folds).to(number.device)[number]
     result: dict[str, Tensor] = {}
     for index in range(min(folds, count)):
@@ -65,14 +62,6 @@ def cross_fitted_predictions(
 def baseline_metrics(
     train_text: Tensor, train_image: Tensor, text: Tensor, image: Tensor, image_ids: Tensor | None = None
 ) -> dict:
-    """:func:`embedding_metrics` of the baselines of :func:`baseline_predictions`, by name.
-
-    Args:
-        train_text: `(N, Dt)` text embeddings to fit to.
-        train_image: `(N, D)` their images.
-        text: `(M, Dt)` held-out text embeddings.
-        image: `(M, D)` their images.
-        image_ids: `(M,)` image of each held-out row.
-    """
+    """:func:`embedding_metrics` of the held-out `text`, `image`, by name of the :func:`baseline_predictions`."""
     predictions = baseline_predictions(train_text, train_image, text)
     return {name: embedding_metrics(p, image, text, image_ids) for name, p in predictions.items()}

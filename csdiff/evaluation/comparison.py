@@ -4,7 +4,6 @@ Frechet distances have no interval: a resample holds an image several times, whi
 and moves the distance by more than the difference that is asked for. Kernel distances answer the same question.
 """
 
-from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import torch
@@ -19,33 +18,6 @@ IMAGES = 5000
 """So many images are resampled at most, drawn evenly; what their captions search in is every image."""
 KERNEL_IMAGES = 1500
 """Kernel metrics are resampled on so many at most, one caption each: wider intervals, bounded memory."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One metric of two adapters.
-
-    Attributes:
-        metric: Dotted key.
-        first: Name of one adapter.
-        second: Name of the other.
-        difference: Value of the first minus value of the second. Of a metric that is best near some value
-            (`csdiff.evaluation.metrics`) it is the distances from that value that are compared; what lies below the
-            best value of an unbiased estimate has none.
-        low: Lower end of the 95% interval of the difference.
-        high: Upper end.
-        real: The interval leaves 0 out; never of a difference of 0.
-        better: Name of the better one, where the difference is real and one of the two can be better.
-    """
-
-    metric: str
-    first: str
-    second: str
-    difference: float
-    low: float
-    high: float
-    real: bool
-    better: str | None
 
 
 def compare(
@@ -75,57 +47,59 @@ def compare(
         limit: Images that are resampled; None for all.
 
     Returns:
-        `{"resamplings", "images", "level": 0.95, "intervals": {adapter: {metric: [low, high]}}, "differences": [...]}`
-        with the fields of :class:`Difference`.
+        `{"resamplings", "images", "level": 0.95, "intervals": {adapter: {metric: [low, high]}},
+        "differences": [...]}`. A difference has `metric` (dotted key), `first` and `second` (adapters), `difference`
+        (value of the first minus value of the second), `low` and `high`, `real` (the interval leaves 0 out; never of a
+        difference of 0) and `better` (the better one of a real difference, where one can be better). Of a metric that
+        is best near some value (`csdiff.evaluation.metrics`) the distances from that value are compared.
     """
     first = first_rows(image_ids)
-    gallery, gallery_ids = image[first], image_ids[first]
+    gallery = image[first], image_ids[first]
     if limit is not None and len(first) > limit:
         chosen = torch.linspace(0, len(first) - 1, limit).round().long()
-        rows = torch.isin(image_ids, gallery_ids[chosen])
+        rows = torch.isin(image_ids, gallery[1][chosen])
         predictions = {name: prediction[rows] for name, prediction in predictions.items()}
         image, text, image_ids = image[rows], text[rows], image_ids[rows]
         first = first_rows(image_ids)
-    _, order = image_ids[first].sort()
-    _, of_image = image_ids.unique(return_inverse=True)
-    first = first[order]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(first), (resamplings, len(first)), generator=generator)
-    # The first row of weights is the sample itself.
+    first = first[image_ids[first].argsort()]
+    drawn = torch.randint(len(first), (resamplings, len(first)), generator=torch.Generator().manual_seed(seed))
+    # How often a resample holds an image; the first row is the sample itself.
     weights = torch.ones(resamplings + 1, len(first), dtype=torch.float64)
-    weights[1:] = torch.zeros(resamplings, len(first), dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-    )
+    weights[1:] = 0
+    weights[1:].scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=weights.dtype))
     values = {
-        name: _values(prediction, image, text, image_ids, first, of_image, weights, (gallery, gallery_ids))
+        name: _values(prediction, image, text, image_ids, first, weights, gallery)
         for name, prediction in predictions.items()
     }
-    intervals = {
-        name: {key: list(_interval(v, key)) for key, v in metrics.items()} for name, metrics in values.items()
-    }
-    differences = []
-    for a, b in combinations(values, 2):
-        for key in values[a]:
-            kind = metric(key)
-            one, other = values[a][key], values[b][key]
-            if kind.better.startswith("near"):
-                one, other = (torch.tensor([kind.loss(v) for v in z.tolist()], dtype=z.dtype) for z in (one, other))
-            low, high = _interval(one - other, key)
-            difference = (one - other)[0].item()
-            # Equal values summed in another order differ in their last bits.
-            equal = abs(difference) <= 1e-9 * max(1.0, one[0].abs().item())
-            real = not equal and not low <= 0 <= high
-            better = None
-            if real and kind.better:
-                better = a if (difference > 0) == (kind.better == "higher") else b
-            differences.append(asdict(Difference(key, a, b, difference, low, high, real, better)))
     return {
         "resamplings": resamplings,
         "images": len(first),
         "level": 0.95,
-        "intervals": intervals,
-        "differences": differences,
+        "intervals": {
+            name: {key: list(_interval(v, key)) for key, v in mine.items()} for name, mine in values.items()
+        },
+        "differences": [
+            _difference(key, a, b, values[a][key], values[b][key])
+            for a, b in combinations(values, 2)
+            for key in values[a]
+        ],
     }
+
+
+def _difference(key: str, a: str, b: str, one: Tensor, other: Tensor) -> dict:
+    kind = metric(key)
+    if kind.better.startswith("near"):
+        one, other = (torch.tensor([kind.loss(v) for v in z.tolist()], dtype=z.dtype) for z in (one, other))
+    low, high = _interval(one - other, key)
+    difference = (one - other)[0].item()
+    # Equal values summed in another order differ in their last bits.
+    equal = abs(difference) <= 1e-9 * max(1.0, one[0].abs().item())
+    real = not equal and not low <= 0 <= high
+    better = None
+    if real and kind.better:
+        better = a if (difference > 0) == (kind.better == "higher") else b
+    pair = {"metric": key, "first": a, "second": b}
+    return {**pair, "difference": difference, "low": low, "high": high, "real": real, "better": better}
 
 
 def _interval(values: Tensor, key: str) -> tuple[float, float]:
@@ -143,15 +117,12 @@ def _values(
     text: Tensor,
     ids: Tensor,
     first: Tensor,
-    of_image: Tensor,
     weights: Tensor,
     gallery: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:
-    """Every metric `(B,)` under every row of weights `(B, P)` of the images."""
+    """Every metric `(B,)` under every row of weights `(B, P)` of the images, whose first rows are `first`."""
     images = image[first]
-    rows = weights[:, of_image]
-    total = rows.sum(1)
-
+    rows = weights[:, ids.unique(return_inverse=True)[1]]
     result: dict[str, Tensor] = {}
     forward = retrieval_ranks(prediction, gallery[0], ids, gallery[1])
     backward = retrieval_ranks(images, prediction, ids[first], ids)
@@ -160,14 +131,13 @@ def _values(
             result[f"{name}.r@{k}"] = _mean(ranks.hits(k), weight)
         result[f"{name}.median_rank"] = _median(ranks.expected(), weight)
     p, y = unit(prediction), unit(images)
-    gap = rows @ p / total[:, None] - weights @ y / weights.sum(1, keepdim=True)
-    result["centroid_gap"] = gap.norm(dim=1)
+    result["centroid_gap"] = (_mean(p, rows) - _mean(y, weights)).norm(dim=1)
     result |= _kernel_values(p[first], y, weights)
     result["cosine.paired"] = _mean((p * unit(image)).sum(1), rows)
     if text.shape[1] == prediction.shape[1]:
         result["cosine.text"] = _mean((p * unit(text)).sum(1), rows)
-    n, r = prediction.double().norm(dim=1), images.double().norm(dim=1)
-    predicted, real = _moments(n, rows), _moments(r, weights)
+    predicted = _moments(prediction.double().norm(dim=1), rows)
+    real = _moments(images.double().norm(dim=1), weights)
     result["norm.mean_ratio"] = predicted[0] / real[0]
     if (real[1] > 1e-6 * real[0]).all():
         result["norm.std_ratio"] = predicted[1] / real[1]
@@ -175,12 +145,14 @@ def _values(
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return weights @ values / weights.sum(1)
+    """Mean of `(N,)` values, or of the rows of `(N, D)`, under each row of weights `(B, N)`."""
+    total = weights.sum(1)
+    return weights @ values / (total if values.ndim == 1 else total[:, None])
 
 
 def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    mean = _mean(values, weights)
-    spread = weights @ (values - values.mean()).square() / weights.sum(1) - (mean - values.mean()).square()
+    mean, middle = _mean(values, weights), values.mean()
+    spread = _mean((values - middle).square(), weights) - (mean - middle).square()
     return mean, spread.clamp(min=0).sqrt()
 
 
@@ -196,19 +168,18 @@ def _median(values: Tensor, weights: Tensor) -> Tensor:
 def _kernel_values(p: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
     chosen = torch.linspace(0, len(p) - 1, min(len(p), KERNEL_IMAGES)).long().unique()
     p, y, w = p[chosen].float(), y[chosen].float(), weights[:, chosen].float()
+    pairs, singles = (w.sum(1) ** 2 - w.square().sum(1)).double(), w.sum(1).double()
+
+    def sums(kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sums off the diagonal and on it."""
+        diagonal = kernel.diagonal()
+        return (((w @ kernel) * w).sum(1) - w.square() @ diagonal).double(), (w @ diagonal).double()
+
     products = {"pp": p @ p.T, "yy": y @ y.T, "py": p @ y.T}
-    cubic = {pair: _quadratic((z + 1).pow(3), w) for pair, z in products.items()}
-    within = [off / pairs for off, _, pairs, _ in (cubic["pp"], cubic["yy"])]
-    off, diagonal, pairs, singles = cubic["py"]
-    result = {"kernel_distance": 1000 * (within[0] + within[1] - 2 * (off + diagonal) / (pairs + singles))}
-    gauss = {pair: _quadratic(torch.exp((z - 1) / BANDWIDTH**2), w) for pair, z in products.items()}
-    means = {pair: (off + diagonal) / (pairs + singles) for pair, (off, diagonal, pairs, singles) in gauss.items()}
-    result["cs_divergence"] = means["pp"].log() + means["yy"].log() - 2 * means["py"].log()
-    return result
-
-
-def _quadratic(kernel: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sums of a kernel off the diagonal and on it, and the weights of both."""
-    diagonal = kernel.diagonal()
-    off = ((w @ kernel) * w).sum(1) - w.square() @ diagonal
-    return off.double(), (w @ diagonal).double(), (w.sum(1) ** 2 - w.square().sum(1)).double(), w.sum(1).double()
+    cubic = {pair: sums((z + 1).pow(3)) for pair, z in products.items()}
+    within = sum(cubic[pair][0] / pairs for pair in ("pp", "yy"))
+    gauss = {pair: sum(sums(torch.exp((z - 1) / BANDWIDTH**2))) / (pairs + singles) for pair, z in products.items()}
+    return {
+        "kernel_distance": 1000 * (within - 2 * sum(cubic["py"]) / (pairs + singles)),
+        "cs_divergence": gauss["pp"].log() + gauss["yy"].log() - 2 * gauss["py"].log(),
+    }

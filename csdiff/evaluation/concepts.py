@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,13 +41,15 @@ def group_agreement(
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, v_measure_score
 
-    chosen = [torch.linspace(0, len(z) - 1, min(len(z), GROUPED_ROWS)).long().unique() for z in (prediction, image)]
-    names = [concepts[i] for i in chosen[0].tolist()] + [image_concepts[i] for i in chosen[1].tolist()]
-    rows = torch.cat([unit(z)[rows.to(z.device)] for z, rows in zip((prediction, image), chosen, strict=True)])
+    parts, names = [], []
+    for z, known in ((prediction, concepts), (image, image_concepts)):
+        rows = torch.linspace(0, len(z) - 1, min(len(z), GROUPED_ROWS)).long().unique()
+        parts.append(unit(z)[rows.to(z.device)].float().cpu())
+        names += [known[row] for row in rows.tolist()]
     count = len(set(names))
     if count < 2:
         raise CSDiffError(f"Groups by concept need at least 2 different concepts, found {count}.")
-    labels = KMeans(count, n_init=2, max_iter=100, random_state=seed).fit(rows.float().cpu().numpy()).labels_
+    labels = KMeans(count, n_init=2, max_iter=100, random_state=seed).fit(torch.cat(parts).numpy()).labels_
     return {"v_measure": float(v_measure_score(names, labels)), "ari": float(adjusted_rand_score(names, labels))}
 
 
@@ -84,15 +85,14 @@ def concept_rate(
     reference_concepts: Sequence[str],
     originals: Tensor | None = None,
     k: int = 10,
-    reading: Literal["nearest_image", "mean_of_images"] = "nearest_image",
     resamplings: int = 1000,
     seed: int = 0,
 ) -> ConceptRate:
     """Whether generated images show what they should: is the right concept among the k nearest concepts?
 
-    Nearness is the cosine similarity of features: of a concept, that of its nearest reference image, or of the mean of
-    its images' unit vectors. The judge is as good as its features: take a network that nothing generated the images
-    for, and read the ratio to real images of the same concepts.
+    A concept is as near as its nearest reference image, by the cosine similarity of features. The judge is as good as
+    its features: take a network that nothing generated the images for, and read the ratio to real images of the same
+    concepts.
 
     ```python
     extractor = load_extractor("efficientnet-lite0")
@@ -106,7 +106,6 @@ def concept_rate(
         reference_concepts: M names.
         originals: `(N, D)` of the real images that the generated ones stand for.
         k: Nearest concepts that count.
-        reading: How near a concept is.
         resamplings: Behind the errors.
         seed: Of the resamples.
 
@@ -120,45 +119,27 @@ def concept_rate(
         )
     if unknown := set(concepts) - set(reference_concepts):
         raise CSDiffError(f"concept_rate: expected reference images of every concept, found none of {min(unknown)!r}.")
-    hits = _hits(features, concepts, reference, reference_concepts, k, reading)
-    real = None if originals is None else _hits(originals, concepts, reference, reference_concepts, k, reading)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(hits), (resamplings, len(hits)), generator=generator)
-    rates = hits[drawn].mean(1)
+    number = {name: index for index, name in enumerate(sorted(set(reference_concepts)))}
+    shown = torch.tensor([number[name] for name in reference_concepts])
+    wanted = torch.tensor([number[name] for name in concepts])
+    reference = unit(reference.cpu()).float()
+
+    def hits(z: Tensor) -> Tensor:
+        """`(N,)` 1 where the right concept is among the k nearest, else 0."""
+        similarity = torch.full((len(z), len(number)), -2.0)
+        products = unit(z.cpu()).float() @ reference.T
+        similarity.scatter_reduce_(1, shown.expand(len(z), -1), products, reduce="amax")
+        own = similarity.gather(1, wanted[:, None])
+        return ((similarity > own).sum(1) < k).double()
+
+    found = hits(features)
+    rate = found.mean().item()
+    drawn = torch.randint(len(found), (resamplings, len(found)), generator=torch.Generator().manual_seed(seed))
+    rates = found[drawn].mean(1)
     share = ratio = ratio_error = None
-    if real is not None:
+    if originals is not None:
+        real = hits(originals)
         share = real.mean().item()
-        ratio = hits.mean().item() / share if share else None
-        ratio_error = (rates / real[drawn].mean(1).clamp(min=1 / len(hits))).std().item()
-    return ConceptRate(
-        hits.mean().item(),
-        rates.std().item(),
-        share,
-        ratio,
-        ratio_error,
-        k,
-        len(set(reference_concepts)),
-        len(hits),
-    )
-
-
-def _hits(
-    features: Tensor,
-    concepts: Sequence[str],
-    reference: Tensor,
-    reference_concepts: Sequence[str],
-    k: int,
-    reading: str,
-) -> Tensor:
-    """`(N,)` 1 where the right concept is among the k nearest, else 0."""
-    names = {name: index for index, name in enumerate(sorted(set(reference_concepts)))}
-    index = torch.tensor([names[name] for name in reference_concepts])
-    wanted = torch.tensor([names[name] for name in concepts])
-    x, y = unit(features.cpu()).float(), unit(reference.cpu()).float()
-    if reading == "mean_of_images":
-        similarity = x @ unit(torch.zeros(len(names), y.shape[1]).index_add_(0, index, y)).float().T
-    else:
-        similarity = torch.full((len(x), len(names)), -2.0)
-        similarity.scatter_reduce_(1, index.expand(len(x), -1), x @ y.T, reduce="amax")
-    own = similarity.gather(1, wanted[:, None])
-    return ((similarity > own).sum(1) < k).double()
+        ratio = rate / share if share else None
+        ratio_error = (rates / real[drawn].mean(1).clamp(min=1 / len(found))).std().item()
+    return ConceptRate(rate, rates.std().item(), share, ratio, ratio_error, k, len(number), len(found))

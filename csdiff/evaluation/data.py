@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
-from csdiff.evaluation.held_out import require_images
+from csdiff.evaluation.embedding_metrics import require_images
 from csdiff.evaluation.retrieval import first_rows, image_identities
 from csdiff.pipelines.decoders import AdapterCard
 from csdiff.pipelines.embedding import text_encoder_options
@@ -61,9 +61,7 @@ class HeldOutPairs:
         digest = hashlib.sha256()
         for part in (self.text, self.image, self.image_ids):
             digest.update(part.contiguous().numpy().tobytes())
-        encoders = {
-            f"{side}_encoder": (self.store.fingerprint or {}).get(f"{side}_encoder") for side in ("text", "image")
-        }
+        fingerprint = self.store.fingerprint or {}
         return {
             "source": self.source,
             "split": self.split,
@@ -71,7 +69,7 @@ class HeldOutPairs:
             "rows_of": len(self.store),
             "pictures": self.pictures,
             "embeddings_sha256": digest.hexdigest(),
-            **encoders,
+            **{name: fingerprint.get(name) for name in ("text_encoder", "image_encoder")},
         }
 
 
@@ -93,13 +91,7 @@ def check_source(path: str, option: str, card: AdapterCard) -> None:
 
 @contextmanager
 def open_store(
-    path: str,
-    option: str,
-    card: AdapterCard,
-    device: str,
-    progress: bool,
-    split: str,
-    concepts: str | None = None,
+    path: str, option: str, card: AdapterCard, device: str, progress: bool, split: str, concepts: str | None = None
 ) -> Iterator[EmbeddingStore]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
@@ -124,7 +116,7 @@ def open_store(
                 text_revision=options.pop("revision"),
                 image_encoder=image["id"],
                 image_revision=image.get("revision"),
-                metadata_columns=_concept_columns(path, concepts),
+                metadata_columns=[concepts] if concepts else _concept_columns(path),
                 **options,
                 dtype="float32",
                 device=device,
@@ -134,18 +126,14 @@ def open_store(
         yield EmbeddingStore.open(f"{folder}/store")
 
 
-def _concept_columns(path: str, asked: str | None) -> list[str]:
-    """The column of concepts to keep of a source: the one asked for, else that of a parquet file which has one."""
-    if asked is not None:
-        return [asked]
-    if Path(path).suffix != ".parquet":
-        return []
+def _concept_columns(path: str) -> list[str]:
+    """The column of concepts of a parquet file, where it has one."""
     import pyarrow.parquet as pq
 
-    try:
-        names = pq.read_schema(path).names
-    except (OSError, ValueError):
-        return []  # What is wrong with it, the reader says.
+    names: list[str] = []
+    if Path(path).suffix == ".parquet":
+        with suppress(OSError, ValueError):  # What is wrong with it, the reader says.
+            names = pq.read_schema(path).names
     return [name for name in CONCEPT_COLUMNS if name in names][:1]
 
 
@@ -157,18 +145,18 @@ def read_pairs(
     concepts: str | None = None,
     split: str | None = None,
 ) -> HeldOutPairs:
-    """Pairs of a store, at most `max_rows`, evenly spread.
+    """Pairs of a store, evenly spread.
 
     Args:
         source: What was asked for, for messages and the manifest.
         store: Where the rows are.
         option: It was asked for by, for messages.
-        max_rows: None reads all.
+        max_rows: At most; None reads all.
         concepts: Metadata column of what an image shows; by default concept or label, where there is one.
         split: Of a source that is no store.
 
     Raises:
-        CSDiffError: one side or the column is missing, or there are too few images.
+        CSDiffError: one side or the column is missing, there are too few images, or a row is not finite.
     """
     for side in ("text", "image"):
         if getattr(store, f"{side}_dim") is None:
@@ -176,20 +164,12 @@ def read_pairs(
     count = len(store) if max_rows is None else min(max_rows, len(store))
     rows = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
     values = store.read(rows, ["text_embeds", "image_embeds"])
-    ids = (
-        torch.from_numpy(store.image_numbers()[rows])
-        if store.knows_images
-        else image_identities(values["image_embeds"])
-    )
+    text, image = values["text_embeds"], values["image_embeds"]
+    ids = torch.from_numpy(store.image_numbers()[rows]) if store.knows_images else image_identities(image)
     known = store.metadata.names if store.metadata is not None else ()
     column = concepts or next((name for name in CONCEPT_COLUMNS if name in known), None)
     names = [str(name) for name in store.column(column, rows)] if column else None
-    pairs = HeldOutPairs(source, store, rows, values["text_embeds"], values["image_embeds"], ids, names, split)
-    for side, part in (("text", pairs.text), ("image", pairs.image)):
-        if not part.isfinite().all():
-            raise CSDiffError(
-                f"--{option} {source}: expected numbers, found NaN or infinity in the {side} embeddings."
-            )
+    pairs = HeldOutPairs(source, store, rows, text, image, ids, names, split)
     require_images(pairs.pictures)
     return pairs
 
@@ -198,13 +178,11 @@ def training_store(card: AdapterCard) -> str | None:
     """The store that an adapter was trained on, if its `csdiff.json` names one that is still there and the same."""
     data = card.metadata.get("data") or {}
     path = data.get("train")
-    if not isinstance(path, str) or not is_store(path):
-        return None
-    try:
-        made_of = (EmbeddingStore.open(path).fingerprint or {}).get("data")
-    except CSDiffError:
-        return None
-    return path if made_of == data.get("source") else None
+    if isinstance(path, str) and is_store(path):
+        with suppress(CSDiffError):
+            if (EmbeddingStore.open(path).fingerprint or {}).get("data") == data.get("source"):
+                return path
+    return None
 
 
 def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: str) -> None:
@@ -213,22 +191,22 @@ def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: st
     Raises:
         CSDiffError: other dimensions, other encoders, or rows without their norms.
     """
+    named, fingerprint = f"as the adapter {card.path} was trained on", store.fingerprint or {}
     for side, expected in (("text", card.text_dim), ("image", card.embedding_dim)):
         found = getattr(store, f"{side}_dim")
         if found is not None and found != expected:
             raise CSDiffError(
-                f"--{option} {source}: expected {side} embeddings of {expected} dimensions, as the adapter "
-                f"{card.path} was trained on, found {found}; embed the data with the adapter's encoders."
+                f"--{option} {source}: expected {side} embeddings of {expected} dimensions, {named}, found {found}; "
+                "embed the data with the adapter's encoders."
             )
-    for side in ("text", "image"):
-        expected, found = (d.get(f"{side}_encoder") for d in (card.metadata, store.fingerprint or {}))
-        check_same_encoder(expected, found, side, str(card.path), source)
+        records = (record.get(f"{side}_encoder") for record in (card.metadata, fingerprint))
+        check_same_encoder(*records, side, str(card.path), source)
     kinds = {True: "unit-norm", False: "raw"}
     trained = bool(card.metadata.get("normalized"))
     if store.normalized != trained:
         raise CSDiffError(
-            f"--{option} {source}: expected {kinds[trained]} embeddings, as the adapter {card.path} was trained on, "
-            f"found {kinds[store.normalized]} ones; embed the data again with `csdiff embed`."
+            f"--{option} {source}: expected {kinds[trained]} embeddings, {named}, found {kinds[store.normalized]} "
+            "ones; embed the data again with `csdiff embed`."
         )
 
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.errors import CSDiffError
-from csdiff.files import write_json
+from csdiff.files import write_json, writing
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.decoding import DrawingOptions
+from csdiff.pipelines.decoding import Decoder, DrawingOptions
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,11 @@ class Job:
     Attributes:
         prompt: Its text.
         row: Number of the prompt in the list.
-        image: Number of the picture among those of its prompt.
         key: Names the picture; follows from the prompt, its repetition and the seed.
     """
 
     prompt: str
     row: int
-    image: int
     key: str
 
     @property
@@ -43,13 +41,13 @@ class Job:
 
 
 def jobs(prompts: list[str], num_images: int, seed: int) -> list[Job]:
-    """The pictures of a prompt list; an equal prompt further down has other noise."""
+    """The pictures of a prompt list, prompt by prompt; an equal prompt further down has other noise."""
     seen: Counter[str] = Counter()
     result = []
     for row, prompt in enumerate(prompts):
         for image in range(num_images):
             text = f"{prompt}\n{seen[prompt]}\n{seed + image}"
-            result.append(Job(prompt, row, image, hashlib.sha256(text.encode()).hexdigest()[:32]))
+            result.append(Job(prompt, row, hashlib.sha256(text.encode()).hexdigest()[:32]))
         seen[prompt] += 1
     return result
 
@@ -84,9 +82,8 @@ class PictureFolder:
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
             write_json(self.path / "settings.json", self.settings)
-        aside = self.path / f".{job.key}.partial"
-        picture.save(aside, format="PNG")
-        aside.replace(self.file(job))
+        with writing(self.file(job), "wb") as file:
+            picture.save(file, format="PNG")
 
     def read(self, job: Job) -> Image.Image:
         """A picture that is there; CSDiffError for a file that is none."""
@@ -99,45 +96,32 @@ class PictureFolder:
                 f"drawn again."
             ) from error
 
-
-def draw_missing(
-    folder: PictureFolder,
-    wanted: list[Job],
-    image_embeds: Tensor,
-    negative: Tensor | None,
-    decoder,
-    options: DrawingOptions,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    """Draw what a folder lacks.
-
-    Args:
-        folder: Where pictures are kept.
-        wanted: All pictures of the set.
-        image_embeds: `(len(wanted), D)` raw image embeddings.
-        negative: `(1, D)` the decoder's negative, or None.
-        decoder: From `csdiff.pipelines.decoding.load_decoder`.
-        options: What all pictures share.
-        batch_size: Pictures drawn at once.
-        progress: Show a bar on stderr.
-    """
-    places = folder.missing(wanted)
-    with tqdm(
-        total=len(wanted), initial=len(wanted) - len(places), desc=folder.path.name, disable=not progress
-    ) as bar:
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            drawn = decoder.draw(
-                [wanted[place].prompt for place in batch],
-                image_embeds[batch],
-                None if negative is None else negative.expand(len(batch), -1),
-                [torch.Generator("cpu").manual_seed(wanted[place].noise_seed) for place in batch],
-                options,
-            )
-            for place, picture in zip(batch, drawn, strict=True):
-                folder.write(wanted[place], picture)
-            bar.update(len(batch))
+    def draw(
+        self,
+        wanted: list[Job],
+        image_embeds: Tensor,
+        negative: Tensor | None,
+        decoder: Decoder,
+        options: DrawingOptions,
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        """Draw what is missing of `wanted` from its raw image embeddings, with the decoder's negative `(1, D)`."""
+        places = self.missing(wanted)
+        done = len(wanted) - len(places)
+        with tqdm(total=len(wanted), initial=done, desc=self.path.name, disable=not progress) as bar:
+            for start in range(0, len(places), batch_size):
+                batch = places[start : start + batch_size]
+                drawn = decoder.draw(
+                    [wanted[place].prompt for place in batch],
+                    image_embeds[batch],
+                    None if negative is None else negative.expand(len(batch), -1),
+                    [torch.Generator("cpu").manual_seed(wanted[place].noise_seed) for place in batch],
+                    options,
+                )
+                for place, picture in zip(batch, drawn, strict=True):
+                    self.write(wanted[place], picture)
+                bar.update(len(batch))
 
 
 def decoder_record(decoder: DecoderSource) -> dict:

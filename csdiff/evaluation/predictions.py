@@ -16,9 +16,7 @@ from csdiff.pipelines.embedding import text_encoder_options
 
 
 @torch.no_grad()
-def predict(
-    card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device = "cpu", batch_size: int = 512, seed: int = 0
-) -> Tensor:
+def predict(card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device = "cpu", seed: int = 0) -> Tensor:
     """Predicted raw image embeddings `(N, D)` of the rows of `pairs`, on the CPU.
 
     Token states that the adapter reads and the store does not have are encoded from the captions, as are the captions
@@ -32,35 +30,30 @@ def predict(
     known = card.metadata.get("text_encoder") or {}
     moved = {"text_encoder": known["id"]} if card.kind == "LoRAAdapter" and Path(known.get("id", "")).is_dir() else {}
     adapter = AutoAdapter.from_pretrained(card.path, **moved).to(device).eval()
-    tokenize = encoder = None
-    states = bool(adapter.uses_text_states) and not adapter.uses_input_ids
+    encoder, size = None, 512
     if adapter.uses_input_ids:
         from csdiff.embeddings import load_caption_tokenizer
 
         tokenize = load_caption_tokenizer(known.get("id") or adapter.config.get("text_encoder"))
-    elif states and "text_states" not in pairs.store.keys:
+    elif adapter.uses_text_states and "text_states" not in pairs.store.keys:
         from csdiff.embeddings import load_text_encoder
 
-        encoder = load_text_encoder(known["id"], device, **text_encoder_options(known, card))
-        batch_size = min(batch_size, 64)
-    samples = not adapter.one_shot or bool(adapter.config.get("noise_token", False))
-    options = {"generator": torch.Generator().manual_seed(seed)} if samples else {}
+        encoder, size = load_text_encoder(known["id"], device, **text_encoder_options(known, card)), 64
+    generator = torch.Generator().manual_seed(seed)
     parts = []
-    for start in range(0, len(pairs.rows), batch_size):
-        rows = pairs.rows[start : start + batch_size]
-        text = pairs.text[start : start + batch_size].to(device)
-        if tokenize is not None:
+    for rows, text in zip(torch.from_numpy(pairs.rows).split(size), pairs.text.split(size), strict=True):
+        tokens = ()
+        if adapter.uses_input_ids:
             ids, mask = tokenize(pairs.store.captions(rows))
-            part = adapter.embed_input_ids(ids.to(device), mask.to(device))
-        elif encoder is not None:
+            parts.append(adapter.embed_input_ids(ids.to(device), mask.to(device)).float().cpu())
+            continue
+        if encoder is not None:
             encoding = encoder.encode(pairs.store.captions(rows))
-            part = adapter.embed(text, encoding.states.float(), encoding.mask, **options)
-        elif states:
-            tokens = pairs.store.read(rows, ["text_states", "text_mask"])
-            part = adapter.embed(text, tokens["text_states"].to(device), tokens["text_mask"].to(device), **options)
-        else:
-            part = adapter.embed(text, **options)
-        parts.append(part.float().cpu())
+            tokens = encoding.states.float(), encoding.mask
+        elif adapter.uses_text_states:
+            stored = pairs.store.read(rows, ["text_states", "text_mask"])
+            tokens = stored["text_states"].to(device), stored["text_mask"].to(device)
+        parts.append(adapter.embed(text.to(device), *tokens, generator=generator).float().cpu())
     prediction = torch.cat(parts)
     if not prediction.isfinite().all():
         raise CSDiffError(

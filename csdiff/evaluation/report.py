@@ -1,36 +1,100 @@
-"""The report of an evaluation: one HTML file that needs nothing else."""
+"""The result of an evaluation for people: tables as text, and one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from PIL import Image
+from typing import NamedTuple
 
 from csdiff.errors import CSDiffError
-from csdiff.evaluation.metrics import BASELINES
+from csdiff.evaluation.extras import require
+from csdiff.evaluation.metrics import (
+    BASELINES,
+    IMAGE_METRICS,
+    METRICS,
+    SPACE_METRICS,
+    Metric,
+    main_metrics,
+    metric,
+    metric_rows,
+)
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
-from csdiff.evaluation.table import Shown, tables
 from csdiff.files import write_text
+from csdiff.tables import number, text_table
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222;
-  background: #fff; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-td.good { color: #777; } tr.real td { font-weight: 600; }
-img { max-width: 100%; } .sheet td { padding: .15rem; border: 0; text-align: center; font-size: .75rem; }
-.sheet img { width: 96px; height: 96px; object-fit: cover; image-rendering: auto; } .wide { overflow-x: auto; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; } p.note { color: #555; }
-"""
 
-_NOTE = """Real against real compares one half of the images with the other: independent images, but half as many,
-which raises all distances but the kernel distance; compare Frechet distances of halves. A difference is real when its
-interval leaves 0 out; about one in twenty of those that are not would still be called so."""
+class Table(NamedTuple):
+    """What it says, names of its columns, and its cells as text."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def as_text(result: Mapping) -> str:
+    """Every table."""
+    return "\n\n".join(text_table(table.head, table.rows, table.title) for table in tables(result))
+
+
+def tables(result: Mapping) -> list[Table]:
+    """Embeddings (the main metrics, then the rest), differences, generated images: those that the result has."""
+    made = []
+    if "count" in result:
+        adapters = result.get("adapters") or {next(iter(result["manifest"]["adapters"])): result}
+        columns = {**adapters, **{BASELINES[name]: column for name, column in result["baselines"].items()}}
+        main = main_metrics()
+        more = [entry for entry in METRICS if entry not in main and entry.key != "cs_divergence"]
+        more += [metric(f"cs_divergence_at.{width}") for width in result["cs_divergence_at"]]
+        head = ["metric", "better", *columns]
+        fitted = ["fitted on", "", *(column.get("fitted_on", "") for column in columns.values())]
+        made.append(Table(_measured_on(result), head, [*metric_rows(columns, main), fitted]))
+        made.append(Table("More of them", head, metric_rows(columns, more)))
+    if "comparison" in result:
+        made.append(_differences(result["comparison"]))
+    if "pictures" in result:
+        made.append(_images(result))
+    return made
+
+
+def _measured_on(result: Mapping) -> str:
+    data = result["manifest"]["data"]
+    of = f" of {data['rows_of']:,}" if data["rows_of"] != data["rows"] else ""
+    split = f", split {data['split']}" if data["split"] else ""
+    text = f"Measured on {data['source']}{split}: {data['rows']:,}{of} captions of {data['pictures']:,} images"
+    if estimated := result.get("estimated"):
+        text += (
+            f"; ranks of {estimated['queries']:,} queries and kernels of {estimated['kernel_rows']:,} rows, ± one "
+            "standard error (--full for all)"
+        )
+    return text
+
+
+def _differences(comparison: Mapping) -> Table:
+    rows = []
+    for entry in comparison["differences"]:
+        interval = f"{number(entry['low'])} to {number(entry['high'])}"
+        cells = [metric(entry["metric"]).label, entry["first"], entry["second"], number(entry["difference"]), interval]
+        rows.append([*cells, "yes" if entry["real"] else "no", entry["better"] or ""])
+    title = f"Differences, first minus second, on {comparison['images']:,} images"
+    interval = f"{comparison['level']:.0%} interval"
+    return Table(title, ["metric", "first", "second", "difference", interval, "real", "better"], rows)
+
+
+def _images(result: Mapping) -> Table:
+    columns = {**result["pictures"]["adapters"], BASELINES["real"]: result["pictures"]["real"]}
+    first = next(iter(columns.values()))
+    rows = []
+    for space in first["spaces"]:
+        within = {name: metrics["spaces"][space] for name, metrics in columns.items()}
+        named = [Metric(f"{entry.label}, {Path(space).name}", entry.key, entry.better) for entry in SPACE_METRICS]
+        rows += metric_rows(within, named)
+    made = result["manifest"]["pictures"]
+    title = (
+        f"{first['count']:,} generated images of {made['prompts']['count']:,} prompts, against "
+        f"{made['references']['count']:,} images of {made['references']['source']}"
+    )
+    return Table(title, ["metric", "better", *columns], rows + metric_rows(columns, IMAGE_METRICS))
 
 
 def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predictions=None, baselines=None) -> None:
@@ -45,21 +109,19 @@ def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predi
         baselines: `(N, D)` of each baseline.
 
     Raises:
-        CSDiffError: the file cannot be written.
+        CSDiffError: the file cannot be written, or jinja2 is not installed.
     """
-    parts = [part for shown in tables(result) for part in (f"<h2>{html.escape(shown.title)}</h2>", _table(shown))]
-    parts.append(f"<p class=note>{_NOTE}</p>")
-    if pairs is not None:
-        parts += _plots(pairs, predictions, baselines)
-    if drawing is not None:
-        parts += _sheet(drawing)
-    manifest = json.dumps(result["manifest"], indent=2, ensure_ascii=False)
-    parts += ["<h2>Manifest</h2>", f"<pre>{html.escape(manifest)}</pre>"]
-    names = ", ".join(result["manifest"]["adapters"])
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>csdiff evaluate: {html.escape(names)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>How good is {html.escape(names)}?</h1>" + "\n".join(parts) + "</body></html>\n"
+    require("jinja2", "report")
+    from jinja2 import Template
+
+    template = Path(__file__).with_name("report.html").read_text("utf-8")
+    page = Template(template, autoescape=True, trim_blocks=True).render(
+        names=", ".join(result["manifest"]["adapters"]),
+        tables=tables(result),
+        plots=[] if pairs is None else _plots(pairs, predictions, baselines),
+        sheet=drawing and {name: [_thumbnail(image) for image in column] for name, column in drawing.sheet.items()},
+        prompts=drawing and drawing.sheet_prompts,
+        manifest=json.dumps(result["manifest"], indent=2, ensure_ascii=False),
     )
     try:
         write_text(path, page)
@@ -67,51 +129,19 @@ def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predi
         raise CSDiffError(f"--report {path} cannot be written ({error.strerror}).") from error
 
 
-def _plots(pairs, predictions: Mapping, baselines: Mapping) -> list[str]:
-    parts = []
-    # Adapters that are compared get a projection and a histogram each, baselines a line in the curves.
+def _plots(pairs, predictions: Mapping, baselines: Mapping) -> Iterator[tuple[str, list[str]]]:
+    """Sections of plots: adapters get a projection and a histogram each, baselines a line in the curves."""
     for name, prediction in predictions.items():
-        title = f": {html.escape(name)}" if len(predictions) > 1 else ""
-        parts.append(f"<h2>Modality gap before and after{title}</h2>")
-        for method in ("pca", "tsne"):
-            parts.append(_image(plot_projection(pairs.text, pairs.image, prediction, method), f"{method} projection"))
-        parts.append(f"<h2>Similarity to the true image and to others{title}</h2>")
-        parts.append(
-            _image(plot_similarities(pairs.text, pairs.image, prediction, pairs.image_ids), "similarity histograms")
-        )
+        of = f": {name}" if len(predictions) > 1 else ""
+        gap = [plot_projection(pairs.text, pairs.image, prediction, method) for method in ("pca", "tsne")]
+        yield f"Modality gap before and after{of}", [png_base64(figure) for figure in gap]
+        similarities = plot_similarities(pairs.text, pairs.image, prediction, pairs.image_ids)
+        yield f"Similarity to the true image and to others{of}", [png_base64(similarities)]
     lines = {**predictions, **{BASELINES[name]: value for name, value in baselines.items()}}
-    parts += ["<h2>Retrieval</h2>", _image(plot_retrieval(lines, pairs.image, pairs.image_ids), "retrieval curves")]
-    return parts
+    yield "Retrieval", [png_base64(plot_retrieval(lines, pairs.image, pairs.image_ids))]
 
 
-def _sheet(drawing) -> list[str]:
-    parts = ["<h2>Contact sheet</h2>"]
-    head = "".join(f"<td>{html.escape(name)}</td>" for name in drawing.sheet)
-    body = []
-    for place, prompt in enumerate(drawing.sheet_prompts):
-        cells = "".join(
-            f'<td><img alt="{html.escape(name)}" src="data:image/png;base64,{png_base64(_small(column[place]))}"></td>'
-            for name, column in drawing.sheet.items()
-        )
-        body.append(f"<tr><td>{html.escape(prompt)}</td>{cells}</tr>")
-    parts.append(f"<div class=wide><table class=sheet><tr><td></td>{head}</tr>{''.join(body)}</table></div>")
-    return parts
-
-
-def _small(picture: Image.Image, side: int = 192) -> Image.Image:
+def _thumbnail(picture) -> str:
     small = picture.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.BICUBIC)
-    return small
-
-
-def _image(figure, alt: str) -> str:
-    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{png_base64(figure)}"></p>'
-
-
-def _table(shown: Shown) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in shown.head) + "</tr>"]
-    real = shown.head.index("real") if "real" in shown.head else None
-    for cells in shown.rows:
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr{' class=real' if real is not None and cells[real] == 'yes' else ''}>{row}</tr>")
-    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+    small.thumbnail((192, 192))
+    return png_base64(small)

@@ -11,14 +11,7 @@ _BLOCK = 2048
 
 
 def image_identities(image: Tensor) -> Tensor:
-    """Number the distinct rows: captions of one picture carry the same image embedding, hence the same number.
-
-    Args:
-        image: `(N, D)` image embeddings, one row a caption.
-
-    Returns:
-        `(N,)` int64 identities in order of first appearance.
-    """
+    """Number `(N,)` of the picture of each row of `(N, D)` image embeddings: its captions carry the same embedding."""
     seen: dict[bytes, int] = {}
     rows = image.detach().cpu().contiguous().numpy()
     return torch.tensor([seen.setdefault(row.tobytes(), len(seen)) for row in rows], dtype=torch.long)
@@ -47,31 +40,31 @@ class Ranks:
     right: Tensor
 
     def hits(self, k: int) -> Tensor:
-        """`(Q,)` probability that a right item is among the first k: `1 - C(t, k-g) / C(t+p, k-g)`."""
+        """`(Q,)` probability that a right item is among the first k, `1 - C(t, k-g) / C(t+p, k-g)`.
+
+        With g wrong items nearer, and t wrong and p right ones tied at the best right similarity: a collapsed model
+        scores what guessing scores.
+        """
         t, p = self.tied, self.right
         draws = (k - self.nearer).clamp(min=0)
         certain = draws > t
-        draws = torch.where(certain, torch.zeros_like(draws), draws)
+        draws = draws.masked_fill(certain, 0)
         log_miss = (
             torch.lgamma(t + 1)
             - torch.lgamma(t - draws + 1)
             + torch.lgamma(t + p - draws + 1)
             - torch.lgamma(t + p + 1)
         )
-        return torch.where(certain, torch.ones_like(draws), 1 - log_miss.exp())
+        return (1 - log_miss.exp()).masked_fill(certain, 1)
 
     def expected(self) -> Tensor:
         """`(Q,)` expected rank of the first right item, from 1."""
         return 1 + self.nearer + self.tied / (self.right + 1)
 
     def summary(self, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-        """`r@k` for every k, and `median_rank`."""
+        """`r@k` for every k, in [0, 1], and `median_rank`, from 1."""
         recalls = {f"r@{k}": self.hits(k).mean().item() for k in ks}
         return {**recalls, "median_rank": self.expected().quantile(0.5).item()}
-
-    def curve(self, ks: Sequence[int]) -> list[float]:
-        """Recall at every k."""
-        return [self.hits(k).mean().item() for k in ks]
 
 
 def retrieval_ranks(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Ranks:
@@ -106,23 +99,5 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_i
 def retrieval(
     query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall at k and median rank of the first right gallery item, by cosine similarity.
-
-    Ties are broken at random and the *expected* value is reported: with `g` wrong items strictly nearer, `t` wrong and
-    `p` right items tied at the best right similarity, the first right one is among the top k with probability
-    `1 - C(t, k-g) / C(t+p, k-g)`. A collapsed model therefore scores what guessing scores.
-
-    Args:
-        query: `(Q, D)`.
-        gallery: `(G, D)`.
-        query_ids: `(Q,)` integers; a gallery item is right when its id is the query's.
-        gallery_ids: `(G,)` integers; several right items a query are allowed.
-        ks: Cut-offs.
-
-    Returns:
-        `{"r@1": ..., "r@5": ..., "r@10": ..., "median_rank": ...}`, recalls in [0, 1], ranks from 1.
-
-    Raises:
-        ValueError: if a query has no right item in the gallery.
-    """
+    """The :meth:`Ranks.summary` of :func:`retrieval_ranks`."""
     return retrieval_ranks(query, gallery, query_ids, gallery_ids).summary(ks)

@@ -29,15 +29,14 @@ def test_a_gap_between_the_modalities_splits_every_group():
         group_agreement(image, image, ["a"] * 60, ["a"] * 60)
 
 
-@pytest.mark.parametrize("reading", ["nearest_image", "mean_of_images"])
-def test_concepts_are_found_and_chance_is_k_of_all(reading):
+def test_concepts_are_found_and_chance_is_k_of_all():
     reference, names = directions(20, 4)
     shown, wanted = directions(20, 2, seed=1)
-    found = concept_rate(shown, wanted, reference, names, originals=3 * shown, k=1, reading=reading)
+    found = concept_rate(shown, wanted, reference, names, originals=3 * shown, k=1)
     assert (found.rate, found.error, found.ratio, found.ratio_error) == (1, 0, 1, 0)
     assert (found.concepts, found.count) == (20, 40)
     noise = torch.randn(2000, 40, generator=torch.Generator().manual_seed(2))
-    chance = concept_rate(noise, [f"thing {i % 20}" for i in range(2000)], reference, names, k=5, reading=reading)
+    chance = concept_rate(noise, [f"thing {i % 20}" for i in range(2000)], reference, names, k=5)
     assert chance.error == pytest.approx((0.25 * 0.75 / 2000) ** 0.5, rel=0.15)
     assert abs(chance.rate - 0.25) < 4 * chance.error
     assert chance.ratio is None

@@ -34,7 +34,7 @@ def test_a_bad_option_is_named(capsys, option, value, expected):
 
 
 def test_a_damaged_picture_is_named(tmp_path):
-    folder, job = PictureFolder(tmp_path, "adapter", {}), Job("a cat", row=0, image=0, key="a-cat-0")
+    folder, job = PictureFolder(tmp_path, "adapter", {}), Job("a cat", row=0, key="a-cat-0")
     folder.write(job, Image.new("RGB", (32, 32), "red"))
     assert folder.read(job).getpixel((0, 0)) == (255, 0, 0)
     folder.file(job).write_bytes(folder.file(job).read_bytes()[:40])

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from csdiff.evaluation.held_out import held_out_metrics
+from csdiff.evaluation.embedding_metrics import held_out_metrics
 from csdiff.evaluation.metrics import MAIN, METRICS, lookup, metric, metric_rows
 from csdiff.files import flatten
 from csdiff.tables import text_table
