@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from csdiff.adapters.persistence import Persistent
 from csdiff.errors import CSDiffError
@@ -15,6 +15,18 @@ from csdiff.errors import CSDiffError
 # Norms are spread at most this much: a steeper map, fitted on a few nearly equal norms, would throw an unusual norm
 # out of any range that a decoder knows.
 _MAX_NORM_SCALE = 4.0
+
+
+def start_as_identity(layer: nn.Linear) -> None:
+    """Makes a layer the identity where its widths agree, orthogonal where they do not."""
+    (nn.init.eye_ if layer.in_features == layer.out_features else nn.init.orthogonal_)(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def start_at_zero(layer: nn.Linear) -> None:
+    """Makes a layer answer zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class Adapter(Persistent, ModelMixin, ConfigMixin):
@@ -47,11 +59,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     _STATISTICS = ("clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift")
 
     def _init_contract(self, embedding_dim: int, text_dim: int | None) -> int:
-        """Checks the options, records the resolved `text_dim` and makes the buffers; returns `text_dim`.
-
-        Raises:
-            CSDiffError: An `int` option that is no positive whole number, or a dropout outside [0, 1).
-        """
+        """Checks the options, records the resolved `text_dim` and makes the buffers; returns `text_dim`."""
         self._check_options()
         text_dim = embedding_dim if text_dim is None else text_dim
         self._record(text_dim=text_dim)
@@ -63,14 +71,12 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             value = self.config.get(name)
             # The diffusion prior without token states has 0 of them.
             least = 0 if name == "num_embeddings" else 1
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if parameter.annotation in (int, int | None) and value is not None and not whole:
+            whole = value is None or (type(value) is int and value >= least)
+            if parameter.annotation in (int, int | None) and not whole:
                 raise CSDiffError(f"`{name}` must be a positive whole number, found {value!r}.")
             # Not all values of a layer may be dropped; the condition of every row may.
-            excluded = 1 if name == "dropout" else None
-            if name.endswith("dropout") and not (
-                isinstance(value, (int, float)) and 0 <= value <= 1 and value != excluded
-            ):
+            most = 1 if name == "condition_dropout" else 0.999999
+            if name.endswith("dropout") and not (isinstance(value, (int, float)) and 0 <= value <= most):
                 raise CSDiffError(f"`{name}` must lie in [0, 1), found {value!r}.")
 
     def _init_statistics(self, embedding_dim: int, text_dim: int) -> None:
@@ -95,19 +101,15 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> PriorTransformerOutput | tuple[Tensor]:
-        """Predicts whitened image embeddings; the signature is diffusers' `PriorTransformer.forward`.
+        """Whitened image embeddings (B, embedding_dim), as diffusers' `PriorTransformer.forward` gives them.
 
         Args:
             hidden_states (`Tensor` of shape `(B, embedding_dim)`, or `None`): Latents; ignored without a noise token.
             timestep: Ignored by one-shot adapters.
-            proj_embedding (`Tensor` of shape `(B, text_dim)`): Raw projected text embeddings.
+            proj_embedding (`Tensor` of shape `(B, text_dim)`): Raw projected text embeddings, whose dtype is kept.
             encoder_hidden_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): The text encoder's last states.
             attention_mask (`Tensor` of shape `(B, L)`, *optional*): True (or 1) where there is a token.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
-
-        Returns:
-            `PriorTransformerOutput` with `predicted_image_embedding` (B, embedding_dim), or a tuple of it, in the
-            dtype of `proj_embedding`.
         """
         text = self._whiten_text(proj_embedding)
         whitened = self.predict(text, encoder_hidden_states, attention_mask, hidden_states)
@@ -143,10 +145,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         step, taken = prompt - empty, latents.float() - empty
         scale = (step * taken).sum() / (step * step).sum().clamp_min(1e-12)
         # Half precision rounds each of the numbers that were added up.
-        room = (
-            4 * torch.finfo(latents.dtype).eps * (answer.float().norm() + latents.float().norm()) * (1 + scale.abs())
-        )
-        if (taken - scale * step).norm() <= room:
+        size = (answer.float().norm() + latents.float().norm()) * (1 + scale.abs())
+        if (taken - scale * step).norm() <= 4 * torch.finfo(latents.dtype).eps * size:
             return prompt.to(latents.dtype)
         warnings.warn(
             f"The pipeline changed what this {type(self).__name__} answered, by guidance and a scheduler of diffusion "
@@ -167,18 +167,13 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        r"""Mixes noise into whitened embeddings, so that an adapter with one answer gives many:
+        r"""Mixes noise into whitened embeddings (B, embedding_dim), so that an adapter with one answer gives many:
 
             z' = sqrt(1 - amount^2) z + amount * noise,    noise ~ N(0, I)
 
         `z'` keeps the spread that whitened image embeddings have. 0 gives `z` back, 1 an image of any prompt, and the
-        cosine of `z'` to `z` is about `sqrt(1 - amount^2)`.
-
-        Args:
-            whitened (`Tensor` of shape `(B, embedding_dim)`): What `forward` returns.
-            amount (`float`): In [0, 1].
-            generator (`torch.Generator`, *optional*): Draws the noise, one sample a row.
-            noise (`Tensor`, like `whitened`, *optional*): The noise itself.
+        cosine of `z'` to `z` is about `sqrt(1 - amount^2)`. `generator` draws the noise, one sample a row, or it is
+        given as `noise`.
 
         Raises:
             CSDiffError: An amount outside [0, 1], or an adapter that has noise of its own.
@@ -235,16 +230,9 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor]:
         """`embed`, and every token mapped as a caption is, for a token-level term; differentiable.
 
-        Args:
-            text_embeds (`Tensor` of shape `(B, text_dim)`): As in `embed`.
-            token_embeds (`Tensor` of shape `(B, L, text_dim)`): The token states in the space of the text embeddings,
-                by the text encoder's projection.
-            text_states (`Tensor`, *optional*): As in `embed`.
-            text_mask (`Tensor`, *optional*): As in `embed`.
-
-        Returns:
-            Raw image embeddings (B, embedding_dim) and tokens (B, L, embedding_dim), which mean nothing where the
-            mask is False.
+        `token_embeds` (B, L, text_dim) are the token states in the space of the text embeddings, by the text encoder's
+        projection. The answer is raw image embeddings (B, embedding_dim) and tokens (B, L, embedding_dim), which mean
+        nothing where the mask is False.
 
         Raises:
             CSDiffError: As `embed`; token embeddings of another width.
@@ -285,13 +273,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     def set_statistics(
         self, mean: Tensor, std: Tensor, text_mean: Tensor | None = None, text_std: Tensor | None = None
     ) -> None:
-        """Sets mean and standard deviation of the raw image (and optionally the raw text) embeddings.
-
-        Args:
-            mean (`Tensor` of shape `(embedding_dim,)`): Of each dimension of the image embeddings.
-            std (`Tensor`, like `mean`): Of the image embeddings.
-            text_mean (`Tensor` of shape `(text_dim,)`, *optional*): Of the text embeddings.
-            text_std (`Tensor`, like `text_mean`, *optional*): Of the text embeddings.
+        """Sets mean and standard deviation of each dimension of the raw image embeddings, (embedding_dim,), and
+        optionally of the raw text embeddings, (text_dim,).
 
         Raises:
             CSDiffError: A wrong shape, a value that is not finite, or a negative standard deviation.
@@ -316,11 +299,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         """Makes the norms of predictions have the mean and spread of the real ones; directions stay as they are.
 
         Fits `log n' = scale * log n + shift` so that the mean and the standard deviation of `n'` over the given
-        predictions are those of `real_norms`, and composes it with the calibration already there; `scale` <= 4.
-
-        Args:
-            predicted_norms (`Tensor` of shape `(N,)`): Norms of what `embed` returns now, best on held-out data.
-            real_norms (`Tensor` of shape `(M,)`): Norms of real image embeddings.
+        `predicted_norms` (N,), those of what `embed` returns now, best on held-out data, are those of `real_norms`
+        (M,), and composes it with the calibration already there; `scale` <= 4.
 
         Raises:
             CSDiffError: Fewer than two norms, or one that is not positive and finite.

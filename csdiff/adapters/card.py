@@ -53,13 +53,8 @@ image_embeds = adapter.embed(text.embeds, text.states, text.mask)
 
 
 def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> str:
-    """Markdown with licence, what the adapter maps, metrics and usage code that runs.
-
-    Args:
-        adapter: The adapter the card describes.
-        metadata: Content of `csdiff.json`; `license` (default Apache-2.0), `metrics`, `objective` and the encoders
-            are shown when present.
-        location: What the usage code loads: `"."` (run it inside the folder) or a Hub id.
+    """Markdown with licence, what the adapter maps, metrics (of `metadata`, the content of `csdiff.json`) and usage
+    code that runs; `location` is what that loads: `"."` (run it inside the folder) or a Hub id.
     """
     kind, license = type(adapter).__name__, metadata.get("license") or "apache-2.0"
     header = {"license": license, "library_name": "csdiff", "tags": ["csdiff", "diffusers", "unclip", "prior", kind]}

@@ -1,6 +1,7 @@
 """The diffusion prior of DALL-E 2: the slow baseline, a stock `PriorTransformer` underneath."""
 
 import functools
+import inspect
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UnCLIPScheduler
@@ -84,23 +85,14 @@ class DiffusionAdapter(Adapter, PriorTransformer):
                 f"`embedding_proj_dim` and `clip_embed_dim` follow text_dim {text_dim} and embedding_dim "
                 f"{embedding_dim}; found {embedding_proj_dim} and {clip_embed_dim}."
             )
+        taken = inspect.signature(PriorTransformer.__init__).parameters
         stock = {
-            "num_layers": num_layers,
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
+            **{name: value for name, value in self.config.items() if name in taken},
             "num_embeddings": 0 if encoder_hid_proj_type is None else num_embeddings,
-            "additional_embeddings": additional_embeddings,
-            "dropout": dropout,
-            "time_embed_act_fn": time_embed_act_fn,
-            "norm_in_type": norm_in_type,
-            "embedding_proj_norm_type": embedding_proj_norm_type,
-            "encoder_hid_proj_type": encoder_hid_proj_type,
-            "added_emb_type": added_emb_type,
-            "time_embed_dim": time_embed_dim,
             "embedding_proj_dim": text_dim,
             "clip_embed_dim": embedding_dim,
         }
-        super().__init__(embedding_dim=embedding_dim, **stock)
+        super().__init__(**stock)
         self._record(text_dim=text_dim, states_dim=states_dim, **stock)
         for block in self.transformer_blocks:
             block.__class__ = PriorBlock
@@ -131,12 +123,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     ) -> Tensor:
         """The denoising loss of a batch, a scalar: `mean (f(x_s, s, text) - x0)^2`.
 
-        Args:
-            text_embeds (`Tensor` of shape `(B, text_dim)`): Raw text embeddings.
-            image_embeds (`Tensor` of shape `(B, embedding_dim)`): Raw image embeddings of the same rows.
-            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
-            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
-            generator (`torch.Generator`, *optional*): Draws steps, noise and dropped rows.
+        Text as in `embed`, `image_embeds` (B, embedding_dim) raw; `generator` draws steps, noise and dropped rows.
         """
         clean = (image_embeds.float() - self.clip_mean) / self.clip_std
         batch, device = len(clean), clean.device
@@ -161,15 +148,9 @@ class DiffusionAdapter(Adapter, PriorTransformer):
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples raw image embeddings (B, D) by denoising.
+        """Samples raw image embeddings (B, D) by denoising; text as in `Adapter.embed`.
 
-        Args:
-            text_embeds (`Tensor` of shape `(B, text_dim)`): Raw text embeddings.
-            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
-            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
-            num_inference_steps (`int`, *optional*, defaults to 25): Denoising steps, at least 2.
-            guidance_scale (`float`, *optional*, defaults to 1.0): Above 1, classifier-free guidance (two passes).
-            generator (`torch.Generator`, *optional*): Makes the samples repeatable.
+        `num_inference_steps` are at least 2; a `guidance_scale` above 1 is classifier-free guidance (two passes).
         """
         self._check_text(text_embeds)
         scheduler = UnCLIPScheduler(clip_sample_range=10.0, prediction_type="sample")

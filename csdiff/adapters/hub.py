@@ -12,7 +12,7 @@ from typing import Any
 from csdiff.errors import CSDiffError
 from csdiff.hub import unreachable
 
-OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "README.md")
 
@@ -52,13 +52,13 @@ def push(
     repo_id: str,
     save: Callable[[Path], object],
     *,
-    commit_message: str,
     private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
     subfolder: str | None = None,
+    **commit,
 ) -> str:
     """Has `save` fill a temporary folder, creates `repo_id` where it does not exist, and commits the folder.
+
+    `commit` are `commit_message`, `token` and `create_pr`, as `huggingface_hub.upload_folder` takes them.
 
     Raises:
         CSDiffError: The Hub cannot be reached or refuses.
@@ -69,15 +69,8 @@ def push(
         aside = Path(directory) / "folder"
         save(aside)
         try:
-            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            return upload_folder(
-                repo_id=repo_id,
-                folder_path=aside,
-                path_in_repo=subfolder,
-                commit_message=commit_message,
-                token=token,
-                create_pr=create_pr,
-            )
+            repo_id = create_repo(repo_id, private=private, token=commit.get("token"), exist_ok=True).repo_id
+            return upload_folder(repo_id=repo_id, folder_path=aside, path_in_repo=subfolder, **commit)
         except Exception as error:
             raise CSDiffError(
                 f"The folder could not be pushed to {repo_id!r} ({_reason(error)}); check the network, the name and "

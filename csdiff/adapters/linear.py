@@ -8,7 +8,7 @@ from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up her
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from csdiff.adapters.base import Adapter
+from csdiff.adapters.base import Adapter, start_as_identity
 from csdiff.adapters.moments import PairedMoments, paired_batches
 from csdiff.errors import CSDiffError
 
@@ -50,8 +50,7 @@ class LinearAdapter(Adapter):
                 "use ridge or procrustes."
             )
         self.linear = nn.Linear(text_dim, embedding_dim)
-        (nn.init.eye_ if text_dim == embedding_dim else nn.init.orthogonal_)(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        start_as_identity(self.linear)
 
     def predict(
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
@@ -125,7 +124,7 @@ class LinearAdapter(Adapter):
 
 def _accumulate(data, holdout, batch_size):
     fitted = held = None
-    sample_x, sample_y, kept, position = [], [], 0, 0
+    sample, position = [], 0
     stride = max(2, round(1 / holdout))
     for text, image in paired_batches(data, batch_size):
         if fitted is None:
@@ -136,15 +135,12 @@ def _accumulate(data, holdout, batch_size):
         out = (torch.arange(position, position + len(text)) % stride) == stride - 1
         fitted.add(text[~out], image[~out])
         held.add(text[out], image[out])
-        if kept < _SAMPLE_ROWS:
-            room = _SAMPLE_ROWS - kept
-            sample_x.append(text[out][:room])
-            sample_y.append(image[out][:room])
-            kept += len(sample_x[-1])
+        if (room := _SAMPLE_ROWS - held.count + int(out.sum())) > 0:
+            sample.append((text[out][:room], image[out][:room]))
         position += len(text)
     if position < 4:
         raise CSDiffError(f"A closed-form map needs at least 4 pairs, found {position}.")
-    return fitted, held, (torch.cat(sample_x), torch.cat(sample_y))
+    return fitted, held, [torch.cat(side) for side in zip(*sample, strict=True)]
 
 
 def _best_penalty(fitted: PairedMoments, held: PairedMoments, penalties: Sequence[float]) -> float:
@@ -160,13 +156,8 @@ def _best_penalty(fitted: PairedMoments, held: PairedMoments, penalties: Sequenc
 def ridge(cov_xx: Tensor, cov_xy: Tensor, penalty: float) -> Tensor:
     """Ridge regression in closed form, `(Cxx + penalty * mean(diag Cxx) I)^-1 Cxy`.
 
-    Args:
-        cov_xx: Covariance (Dt, Dt) of the centred inputs `x`, or their products `x^T x`: any common factor cancels.
-        cov_xy: The same with the centred targets, (Dt, D).
-        penalty: Relative to the mean variance of the inputs.
-
-    Returns:
-        `(Dt, D)`: the prediction of a centred row is `x @ weight`.
+    Covariances (Dt, Dt) and (Dt, D) of centred inputs and targets, or their products (a common factor cancels), to the
+    weight (Dt, D) with which a centred row is predicted as `x @ weight`; the penalty is relative to the mean variance.
 
     Source: Hoerl and Kennard 1970.
     """
@@ -189,10 +180,8 @@ def _solve(moments: PairedMoments, method: str, penalty: float | None) -> Tensor
 
 
 def _shrunk(covariance: Tensor, count: int) -> Tensor:
-    """Oracle-approximating shrinkage towards a multiple of the identity (Chen et al. 2010; as scikit-learn's OAS).
-
-    Without it, fewer rows than dimensions leave directions without variance, which the inverse root blows up.
-    """
+    """Oracle-approximating shrinkage towards a multiple of the identity (Chen et al. 2010; as scikit-learn's OAS)."""
+    # Without it, fewer rows than dimensions leave directions without variance, which the inverse root blows up.
     size = len(covariance)
     squares, square = covariance.square().mean(), (covariance.trace() / size) ** 2
     distance = (count + 1) * (squares - square / size)

@@ -86,7 +86,7 @@ class LoRAAdapter(Adapter):
                 f"A LoRA adapter keeps the text encoder's width: {text_encoder} projects to {found}, found text_dim "
                 f"{text_dim} and embedding_dim {embedding_dim}; use mlp or transformer for other image embeddings."
             )
-        check_targets(base_model, target_modules, text_encoder)
+        _check_targets(base_model, target_modules, text_encoder)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none")
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers renames.
@@ -106,11 +106,7 @@ class LoRAAdapter(Adapter):
         return copy.deepcopy(self.peft_model).merge_and_unload()
 
     def as_prior(self) -> LinearAdapter:
-        """The part after the text encoder as an adapter without it, for a pipeline's `prior`.
-
-        With `pipe.text_encoder = adapter.text_encoder` and `pipe.prior = adapter.as_prior()` a stock prior pipeline
-        gives what `embed_input_ids` gives.
-        """
+        """The part after the text encoder, for a pipeline's `prior`: with `text_encoder` it is the whole adapter."""
         prior = LinearAdapter(embedding_dim=self.config.embedding_dim, method="whiten")
         prior._copy_statistics(self)
         prior.metadata = copy.deepcopy(self.metadata)
@@ -122,10 +118,7 @@ class LoRAAdapter(Adapter):
         return output.text_embeds, output.last_hidden_state
 
     def embed_input_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Token ids (B, L) to raw image embeddings (B, D); differentiable with respect to the LoRA weights.
-
-        `options` are `spread` and `generator` of `embed`.
-        """
+        """Token ids (B, L) to raw image embeddings (B, D); `options` are `spread` and `generator` of `embed`."""
         return self.embed(self.encode(input_ids, attention_mask)[0], **options)
 
     def predict(
@@ -136,10 +129,7 @@ class LoRAAdapter(Adapter):
     def set_statistics(
         self, mean: Tensor, std: Tensor, text_mean: Tensor | None = None, text_std: Tensor | None = None
     ) -> None:
-        """As `Adapter.set_statistics`; without text statistics the image's are taken, so that `embed` is the identity.
-
-        With those of the frozen encoder, training starts from text embeddings moved to the images' mean and spread.
-        """
+        """As `Adapter.set_statistics`; without text statistics, the image's: `embed` is then the identity."""
         text_mean = mean if text_mean is None else text_mean
         text_std = std if text_std is None else text_std
         super().set_statistics(mean, std, text_mean, text_std)
@@ -153,33 +143,36 @@ class LoRAAdapter(Adapter):
 
     @classmethod
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]):
-        variant = options.get("variant")
         values = {name: value for name, value in config.items() if not name.startswith("_")}
-        files = [folder.weight_files(path, variant, name)[0] for name in (folder.WEIGHTS, PEFT_WEIGHTS)]
-        found = [folder.read_header([file]) for file in files]
-        _check_peft_config(path, values, found[1])
+        weights = (folder.WEIGHTS, PEFT_WEIGHTS)
+        files = [folder.weight_files(path, options.get("variant"), name)[0] for name in weights]
+        headers = [folder.read_header([file]) for file in files]
+        peft = folder.read_part(path / PEFT_CONFIG)
+        found = peft.get("peft_type"), peft.get("r"), sorted(peft.get("target_modules") or [], key=str)
+        expected = "LORA", values.get("rank"), sorted(values.get("target_modules") or [], key=str)
+        if found != expected:
+            raise CSDiffError(
+                f"{path / PEFT_CONFIG} must have peft_type, r and target_modules {expected} as {folder.CONFIG}, found "
+                f"{found}; save the adapter again."
+            )
         if options.get("base_model") is None:
             known = {"id": values.get("text_encoder")}
             values["text_encoder"] = find_encoder(known, "text", of=f"the adapter {path}", beside=[path])["id"]
         try:
             adapter = cls(**values, base_model=options.get("base_model"))
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {error}") from error
         lora = get_peft_model_state_dict(adapter.peft_model, save_embedding_layers=False)
         statistics = {name: getattr(adapter, name) for name in cls._STATISTICS}
-        for file, header, expected in zip(files, found, (statistics, lora), strict=True):
-            folder.compare_tensors(path, expected, header)
+        for file, header, tensors in zip(files, headers, (statistics, lora), strict=True):
+            folder.check_tensors(path, tensors, header)
             folder.check_values(path, load_file(file), header)
         set_peft_model_state_dict(adapter.peft_model, load_file(files[1]))
         adapter.load_state_dict(load_file(files[0]), strict=False)
-        for dtype in filter(None, (options.get("dtype"), options.get("torch_dtype"))):
-            nn.Module.to(adapter, dtype)
-        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-        return adapter.eval(), info
+        return adapter.eval(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 
 
-def check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> None:
-    """Raises a `CSDiffError` unless every LoRA target names linear layers of the encoder."""
+def _check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> None:
     linear = {path.rpartition(".")[2] for path, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     missing = sorted(set(target_modules) - linear)
     if missing or not target_modules:
@@ -187,26 +180,6 @@ def check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> N
             f"LoRA targets {missing or 'are empty'} do not exist in text encoder {name}; its linear layers are "
             f"{sorted(linear)}."
         )
-
-
-def _check_peft_config(path: Path, values: dict[str, Any], weights: folder.Header) -> None:
-    """Refuses files of two adapters in one folder, before a rank of thousands takes the memory it asks for."""
-    peft_config = folder.read_part(path / PEFT_CONFIG)
-    found, expected = (
-        {"rank": rank, "target_modules": sorted(map(str, targets)) if isinstance(targets, list) else targets}
-        for rank, targets in (
-            (peft_config.get("r"), peft_config.get("target_modules")),
-            (values.get("rank"), values.get("target_modules")),
-        )
-    )
-    if peft_config.get("peft_type") != "LORA" or found != expected:
-        raise CSDiffError(
-            f"{path / PEFT_CONFIG} must be a LORA config with {expected} as in {folder.CONFIG}, found "
-            f"{peft_config.get('peft_type')} with {found}; save the adapter again."
-        )
-    ranks = {shape[0] for name, (_, shape, _) in weights.items() if ".lora_A." in name}
-    if ranks != {expected["rank"]}:
-        raise CSDiffError(f"{path / PEFT_CONFIG} has rank {expected['rank']}, the weights beside it {sorted(ranks)}.")
 
 
 def _is_frozen(name: str) -> bool:

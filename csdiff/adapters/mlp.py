@@ -5,7 +5,7 @@ from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up her
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from csdiff.adapters.base import Adapter
+from csdiff.adapters.base import Adapter, start_as_identity, start_at_zero
 from csdiff.adapters.linear import LinearAdapter
 
 
@@ -28,9 +28,8 @@ class MLPAdapter(Adapter):
 
         z = skip(x) + proj_out(norm_out(blocks(proj_in(x)))),    x = (t - text_mean) / text_std
 
-    It starts at a sensible map: `proj_out` is zero and `skip` is the identity where the dimensions agree, so that the
-    first prediction gives every text embedding the image embeddings' mean and spread. `init_from` starts it at a
-    fitted `LinearAdapter` instead, which is the way when the dimensions differ.
+    `proj_out` starts at zero and `skip` at the identity where the dimensions agree, so that the first prediction gives
+    every text embedding the image embeddings' mean and spread. Where they differ, start at a map by `init_from`.
 
     Args:
         embedding_dim (`int`): Width of the image embeddings.
@@ -67,10 +66,8 @@ class MLPAdapter(Adapter):
         self.proj_out = nn.Linear(width, embedding_dim)
         self.gradient_checkpointing = False
 
-        (nn.init.eye_ if text_dim == embedding_dim else nn.init.orthogonal_)(self.skip.weight)
-        nn.init.zeros_(self.skip.bias)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        start_as_identity(self.skip)
+        start_at_zero(self.proj_out)
 
     def predict(
         self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
@@ -89,5 +86,4 @@ class MLPAdapter(Adapter):
         self._copy_statistics(linear)
         self.skip.weight.copy_(linear.linear.weight)
         self.skip.bias.copy_(linear.linear.bias)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        start_at_zero(self.proj_out)

@@ -12,9 +12,8 @@ from csdiff.errors import CSDiffError
 class PairedMoments:
     r"""Count, means and covariances of text `x` (N, Dt) and image `y` (N, D) rows, added batch by batch in float64.
 
-    Sums are kept about a fixed origin near the data (`origin_x`, `origin_y`), which avoids the cancellation of
-    `E[x^2] - E[x]^2`. Memory is `Dt^2 + Dt*D + D^2` numbers whatever N is. Moments with the same origins add:
-    `a + b` are the moments of both sets of rows.
+    Sums are kept about a fixed origin near the data, which avoids the cancellation of `E[x^2] - E[x]^2`. Memory is
+    `Dt^2 + Dt*D + D^2` numbers whatever N is. Moments with the same origins add.
     """
 
     def __init__(self, origin_x: Tensor, origin_y: Tensor):
@@ -42,35 +41,20 @@ class PairedMoments:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
-    @property
-    def mean_x(self) -> Tensor:
-        return self.origin_x + self.sum_x / self.count
+    mean_x = property(lambda self: self.origin_x + self.sum_x / self.count)
+    mean_y = property(lambda self: self.origin_y + self.sum_y / self.count)
+    cov_xx = property(lambda self: self._covariance(self.sum_xx, self.sum_x, self.sum_x))
+    cov_xy = property(lambda self: self._covariance(self.sum_xy, self.sum_x, self.sum_y))
+    cov_yy = property(lambda self: self._covariance(self.sum_yy, self.sum_y, self.sum_y))
 
-    @property
-    def mean_y(self) -> Tensor:
-        return self.origin_y + self.sum_y / self.count
-
-    @property
-    def cov_xx(self) -> Tensor:
-        return _covariance(self.sum_xx, self.sum_x, self.sum_x, self.count)
-
-    @property
-    def cov_xy(self) -> Tensor:
-        return _covariance(self.sum_xy, self.sum_x, self.sum_y, self.count)
-
-    @property
-    def cov_yy(self) -> Tensor:
-        return _covariance(self.sum_yy, self.sum_y, self.sum_y, self.count)
+    def _covariance(self, products: Tensor, sum_a: Tensor, sum_b: Tensor) -> Tensor:
+        return products / self.count - torch.outer(sum_a, sum_b) / self.count**2
 
     def squared_error(self, weight: Tensor, bias: Tensor) -> float:
         """`mean ||y - weight x - bias||^2` over the rows, from the moments alone (`weight` is (D, Dt))."""
         offset = self.mean_y - weight @ self.mean_x - bias
         error = self.cov_yy.trace() - 2 * (weight * self.cov_xy.T).sum() + (weight @ self.cov_xx * weight).sum()
         return float(error + offset @ offset)
-
-
-def _covariance(products: Tensor, sum_a: Tensor, sum_b: Tensor, count: int) -> Tensor:
-    return products / count - torch.outer(sum_a, sum_b) / count**2
 
 
 def paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,10 +49,10 @@ class Persistent:
         if not is_main_process:
             return
         target, location = Path(save_directory), kwargs.pop("card_location", ".")
-        if target.exists() and not target.is_dir():
-            raise CSDiffError(f"Cannot save the adapter to {target}: it is a file; name a folder.")
         metadata = folder.complete_metadata(self.metadata)
         try:
+            if target.is_file():
+                raise FileExistsError(0, "it is a file")
             with writing_folder(target, lambda name: folder.variant_of(name) == variant) as aside:
                 self._write_weights(aside, max_shard_size, variant)
                 (aside / folder.METADATA).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -66,12 +66,10 @@ class Persistent:
             self.push_to_hub(kwargs.pop("repo_id", target.resolve().name), variant=variant, **kwargs)
 
     def push_to_hub(self, repo_id: str, variant: str | None = None, **options: Any) -> str:
-        """Creates the repository `repo_id` if need be and commits the adapter folder to it; returns the commit's URL.
+        """Commits the adapter folder to the repository `repo_id` ("owner/name"), made where there is none.
 
-        Args:
-            repo_id (`str`): `"owner/name"`.
-            variant (`str`, *optional*): As in `save_pretrained`.
-            **options: `commit_message`, `private`, `token`, `create_pr` and `subfolder`, as in diffusers.
+        `options` are `commit_message`, `private`, `token`, `create_pr` and `subfolder`, as in diffusers. Returns the
+        commit's URL.
 
         Raises:
             CSDiffError: The Hub cannot be reached or refuses, or `safe_serialization=False`.
@@ -100,19 +98,22 @@ class Persistent:
                 of `csdiff.json` of another type, tensors missing, left over or of another shape, weights that are not
                 finite, deviations that are not positive, an encoder with other weights than the adapter's.
         """
-        hub_options = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
-        path = hub.locate(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **hub_options)
+        where = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
+        path = hub.locate(pretrained_model_name_or_path, **where)
         config = folder.read_config(path, cls)
         metadata = folder.read_metadata(path)
         for tower in ("text", "image"):
-            given = kwargs.pop(f"{tower}_encoder", None)
-            if given is not None:
-                known = find_encoder(metadata.get(f"{tower}_encoder"), tower, given, f"the adapter {path}")
-                metadata[f"{tower}_encoder"] = known
-                if f"{tower}_encoder" in config:
-                    config[f"{tower}_encoder"] = known["id"]
+            name = f"{tower}_encoder"
+            if (given := kwargs.pop(name, None)) is not None:
+                metadata[name] = find_encoder(metadata.get(name), tower, given, f"the adapter {path}")
+                if name in config:
+                    config[name] = metadata[name]["id"]
         kwargs["variant"] = folder.find_variant(path, kwargs.get("variant"))
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         adapter, info = cls._load_folder(path, config, kwargs)
+        for dtype in filter(None, dtypes):
+            # Cast here, where `_apply` keeps the statistics exact.
+            torch.nn.Module.to(adapter, dtype)
         adapter.metadata = metadata
         adapter.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return (adapter, info) if kwargs.get("output_loading_info") else adapter
@@ -121,12 +122,14 @@ class Persistent:
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]) -> tuple[Persistent, dict]:
         """Builds the adapter from a folder whose config is checked; returns it with diffusers' loading info."""
         found = folder.read_header(folder.weight_files(path, options["variant"]))
-        folder.check_weights(path, cls, config, found)
-        dtypes = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
-        options = {k: v for k, v in options.items() if k not in ("use_safetensors", "use_flashpack")}
-        # Loaded in float32 and cast here, where `_apply` keeps the statistics exact.
-        adapter, info = super().from_pretrained(path, use_safetensors=True, **{**options, "output_loading_info": True})
+        try:
+            with torch.device("meta"):
+                expected = cls.from_config(dict(config)).state_dict()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {reason}") from error
+        folder.check_tensors(path, expected, found)
+        options = {**options, "use_safetensors": True, "use_flashpack": False, "output_loading_info": True}
+        adapter, info = super().from_pretrained(path, **options)
         folder.check_values(path, adapter.state_dict(), found)
-        for dtype in filter(None, dtypes):
-            torch.nn.Module.to(adapter, dtype)
         return adapter, info

@@ -63,9 +63,6 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
 class AutoAdapter:
     """Loads an adapter of any kind; the class comes from `config.json`."""
 
-    def __init__(self):
-        raise CSDiffError("AutoAdapter is not constructed; call AutoAdapter.from_pretrained(folder or Hub id).")
-
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Adapter:
         """Loads the adapter in a folder, or in a Hub repository by its id; see `Adapter.from_pretrained`.
@@ -75,7 +72,7 @@ class AutoAdapter:
         """
         from csdiff.adapters import folder, hub
 
-        where = {name: kwargs.pop(name) for name in ("subfolder", *hub.OPTIONS) if name in kwargs}
+        where = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
         path = hub.locate(pretrained_model_name_or_path, **where)
         found = folder.read_config(path)["_class_name"]
         if found not in CLASS_NAMES:

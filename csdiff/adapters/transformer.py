@@ -7,7 +7,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csdiff.adapters.base import Adapter
+from csdiff.adapters.base import Adapter, start_as_identity, start_at_zero
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.errors import CSDiffError
 
@@ -126,11 +126,9 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         nn.init.normal_(self.query, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.02)
         if self._has_skip:
-            nn.init.zeros_(self.proj_to_clip_embeddings.weight)
-            nn.init.zeros_(self.proj_to_clip_embeddings.bias)
+            start_at_zero(self.proj_to_clip_embeddings)
         if linear_skip:
-            (nn.init.eye_ if text_dim == embedding_dim else nn.init.orthogonal_)(self.skip.weight)
-            nn.init.zeros_(self.skip.bias)
+            start_as_identity(self.skip)
 
     @classmethod
     def from_preset(cls, preset: str, **options) -> "TransformerAdapter":
@@ -173,6 +171,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         start = text
         if self.config.noise_token:
             start = self._noise(text, None) if latents is None else latents
+        length = text_states.shape[1]
         hidden_states = torch.cat(
             [
                 self.encoder_hidden_states_proj(text_states.to(self.dtype)),
@@ -182,7 +181,6 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
             ],
             dim=1,
         )
-        length = text_states.shape[1]
         positions = torch.cat([self.positional_embedding[:, :length], self.positional_embedding[:, -3:]], dim=1)
         hidden_states = hidden_states + positions
         allowed = self._allowed(text_mask, len(text), length + 3)
@@ -207,11 +205,11 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
             return text_states, None
         text_mask = text_mask.to(device=text_states.device, dtype=torch.bool)
         # The cut depends on the data, which a compiled graph cannot; there the masked columns stay.
-        if not torch.compiler.is_compiling():
-            places = torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)
-            length = int((text_mask.any(0) * places).amax().clamp_min(1))
-            text_states, text_mask = text_states[:, :length], text_mask[:, :length]
-        return text_states, text_mask
+        if torch.compiler.is_compiling():
+            return text_states, text_mask
+        places = torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)
+        length = int((text_mask.any(0) * places).amax().clamp_min(1))
+        return text_states[:, :length], text_mask[:, :length]
 
     def _allowed(self, text_mask: Tensor | None, batch: int, length: int) -> Tensor:
         """Who attends to whom, (B or 1, 1, S, S): earlier tokens that are not padding, and always oneself."""
@@ -229,10 +227,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         text_states: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Adapter.embed_with_tokens`, in one pass: a token is read at its own place as the caption at the query.
-
-        The last projection is the caption's, and so is the skip, here of the token's own embedding. Attention is
-        causal: a token knows those before it, and neither the pooled text nor noise.
+        """As `Adapter.embed_with_tokens`, in one pass: a token is read at its own place as the caption at the query,
+        with the skip of its own embedding; it knows the tokens before it, and neither the pooled text nor noise.
 
         Raises:
             CSDiffError: As `embed`; token embeddings that are not one of `config.text_dim` for each text state.
@@ -264,8 +260,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
             self._record(linear_skip=True)
         self.skip.weight.copy_(linear.linear.weight)
         self.skip.bias.copy_(linear.linear.bias)
-        nn.init.zeros_(self.proj_to_clip_embeddings.weight)
-        nn.init.zeros_(self.proj_to_clip_embeddings.bias)
+        start_at_zero(self.proj_to_clip_embeddings)
 
 
 __all__ = ["TRANSFORMER_PRESETS", "ModelMixin", "TransformerAdapter"]

@@ -20,7 +20,7 @@ def hub(tmp_path, monkeypatch):
         (tmp_path / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(*, repo_id, folder_path, path_in_repo, commit_message, token, create_pr):
+    def upload_folder(*, repo_id, folder_path, path_in_repo, commit_message, token, create_pr=None):
         shutil.copytree(folder_path, tmp_path / repo_id / (path_in_repo or "."), dirs_exist_ok=True)
         return f"https://hub/{repo_id}/commit/{commit_message}"
 
