@@ -35,29 +35,22 @@ class Shard:
         except (OSError, ValueError, EOFError) as error:
             raise CSDiffError(f"{path} is not a whole npy file ({error}); restore it or write it again.") from error
         allowed = ("bool",) if key == "text_mask" else ("uint16",) if bfloat16 else ("float16", "float32", "float64")
-        found = type(array).__name__
-        if isinstance(array, np.ndarray):
-            order = "C" if array.flags.c_contiguous else "Fortran"
-            found = f"{array.dtype} {array.shape} in {order} order"
-        if (
-            not isinstance(array, np.memmap)
-            or array.dtype.name not in allowed
-            or array.ndim != DIMENSIONS[key]
-            or not array.dtype.isnative
-            or not array.flags.c_contiguous
-            or array.offset % array.itemsize
-        ):
+        mapped = isinstance(array, np.memmap)
+        fits = mapped and array.dtype.name in allowed and array.dtype.isnative and array.ndim == DIMENSIONS[key]
+        if not fits or not array.flags.c_contiguous or array.offset % array.itemsize:
+            order = "C" if mapped and array.flags.c_contiguous else "Fortran"
+            found = f"{array.dtype} {array.shape} in {order} order" if mapped else type(array).__name__
             raise CSDiffError(
                 f"{path}: expected {' / '.join(allowed)} in {DIMENSIONS[key]} dimensions, in C order, found {found}; "
                 "save it again in that form."
             )
-        size = array.offset + array.nbytes
         # A longer file than the header says is as wrong as a truncated one, which numpy refuses.
-        if path.stat().st_size != size:
+        size, found = array.offset + array.nbytes, path.stat().st_size
+        if found != size:
             raise CSDiffError(
-                f"{path} is damaged: expected {size:,} bytes by its header, found {path.stat().st_size:,}; restore it."
+                f"{path} is damaged: expected {size:,} bytes by its header, found {found:,}; restore it."
             )
-        self.shape, self.offset, self.bytes = array.shape, array.offset, array.nbytes
+        self.shape, self.offset = array.shape, array.offset
         self.dtype = torch.bfloat16 if array.dtype == np.uint16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
         self._tensor: Tensor | None = None
 
@@ -67,14 +60,14 @@ class Shard:
     @property
     def tensor(self) -> Tensor:
         """The whole shard as a tensor over a memory map; nothing is read yet."""
-        if self._tensor is None and self.bytes == 0:
+        if self._tensor is None and 0 in self.shape:
             self._tensor = torch.empty(self.shape, dtype=self.dtype)
         elif self._tensor is None:
             # Unlike numpy's maps it keeps no file open: a store of millions of rows has more shards than a process
             # may have open files.
-            size = (self.offset + self.bytes) // self.dtype.itemsize
-            mapped = torch.from_file(str(self.path), size=size, dtype=self.dtype)
-            self._tensor = mapped[self.offset // self.dtype.itemsize :].view(self.shape)
+            start = self.offset // self.dtype.itemsize
+            mapped = torch.from_file(str(self.path), size=start + int(np.prod(self.shape)), dtype=self.dtype)
+            self._tensor = mapped[start:].view(self.shape)
         return self._tensor
 
 
@@ -99,61 +92,37 @@ class Column:
         self.shards, self.dtype, self.row_shape = shards, first.dtype, tuple(first.shape[1:])
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
     def gather(self, rows: np.ndarray) -> Tensor:
         """These rows (int64, in range), in that order.
 
         Raises:
             CSDiffError: One is not finite.
         """
-        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        local = torch.from_numpy((rows - self.starts[shard_of])[order])
-        used, first = np.unique(shard_of[order], return_index=True)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(shards, kind="stable")
         gathered = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
-        edges = [*first.tolist(), len(rows)]
-        for shard, start, stop in zip(used.tolist(), edges[:-1], edges[1:], strict=True):
-            torch.index_select(self.shards[shard].tensor, 0, local[start:stop], out=gathered[start:stop])
-        if len(used) > 1:
-            back = np.empty_like(order)
-            back[order] = np.arange(len(order))
-            # In the narrow type, before the conversion doubles the bytes.
-            gathered = gathered.index_select(0, torch.from_numpy(back))
-        return self._checked(gathered, rows)
-
-    def slice(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop`.
-
-        Raises:
-            CSDiffError: One is not finite.
-        """
-        parts = [torch.empty((0, *self.row_shape), dtype=self.dtype)]
-        for shard, first in zip(self.shards, self.starts[:-1].tolist(), strict=True):
-            low, high = max(start - first, 0), min(stop - first, len(shard))
-            if low < high:
-                parts.append(shard.tensor[low:high])
-        return self._checked(torch.cat(parts), range(start, stop))
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(places):
+                shard = shards[places[0]]
+                local = torch.from_numpy(rows[places] - self.starts[shard])
+                found = self.shards[shard].tensor.index_select(0, local)
+                gathered.index_copy_(0, torch.from_numpy(places), found)
+        if gathered.dtype == torch.bool:
+            return gathered
+        values = gathered.float()
+        # One sum instead of a look at every value: NaN and infinity reach it.
+        if not torch.isfinite(values.sum()):
+            wrong = (~values.flatten(1).isfinite().all(1)).nonzero()
+            if len(wrong):
+                folder, place = self.shards[0].path.parent.parent, self.place(int(rows[int(wrong[0])]))
+                raise CSDiffError(
+                    f"{folder}: {place} is not finite (NaN or infinity, as half precision gives on overflow; "
+                    f"{len(wrong)} of {len(values)} rows read): embed these again, or leave them out."
+                )
+        return values
 
     def place(self, row: int) -> str:
         """Where a row is on the disk: "row 3 of img_emb/img_emb_0.npy"."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         file = self.shards[number].path
         return f"row {row - int(self.starts[number])} of {file.parent.name}/{file.name}"
-
-    def _checked(self, stored: Tensor, rows: np.ndarray | range) -> Tensor:
-        if stored.dtype == torch.bool:
-            return stored
-        values = stored.float()
-        # One sum instead of a look at every value: NaN and infinity reach it.
-        if not torch.isfinite(values.sum()):
-            wrong = (~values.flatten(1).isfinite().all(1)).nonzero()
-            if len(wrong):
-                place = self.place(int(rows[int(wrong[0])]))
-                raise CSDiffError(
-                    f"{self.shards[0].path.parent.parent}: {place} is not finite (NaN or infinity, as half precision "
-                    f"gives on overflow; {len(wrong)} of {len(values)} rows read): embed these again, or leave them "
-                    "out."
-                )
-        return values

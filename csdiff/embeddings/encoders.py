@@ -1,4 +1,4 @@
-"""Finding the files of text and image encoders by id, and loading their weights."""
+"""Text and image encoders: finding their files by id, loading their weights, and what they have in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, Tower, check_same_encoder, weights_sha256
 from csdiff.errors import CSDiffError
@@ -38,6 +40,40 @@ class EncoderFiles:
     model: Path
     processor: Path
     revision: str | None
+
+
+class Encoder:
+    """A frozen transformers model and the files it came from.
+
+    Attributes:
+        dim: D, width of the pooled embeddings.
+        pooling: How token states become one embedding, where there is a choice.
+    """
+
+    tower: ClassVar[Tower]
+    dim: int
+    pooling: str | None = None
+
+    def __init__(self, model, id: str | Path, files: EncoderFiles):
+        self.model, self.id, self.files = model, encoder_name(id), files
+
+    @property
+    def device(self):
+        return self.model.device
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self.files.model, self.tower)
+
+    def describe(self, weights: bool = True) -> dict:
+        """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
+        described = {"dim": self.dim, "class": type(self.model).__name__}
+        if weights:
+            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
+            described = identity | described
+        if self.pooling:
+            described["pooling"] = self.pooling
+        return {**described, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
 
 def resolve_encoder(id: str | Path) -> str:
@@ -112,21 +148,20 @@ def find_encoder(
         found = {"id": encoder_name(given), "revision": files.revision, "weights_sha256": digest}
         check_same_encoder(known, found, tower, of, str(given))
         return {**known, **found}
-    id = known.get("id")
-    if not id:
+    if not known.get("id"):
         raise CSDiffError(f"{of} names no {tower} encoder; {option}.")
     known = nearby(known, tower, *beside)
     id = known["id"]
-    if Path(resolve_encoder(id)).expanduser().is_dir() or any(id in names[tower] for names in PUBLISHED.values()):
+    if _is_here(id, tower):
         return {**known, "id": encoder_name(id)}
     if not HUB_ID.fullmatch(id):
         raise CSDiffError(f"{of} names the {tower} encoder {id}, which is no folder here; {option} where it is now.")
     from huggingface_hub import try_to_load_from_cache
 
-    if not any(
-        isinstance(try_to_load_from_cache(id, file, revision=known.get("revision")), str)
-        for file in ("config.json", "model_index.json")
-    ):
+    cached = [
+        try_to_load_from_cache(id, f, revision=known.get("revision")) for f in ("config.json", "model_index.json")
+    ]
+    if not any(isinstance(file, str) for file in cached):
         raise CSDiffError(
             f"{of} names the {tower} encoder {id}, which is none of the published ones and not on this machine; to "
             f"have it fetched from the hub, {option}."
@@ -140,27 +175,26 @@ def nearby(known: dict, tower: Tower, *beside: str | Path | None) -> dict:
     A recorded folder that is gone is looked for beside these places and in the folders above them, under the end of
     its old name (`models/clip`, `clip`), with the recorded hash of its weights.
     """
-    id = str(known.get("id") or "tiny-clip")
-    if id == "tiny-clip" or Path(id).expanduser().is_dir() or any(id in n[tower] for n in PUBLISHED.values()):
-        return known
+    id, digest = str(known.get("id") or "tiny-clip"), known.get("weights_sha256")
     # A hub id is no place; only its weights tell that a folder of its name is it.
-    if HUB_ID.fullmatch(id) and not known.get("weights_sha256"):
+    if _is_here(id, tower) or (HUB_ID.fullmatch(id) and not digest):
         return known
     parts = [part for part in re.split(r"[/\\]+", id) if part not in ("", ".", "..", "~")]
     bases = [base for place in beside if place for base in (absolute(place), *list(absolute(place).parents)[:3])]
     for folder in (base.joinpath(*parts[start:]) for base in dict.fromkeys(bases) for start in range(len(parts))):
-        if folder.is_dir() and _holds(folder, tower, known.get("weights_sha256")):
-            return {**known, "id": str(folder)}
+        if folder.is_dir():
+            try:
+                files = encoder_files(folder, tower)
+                if digest is None or weights_sha256(files.model, tower) == digest:
+                    return {**known, "id": str(folder)}
+            except CSDiffError:  # Another folder of that name.
+                continue
     return known
 
 
-def _holds(folder: Path, tower: Tower, digest: str | None) -> bool:
-    """Whether a folder is an encoder, with these weights where they are known."""
-    try:
-        files = encoder_files(folder, tower)
-        return digest is None or weights_sha256(files.model, tower) == digest
-    except CSDiffError:
-        return False
+def _is_here(id: str, tower: Tower) -> bool:
+    """Whether an id is a folder, or a published encoder."""
+    return Path(resolve_encoder(id)).expanduser().is_dir() or any(id in names[tower] for names in PUBLISHED.values())
 
 
 @contextmanager
@@ -179,7 +213,7 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(id: str, files: EncoderFiles):
+def load_config(id: str | Path, files: EncoderFiles):
     """The model's `config.json`.
 
     Raises:
@@ -194,7 +228,7 @@ def load_config(id: str, files: EncoderFiles):
         raise CSDiffError(f"{id}: expected the config.json of a transformers model, found none ({reason}).") from error
 
 
-def load_weights(model_class: type, files: EncoderFiles, id: str, device, dtype):
+def load_weights(model_class: type, files: EncoderFiles, id: str | Path, device, dtype):
     """`model_class.from_pretrained`, safetensors only, every weight present, in evaluation mode without gradients."""
     import torch
     from safetensors import SafetensorError
@@ -230,16 +264,9 @@ def _download(name: str, tower: Tower, revision: str | None) -> Path:
             f"--{tower}_encoder."
         )
     silent = unreachable()
+    options = {"allow_patterns": _HUB_PATTERNS[tower], "ignore_patterns": "*.fp16.*"}
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=_HUB_PATTERNS[tower],
-                ignore_patterns="*.fp16.*",
-                local_files_only=silent is not None,
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, local_files_only=silent is not None, **options))
     except Exception as error:  # The hub client raises some twenty kinds, all of them "could not get it".
         reason = silent or " ".join(str(error).split())[:200]
         raise CSDiffError(

@@ -6,9 +6,8 @@ import hashlib
 import json
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
@@ -18,6 +17,11 @@ Tower = Literal["text", "image"]
 # Which tensors of a folder belong to which tower: a whole model and a tower saved alone get one hash.
 TOWER_PREFIXES = {"text": ("text_model.", "text_projection."), "image": ("vision_model.", "visual_projection.")}
 
+_VIT_L = (
+    "openai/clip-vit-large-patch14",
+    "kakaobrain/karlo-v1-alpha",
+    "kakaobrain/karlo-v1-alpha-image-variations",
+)
 _BIGG = (
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     "kandinsky-community/kandinsky-2-2-prior",
@@ -27,19 +31,7 @@ _BIGG = (
 # repository", for its prior and, as text encoder, for its decoder. Stable unCLIP was trained on the image embeddings
 # of ViT-L/14 (small) and ViT-H/14, beside text states of another tower: its names stand for image towers only.
 PUBLISHED: dict[str, dict[Tower, tuple[str, ...]]] = {
-    "OpenAI CLIP ViT-L/14": {
-        "text": (
-            "openai/clip-vit-large-patch14",
-            "kakaobrain/karlo-v1-alpha",
-            "kakaobrain/karlo-v1-alpha-image-variations",
-        ),
-        "image": (
-            "openai/clip-vit-large-patch14",
-            "kakaobrain/karlo-v1-alpha",
-            "kakaobrain/karlo-v1-alpha-image-variations",
-            "stabilityai/stable-diffusion-2-1-unclip-small",
-        ),
-    },
+    "OpenAI CLIP ViT-L/14": {"text": _VIT_L, "image": (*_VIT_L, "stabilityai/stable-diffusion-2-1-unclip-small")},
     "OpenCLIP ViT-H/14": {
         "text": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",),
         "image": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "stabilityai/stable-diffusion-2-1-unclip"),
@@ -50,14 +42,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_CACHE = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
 
-@dataclass(frozen=True)
-class EncoderComparison:
-    """Whether two records are of one encoder.
-
-    Attributes:
-        verdict: "same", "different", or "unknown" where the records do not tell.
-        reason: What decided, as a part of a sentence.
-    """
+class EncoderComparison(NamedTuple):
+    """Whether two records are of one encoder, and what decided, as a part of a sentence."""
 
     verdict: Literal["same", "different", "unknown"]
     reason: str
@@ -76,30 +62,31 @@ def compare_encoders(expected: dict | None, found: dict | None, tower: Tower) ->
         found: The other one.
         tower: Which tower of a model the records are about.
     """
-    first, second = expected or {}, found or {}
+
+    def both(key: str) -> tuple | None:
+        values = (expected or {}).get(key), (found or {}).get(key)
+        return None if None in values else values
+
     for key, word in (("dim", "width"), ("pooling", "pooling")):
-        values = first.get(key), second.get(key)
-        if None not in values and values[0] != values[1]:
+        if (values := both(key)) and values[0] != values[1]:
             return EncoderComparison("different", f"{word} expected {values[0]}, found {values[1]}")
-    hashes = first.get("weights_sha256"), second.get("weights_sha256")
-    if all(hashes):
+    if hashes := both("weights_sha256"):
         if hashes[0] == hashes[1]:
             return EncoderComparison("same", "their weights are equal")
-        short = [str(value)[:12] for value in hashes]
-        return EncoderComparison("different", f"their weights differ: sha256 expected {short[0]}, found {short[1]}")
-    ids = first.get("id"), second.get("id")
-    if not all(ids):
+        first, second = (str(value)[:12] for value in hashes)
+        return EncoderComparison("different", f"their weights differ: sha256 expected {first}, found {second}")
+    ids = both("id")
+    if ids is None:
         return EncoderComparison("unknown", "no name or hash is known of one of them")
     if ids[0] == ids[1]:
         return EncoderComparison("same", "their names are equal")
     families = [encoder_family(str(id), tower) for id in ids]
-    if all(families):
-        if families[0] == families[1]:
-            return EncoderComparison("same", f"both are published copies of {families[0]}")
-        return EncoderComparison("different", f"expected {ids[0]}, found {ids[1]}")
-    return EncoderComparison(
-        "unknown", "without the hashes of both nothing tells whether they are copies of one model"
-    )
+    if not all(families):
+        reason = "without the hashes of both nothing tells whether they are copies of one model"
+        return EncoderComparison("unknown", reason)
+    if families[0] == families[1]:
+        return EncoderComparison("same", f"both are published copies of {families[0]}")
+    return EncoderComparison("different", f"expected {ids[0]}, found {ids[1]}")
 
 
 def check_same_encoder(
@@ -185,8 +172,11 @@ def weights_sha256(folder: str | Path, tower: Tower | None = None) -> str:
     # Not a weight: older checkpoints carry this index buffer, newer ones do not.
     names = sorted(name for name in opened if not name.endswith(".position_ids"))
     own = [name for name in names if name.startswith(TOWER_PREFIXES.get(tower, ()))]
-    # A SigLIP tower saved alone has lost the prefix of its names.
-    lost = TOWER_PREFIXES[tower][0] if tower and not own and _is_siglip(folder) else ""
+    lost = ""
+    if tower and not own and (folder / "config.json").is_file():
+        # A SigLIP tower saved alone has lost the prefix of its names.
+        siglip = str(read_json(folder / "config.json").get("model_type")).startswith("siglip")
+        lost = TOWER_PREFIXES[tower][0] if siglip else ""
     digest = hashlib.sha256()
     for name in own or names:
         entry = opened[name].get_slice(name)
@@ -194,8 +184,3 @@ def weights_sha256(folder: str | Path, tower: Tower | None = None) -> str:
         tensor = opened[name].get_tensor(name).contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _is_siglip(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and str(read_json(config).get("model_type")).startswith("siglip")

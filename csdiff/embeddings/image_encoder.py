@@ -5,22 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import (
-    EncoderFiles,
-    encoder_files,
-    encoder_name,
-    load_config,
-    load_weights,
-    quiet_loading,
-)
-from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.embeddings.encoders import Encoder, EncoderFiles, encoder_files, load_config, load_weights, quiet_loading
 from csdiff.errors import CSDiffError
 
 if TYPE_CHECKING:
@@ -48,7 +39,7 @@ class ImageEncoding:
     tokens: Tensor
 
 
-class ImageEncoder:
+class ImageEncoder(Encoder):
     """A frozen image encoder with its image processor; made by `load_image_encoder`.
 
     Pixel values are one tensor for every encoder, so that images make batches. Encoders of images of any shape
@@ -59,16 +50,15 @@ class ImageEncoder:
         tokens_dim: H, width of the token states.
     """
 
-    def __init__(self, model, processor, id: str, files: EncoderFiles):
-        self.model, self.processor, self.id, self.files = model, processor, id, files
+    tower = "image"
+
+    def __init__(self, model, processor, id: str | Path, files: EncoderFiles):
+        super().__init__(model, id, files)
+        self.processor = processor
         self.is_clip = hasattr(model, "visual_projection")
         self.takes_patches = model.config.model_type == "siglip2_vision_model"
         self.tokens_dim: int = model.config.hidden_size
         self.dim: int = model.config.projection_dim if self.is_clip else self.tokens_dim
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def preprocess(self, images: Sequence[Image]) -> Tensor:
         """Pixel values (B, 3, S, S) or (B, P, F + 3), on the CPU: resized, cropped and normalised for the encoder."""
@@ -119,25 +109,9 @@ class ImageEncoder:
             return tokens
         return self.model.visual_projection(self.model.vision_model.post_layernorm(tokens))
 
-    def describe(self, weights: bool = True) -> dict:
-        """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
-        identity = {}
-        if weights:
-            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
-        return {
-            **identity,
-            "dim": self.dim,
-            "class": type(self.model).__name__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
     def describe_preprocessing(self) -> dict:
         """The image processor's part of a `csdiff.json`."""
         return json.loads(self.processor.to_json_string())
-
-    @cached_property
-    def _weights_sha256(self) -> str:
-        return weights_sha256(self.files.model, "image")
 
 
 def load_image_encoder(
@@ -160,11 +134,11 @@ def load_image_encoder(
     """
     files = encoder_files(id, "image", revision)
     model_class, processor = inspect_image_encoder(id, files)
-    model = load_weights(model_class, files, str(id), device, dtype)
+    model = load_weights(model_class, files, id, device, dtype)
     if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
         kind = model.config.model_type
         raise CSDiffError(f"{id}: expected an image encoder, found a {kind} model; choose another.")
-    return ImageEncoder(model, processor, encoder_name(id), files)
+    return ImageEncoder(model, processor, id, files)
 
 
 def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, object]:
@@ -175,14 +149,13 @@ def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, ob
     """
     import transformers
 
-    kind = load_config(str(id), files).model_type
+    kind = load_config(id, files).model_type
     model_class = VISION_TOWERS.get(kind.removesuffix("_vision_model"), "AutoModel")
+    # One resize for everybody, whether torchvision is installed or not.
+    options = {"backend": "pil", "local_files_only": True}
     with quiet_loading():
         try:
-            # One resize for everybody, whether torchvision is installed or not.
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                files.processor, backend="pil", local_files_only=True
-            )
+            processor = transformers.AutoImageProcessor.from_pretrained(files.processor, **options)
         except (OSError, ValueError, KeyError) as error:
             raise CSDiffError(
                 f"{id}: expected an image processor in {files.processor}, found none ({error})."

@@ -1,29 +1,28 @@
-"""Checks that a store on disk is whole: fingerprint, sizes, row counts and checksums."""
+"""Opening a store on disk, and the checks that it is whole: fingerprint, sizes, row counts and checksums."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import NoneType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from csdiff.embeddings.arrays import Shard
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, find_shards
-from csdiff.embeddings.metadata import ShardedMetadata
 from csdiff.embeddings.statistics import EmbeddingStatistics
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 
-JSON_NAMES = {int: "a number", str: "text", bool: "true or false", dict: "an object", NoneType: "null"}
-
-
 # What stands in a store's `csdiff.json`, for whoever reads it afterwards.
-FIELDS: dict[str, tuple[type, ...]] = {
-    "rows": (int,),
-    "dtype": (str,),
-    "normalized": (bool, NoneType),
-    "files": (dict, NoneType),
-    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing"), (dict, NoneType)),
-    **dict.fromkeys(("statistics", "text_statistics", "data", "versions"), (dict, NoneType)),
+_FIELDS = {
+    "rows": (int, "a number"),
+    "dtype": (str, "text"),
+    "normalized": (bool | None, "true or false"),
+    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer"), (dict | None, "an object or null")),
+    **dict.fromkeys(("preprocessing", "data", "versions", "files"), (dict | None, "an object or null")),
+    **dict.fromkeys(("statistics", "text_statistics"), (dict | None, "an object or null")),
 }
 
 
@@ -36,31 +35,28 @@ def read_fingerprint(path: Path) -> dict | None:
     file = path / FINGERPRINT_FILE
     if not file.exists():
         return None
-    fingerprint = read_json(file)
-    if fingerprint.get("kind") != "store":
+    found = read_json(file)
+    if found.get("kind") != "store":
         raise CSDiffError(
-            f'{file}: expected "kind": "store", found {fingerprint.get("kind")!r}; give the folder of an embedding '
-            "store."
+            f'{file}: expected "kind": "store", found {found.get("kind")!r}; give the folder of an embedding store.'
         )
-    stated = list((fingerprint.get("files") or {}).values()) if isinstance(fingerprint.get("files"), dict) else []
-    fields = [(name, fingerprint[name], kinds) for name, kinds in FIELDS.items() if name in fingerprint]
-    fields += [("files", entry, (dict,)) for entry in stated]
-    fields += [
-        (f"files: {key}", entry.get(key), kinds)
-        for entry in stated
-        if isinstance(entry, dict)
-        for key, kinds in (("bytes", (int,)), ("sha256", (str,)))
-    ]
-    for name, value, kinds in fields:
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    fields = [(name, found[name], *_FIELDS[name]) for name in _FIELDS if name in found]
+    stated = found.get("files") if isinstance(found.get("files"), dict) else {}
+    for entry in stated.values():
+        fields.append(("files", entry, dict, "an object"))
+        if isinstance(entry, dict):
+            fields.append(("files: bytes", entry.get("bytes"), int, "a number"))
+            fields.append(("files: sha256", entry.get("sha256"), str, "text"))
+    for name, value, kind, words in fields:
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CSDiffError(
-                f"{file}: {name}: expected {' or '.join(JSON_NAMES[kind] for kind in kinds)}, found {value!r:.60}; "
-                "restore the file, or remove it to read the folder as foreign."
+                f"{file}: {name}: expected {words}, found {value!r:.60}; restore the file, or remove it to read the "
+                "folder as foreign."
             )
     for name in ("statistics", "text_statistics"):
-        if "mean" in (fingerprint.get(name) or {}):
-            EmbeddingStatistics.from_dict(fingerprint[name], f"{file}: {name}")
-    return fingerprint
+        if "mean" in (found.get(name) or {}):
+            EmbeddingStatistics.from_dict(found[name], f"{file}: {name}")
+    return found
 
 
 def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
@@ -75,21 +71,21 @@ def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
         CSDiffError: A file is missing or differs; named, with the expected and the found checksum.
     """
     for name, stated in files.items():
-        file = path / name
+        file, cure = path / name, "restore it, or delete the store and embed again"
         if not file.is_file():
-            raise CSDiffError(
-                f"{file} is missing (sha256 expected {stated['sha256']}, found no file); restore it, or delete the "
-                "store and embed again."
-            )
-        if (checksums or file.stat().st_size != stated["bytes"]) and file_sha256(file) != stated["sha256"]:
-            raise CSDiffError(
-                f"{file} is damaged: expected {stated['bytes']:,} bytes with sha256 {stated['sha256']}, found "
-                f"{file.stat().st_size:,} with {file_sha256(file)}; restore it, or delete the store and embed again."
-            )
+            raise CSDiffError(f"{file} is missing (sha256 expected {stated['sha256']}, found no file); {cure}.")
+        size = file.stat().st_size
+        if checksums or size != stated["bytes"]:
+            digest = file_sha256(file)
+            if digest != stated["sha256"]:
+                expected = f"{stated['bytes']:,} bytes with sha256 {stated['sha256']}"
+                raise CSDiffError(f"{file} is damaged: expected {expected}, found {size:,} with {digest}; {cure}.")
 
 
-def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[str, list[Shard]]:
-    """Shards of every column in order, their sizes and row counts checked.
+def open_shards(
+    path: Path, fingerprint: dict, files: dict[str, dict]
+) -> tuple[dict[str, list[Shard]], ShardedMetadata | None]:
+    """Shards of every column in order, and the metadata if there is some; their row counts are checked.
 
     Args:
         path: Folder of the store.
@@ -99,56 +95,91 @@ def open_shards(path: Path, fingerprint: dict, files: dict[str, dict]) -> dict[s
     Raises:
         CSDiffError: No embeddings, a damaged shard, or columns of different lengths.
     """
+
+    def own(folder: str, stem: str, suffix: str) -> dict[int, Path]:
+        shards = find_shards(path / folder, stem, suffix)
+        return {n: file for n, file in shards.items() if not files or file.relative_to(path).as_posix() in files}
+
     bfloat16 = fingerprint.get("dtype") == "bfloat16"
-    found: dict[str, dict[int, Shard]] = {}
-    for key, (folder, stem) in ARRAY_FOLDERS.items():
-        shards = _own(path, find_shards(path / folder, stem, "npy"), files)
-        if shards:
-            found[key] = {number: Shard(file, key, bfloat16) for number, file in shards.items()}
-    if not {"text_embeds", "image_embeds"} & found.keys():
+    found = {key: own(folder, stem, "npy") for key, (folder, stem) in ARRAY_FOLDERS.items()}
+    shards = {key: {n: Shard(f, key, bfloat16) for n, f in part.items()} for key, part in found.items() if part}
+    if not {"text_embeds", "image_embeds"} & shards.keys():
         raise CSDiffError(
             f"{path}: expected text_emb/text_emb_0.npy or img_emb/img_emb_0.npy (the clip-retrieval layout), found "
             "neither; make a store with `csdiff embed`."
         )
-    first_key, first = next(iter(found.items()))
-    for key, shards in found.items():
-        counts = {number: len(shard) for number, shard in shards.items()}
-        expected = {number: len(shard) for number, shard in first.items()}
-        _compare_counts(path, ARRAY_FOLDERS[first_key][0], expected, ARRAY_FOLDERS[key][0], counts)
-    rows = sum(len(shard) for shard in first.values())
+    counts = {ARRAY_FOLDERS[key][0]: {n: len(shard) for n, shard in part.items()} for key, part in shards.items()}
+    parquets = own(METADATA_FOLDER, "metadata", "parquet")
+    metadata = ShardedMetadata(list(parquets.values())) if parquets else None
+    if metadata:
+        counts[METADATA_FOLDER] = dict(zip(parquets, metadata.lengths, strict=True))
+    first, expected = next(iter(counts.items()))
+    for folder, count in counts.items():
+        for number in sorted(expected.keys() | count.keys()):
+            if expected.get(number) != count.get(number):
+                rows = [f"{c[number]} rows" if number in c else "no file" for c in (expected, count)]
+                raise CSDiffError(
+                    f"{path}: shard {number} has {rows[0]} in {first} and {rows[1]} in {folder}; row i of both must "
+                    "belong together, write the shard again."
+                )
+    rows = sum(expected.values())
     if rows == 0 or rows != fingerprint.get("rows", rows):
-        raise CSDiffError(
-            f"{path}: expected {fingerprint.get('rows', 'at least one')} rows, found {rows}; embed again."
-        )
-    return {key: list(shards.values()) for key, shards in found.items()}
+        stated = fingerprint.get("rows", "at least one")
+        raise CSDiffError(f"{path}: expected {stated} rows, found {rows}; embed again.")
+    return {key: list(part.values()) for key, part in shards.items()}, metadata
 
 
-def open_metadata(path: Path, shards: list[Shard], files: dict[str, dict]) -> ShardedMetadata | None:
-    """Metadata of a store, None when there is none; its row counts are checked against those of the shards.
+class ShardedMetadata:
+    """Columns of `metadata/metadata_{k}.parquet`, each loaded whole on first use.
+
+    Args:
+        files: In row order.
+
+    Attributes:
+        lengths: Rows of each file.
+        names: Columns that every file has.
 
     Raises:
-        CSDiffError: A damaged file, or other row counts than the embeddings have.
+        CSDiffError: A file is not a parquet file.
     """
-    found = _own(path, find_shards(path / METADATA_FOLDER, "metadata", "parquet"), files)
-    if not found:
-        return None
-    metadata = ShardedMetadata(list(found.values()))
-    folder = shards[0].path.parent.name
-    numbers = [int(shard.path.stem.rpartition("_")[2]) for shard in shards]
-    expected = dict(zip(numbers, map(len, shards), strict=True))
-    _compare_counts(path, folder, expected, METADATA_FOLDER, dict(zip(found, metadata.lengths, strict=True)))
-    return metadata
 
+    def __init__(self, files: list[Path]):
+        self.files, self.lengths, names = files, [], []
+        for file in files:
+            try:
+                with pq.ParquetFile(file) as opened:
+                    self.lengths.append(opened.metadata.num_rows)
+                    names.append(opened.schema_arrow.names)
+            except (OSError, pa.ArrowException) as error:
+                raise CSDiffError(
+                    f"{file} is not a readable parquet file ({error}); restore it or write it again."
+                ) from error
+        self.names = [name for name in names[0] if all(name in others for others in names)]
+        self._columns: dict[str, pa.ChunkedArray] = {}
 
-def _own(path: Path, shards: dict[int, Path], files: dict[str, dict]) -> dict[int, Path]:
-    return {number: file for number, file in shards.items() if not files or file.relative_to(path).as_posix() in files}
+    def take(self, name: str, rows: np.ndarray) -> list:
+        """Values of one column at these rows."""
+        if name not in self._columns:
+            self._columns[name] = self._read(name)
+        return self._columns[name].take(pa.array(rows)).to_pylist()
 
+    def codes(self, name: str) -> np.ndarray:
+        """A number (int64) for each row, equal where the values of a column are equal; keeps no column in memory."""
+        encoded = self._read(name).dictionary_encode("encode").combine_chunks()
+        return encoded.indices.to_numpy().astype(np.int64)
 
-def _compare_counts(path: Path, first: str, expected: dict[int, int], second: str, found: dict[int, int]) -> None:
-    for number in sorted(expected.keys() | found.keys()):
-        if expected.get(number) != found.get(number):
-            rows = [f"{c[number]} rows" if number in c else "no file" for c in (expected, found)]
+    def _read(self, name: str) -> pa.ChunkedArray:
+        parts = [pq.read_table(file, columns=[name], memory_map=True).column(0) for file in self.files]
+        kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
+        kind = kinds.pop() if len(kinds) == 1 else pa.large_string()
+        # Parts by several tools differ (string, large_string, dictionary, numbers): as text they are one column. Its
+        # offsets are 64 bits wide, as ten million captions have more than 2 GB.
+        if pa.types.is_string(kind) or pa.types.is_dictionary(kind):
+            kind = pa.large_string()
+        try:
+            return pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise CSDiffError(
-                f"{path}: shard {number} has {rows[0]} in {first} and {rows[1]} in {second}; row i of both must "
-                "belong together, write the shard again."
-            )
+                f"{self.files[0].parent}: the parts of the column {name!r} cannot be read as one column of text "
+                f"({error}); write these files again."
+            ) from error

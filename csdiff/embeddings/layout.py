@@ -35,15 +35,8 @@ def is_store(path: str | Path) -> bool:
         return False
 
 
-def shard_name(stem: str, index: int, count: int, suffix: str) -> str:
-    """File name of shard `index` of `count`: padded with zeros, so that names sort in shard order."""
-    return f"{stem}_{index:0{len(str(max(count - 1, 0)))}d}.{suffix}"
-
-
 def find_shards(folder: Path, stem: str, suffix: str) -> dict[int, Path]:
     """Shard files `{stem}_{number}.{suffix}` of a folder by number, in numeric order; empty without the folder."""
-    if not folder.is_dir():
-        return {}
     pattern = re.compile(rf"{re.escape(stem)}_(\d+)\.{re.escape(suffix)}")
-    found = {int(m.group(1)): path for path in folder.iterdir() if (m := pattern.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    names = [(pattern.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    return dict(sorted((int(match[1]), path) for match, path in names if match))

@@ -37,43 +37,43 @@ class ShardRows:
         self.items = self.replaced = 0
         self.problems: list[Problem] = []
         self.truncated: list[str] = []
-        self._columns: dict[str, list] = {
-            name: [] for name in ("caption", "image_id", "image_path", "caption_index", *config.metadata_columns)
-        }
+        self._rows: list[dict] = []
 
     def __len__(self) -> int:
-        return len(self._columns["image_id"])
+        return len(self._rows)
 
     def usable(self, item: Item) -> list[tuple[int, str, int]]:
         """Captions of an item that become rows, with place and tokens; what is wrong with the others is noted."""
+
+        def leave_out(reason: str, detail: str) -> None:
+            self.problems.append(Problem(item.id, reason, detail))
+
         if not item.captions and self.tokenizer is not None:
-            self.problems.append(Problem(item.id, "no_caption", "the image has no caption"))
+            leave_out("no_caption", "the image has no caption")
         kept = []
         for place, caption in enumerate(item.captions):
             text = well_formed(caption).strip()
             if len(text) > MAX_CAPTION:
-                detail = f"caption {place} has {len(text):,} characters and begins {text[:40]!r}"
-                self.problems.append(Problem(item.id, "huge_caption", detail))
+                leave_out("huge_caption", f"caption {place} has {len(text):,} characters and begins {text[:40]!r}")
             elif text:
                 self.replaced += "\ufffd" in text
-                kept.append((place, text, 0))
+                kept.append((place, text))
             else:
-                self.problems.append(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
+                leave_out("empty_caption", f"caption {place} is {caption!r}")
         if self.config.captions_per_image == "first":
             kept = kept[:1]
         elif self.config.captions_per_image == "random" and kept:
             digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
             kept = [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
         if self.tokenizer is None or not kept:
-            return kept
-        fitting = []
-        for (place, text, _), count in zip(kept, self.tokenizer.lengths([text for _, text, _ in kept]), strict=True):
-            if count > self.tokenizer.max_length and self.config.long_captions == "skip":
-                detail = f"caption {place} has {count} tokens, the text encoder takes {self.tokenizer.max_length}"
-                self.problems.append(Problem(item.id, "long_caption", detail))
+            return [(place, text, 0) for place, text in kept]
+        fitting, limit = [], self.tokenizer.max_length
+        for (place, text), count in zip(kept, self.tokenizer.lengths([text for _, text in kept]), strict=True):
+            if count > limit and self.config.long_captions == "skip":
+                leave_out("long_caption", f"caption {place} has {count} tokens, the text encoder takes {limit}")
                 continue
-            if count > self.tokenizer.max_length:
-                self.truncated.append(f"{item.id}: caption {place} has {count} tokens")
+            if count > limit:
+                self.truncated.append(well_formed(f"{item.id}: caption {place} has {count} tokens"))
             fitting.append((place, text, count))
         return fitting
 
@@ -83,18 +83,17 @@ class ShardRows:
             if text is not None:
                 self.captions.append(text)
                 self.lengths.append(count)
-            values = {"caption": text, "image_id": item.id, "image_path": item.path, "caption_index": place}
-            for name, value in {**values, **{n: item.extra.get(n) for n in self.config.metadata_columns}}.items():
-                # Names of files may be no text either.
-                self._columns[name].append(well_formed(value) if isinstance(value, str) else value)
+            row = {"caption": text, "image_id": item.id, "image_path": item.path, "caption_index": place}
+            row |= {name: item.extra.get(name) for name in self.config.metadata_columns}
+            # Names of files may be no text either.
+            self._rows.append({k: well_formed(v) if isinstance(v, str) else v for k, v in row.items()})
 
     def table(self, has_captions: bool) -> pa.Table:
         """Metadata of the rows."""
-        types = {"caption_index": pa.int32()}
-        columns = {name: pa.array(v, types.get(name, pa.string())) for name, v in self._columns.items()}
-        if not has_captions:
-            del columns["caption"], columns["caption_index"]
-        return pa.table(columns)
+        types = {"caption": pa.string(), "image_id": pa.string(), "image_path": pa.string()}
+        types |= {"caption_index": pa.int32(), **dict.fromkeys(self.config.metadata_columns, pa.string())}
+        table = pa.Table.from_pylist(self._rows, pa.schema(types))
+        return table if has_captions else table.drop_columns(["caption", "caption_index"])
 
     def to_dict(self) -> dict:
         """What the report needs of this shard."""
@@ -105,19 +104,20 @@ class ShardRows:
             "problems": [[well_formed(text) for text in problem] for problem in problems],
             "replaced": self.replaced,
             "truncated": len(self.truncated),
-            "truncated_listed": [well_formed(line) for line in self.truncated[:LISTED_TRUNCATIONS]],
+            "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
         }
 
 
 def report(shards: Sequence[dict]) -> dict:
     """The report of a whole store from those of its shards."""
     problems = [problem for shard in shards for problem in shard["problems"]]
+    counts = {name: sum(shard[name] for shard in shards) for name in ("items", "rows", "truncated", "replaced")}
     return {
-        "items": sum(shard["items"] for shard in shards),
-        "rows": sum(shard["rows"] for shard in shards),
+        "items": counts["items"],
+        "rows": counts["rows"],
         "skipped": dict(sorted(Counter(reason for _, reason, _ in problems).items())),
-        "truncated_captions": sum(shard["truncated"] for shard in shards),
-        "replaced_captions": sum(shard["replaced"] for shard in shards),
+        "truncated_captions": counts["truncated"],
+        "replaced_captions": counts["replaced"],
         "problems": [{"id": id, "reason": reason, "detail": detail} for id, reason, detail in problems],
         "truncated": [line for shard in shards for line in shard["truncated_listed"]][:LISTED_TRUNCATIONS],
     }

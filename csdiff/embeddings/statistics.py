@@ -34,13 +34,8 @@ class EmbeddingStatistics:
 
     def to_dict(self) -> dict:
         """JSON-able form, as it stands in `csdiff.json`; the floats come back bit for bit."""
-        return {
-            "count": self.count,
-            "norm_mean": self.norm_mean,
-            "norm_std": self.norm_std,
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
+        numbers = {"count": self.count, "norm_mean": self.norm_mean, "norm_std": self.norm_std}
+        return {**numbers, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict, where: str = "statistics") -> EmbeddingStatistics:
@@ -50,27 +45,17 @@ class EmbeddingStatistics:
             CSDiffError: Not finite numbers, a negative deviation, or mean and deviation of different lengths.
         """
         try:
-            found = cls(
-                count=int(values["count"]),
-                mean=torch.tensor(values["mean"], dtype=torch.float32),
-                std=torch.tensor(values["std"], dtype=torch.float32),
-                norm_mean=float(values["norm_mean"]),
-                norm_std=float(values["norm_std"]),
-            )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CSDiffError(
-                f"{where}: expected count, mean, std, norm_mean and norm_std as numbers, found others ({error!r}); "
-                "restore the file."
-            ) from error
-        vectors = torch.stack([found.mean, found.std]) if found.mean.shape == found.std.shape else torch.empty(0)
-        numbers = torch.tensor([found.norm_mean, found.norm_std])
-        if vectors.ndim != 2 or not vectors.isfinite().all() or not numbers.isfinite().all() or (found.std < 0).any():
-            raise CSDiffError(
-                f"{where}: expected finite means and deviations of one length, the deviations at least 0, found "
-                f"{tuple(found.mean.shape)} means, {tuple(found.std.shape)} deviations, {int((found.std < 0).sum())} "
-                "of them negative; restore the file."
-            )
-        return found
+            mean, std = (torch.tensor(values[name], dtype=torch.float32) for name in ("mean", "std"))
+            norms = [float(values[name]) for name in ("norm_mean", "norm_std")]
+            finite = bool(torch.stack([mean, std]).isfinite().all()) and bool(np.isfinite(norms).all())
+            if mean.ndim == 1 and finite and bool((std >= 0).all()):
+                return cls(int(values["count"]), mean, std, *norms)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            pass
+        raise CSDiffError(
+            f"{where}: expected count, norm_mean, norm_std, and mean and std of one length, finite numbers and no "
+            "deviation below 0, found others; restore the file."
+        )
 
 
 @dataclass
@@ -109,13 +94,8 @@ class Moments:
 
     def statistics(self) -> EmbeddingStatistics:
         std = np.sqrt(self.squares / max(self.count, 1))
-        return EmbeddingStatistics(
-            count=self.count,
-            mean=torch.from_numpy(self.mean[:-1]).float(),
-            std=torch.from_numpy(std[:-1]).float(),
-            norm_mean=float(self.mean[-1]),
-            norm_std=float(std[-1]),
-        )
+        mean, deviation = (torch.from_numpy(values[:-1]).float() for values in (self.mean, std))
+        return EmbeddingStatistics(self.count, mean, deviation, float(self.mean[-1]), float(std[-1]))
 
     def to_dict(self) -> dict:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.arrays import Column
-from csdiff.embeddings.integrity import check_files, open_metadata, open_shards, read_fingerprint
+from csdiff.embeddings.integrity import ShardedMetadata, check_files, open_shards, read_fingerprint
 from csdiff.embeddings.layout import FINGERPRINT_FILE, PARTIAL_FOLDER
-from csdiff.embeddings.metadata import ShardedMetadata
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, EmbeddingStatistics, Moments
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute
@@ -47,6 +46,8 @@ class EmbeddingStore:
     Attributes:
         path: The folder.
         fingerprint: Content of `csdiff.json`, or None for a foreign folder.
+        keys: The columns there are, as `read` names them.
+        metadata: Further columns, by `metadata.names`, or None.
         text_dim: Width of the text embeddings, or None when there are none.
         image_dim: Width of the image embeddings, or None when there are none.
         normalized: Whether rows (image rows, if there are any) were divided by their norm before they were written.
@@ -54,17 +55,13 @@ class EmbeddingStore:
     """
 
     def __init__(
-        self,
-        path: Path,
-        fingerprint: dict | None,
-        columns: dict[str, Column],
-        metadata: ShardedMetadata | None,
+        self, path: Path, fingerprint: dict | None, columns: dict[str, Column], metadata: ShardedMetadata | None
     ):
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
-        self._columns = columns
-        self._length = len(next(iter(columns.values())))
-        self.text_dim = self._width("text_embeds")
-        self.image_dim = self._width("image_embeds")
+        self._columns, self.keys = columns, tuple(columns)
+        self._length = int(next(iter(columns.values())).starts[-1])
+        widths = {key: column.row_shape[-1] for key, column in columns.items()}
+        self.text_dim, self.image_dim = widths.get("text_embeds"), widths.get("image_embeds")
         stated = None if fingerprint is None else fingerprint.get("normalized")
         unit = [self._look_at(key) for key in ("text_embeds", "image_embeds") if key in columns]
         self.normalized: bool = unit[-1] if stated is None else stated
@@ -100,11 +97,16 @@ class EmbeddingStore:
         if verify is None:
             verify = sum(file["bytes"] for file in files.values()) <= VERIFY_BYTES
         check_files(path, files, checksums=verify)
-        shards = open_shards(path, fingerprint or {}, files)
-        columns = {key: Column(part) for key, part in shards.items()}
-        store = cls(path, fingerprint, columns, open_metadata(path, next(iter(shards.values())), files))
+        shards, metadata = open_shards(path, fingerprint or {}, files)
+        store = cls(path, fingerprint, {key: Column(part) for key, part in shards.items()}, metadata)
         if fingerprint is None:
-            store._warn_unknown()
+            norms = "all rows sampled have norm 1" if store.normalized else "norms vary, so the rows look raw"
+            warnings.warn(
+                f"{path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, the "
+                f"tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these "
+                "embeddings fit the encoders used later.",
+                stacklevel=2,
+            )
         return store
 
     def __len__(self) -> int:
@@ -113,11 +115,6 @@ class EmbeddingStore:
     def __repr__(self) -> str:
         dims = f"text_dim={self.text_dim}, image_dim={self.image_dim}"
         return f"EmbeddingStore({str(self.path)!r}, rows={len(self)}, {dims})"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The columns there are, as `read` names them."""
-        return tuple(self._columns)
 
     @property
     def statistics(self) -> EmbeddingStatistics | None:
@@ -151,10 +148,7 @@ class EmbeddingStore:
     def blocks(self, size: int = 8192, keys: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
         """All rows in order, `size` at a time, read sequentially: one pass over a store larger than memory."""
         for start in range(0, len(self), size):
-            yield {
-                key: self._column(key).slice(start, min(start + size, len(self)))
-                for key in (self.keys if keys is None else keys)
-            }
+            yield self.read(slice(start, start + size), keys)
 
     def place(self, key: str, row: int) -> str:
         """Where a row of a column is on the disk, for messages: "row 3 of img_emb/img_emb_0.npy"."""
@@ -168,7 +162,7 @@ class EmbeddingStore:
         Raises:
             CSDiffError: The store has no captions.
         """
-        return self._metadata_column("caption", indices)
+        return self.column("caption", indices)
 
     def image_ids(self, indices: Indices) -> list[str]:
         """Identity of the image of each row: rows with several captions of one image share it.
@@ -176,7 +170,7 @@ class EmbeddingStore:
         Raises:
             CSDiffError: The store does not say which image a row belongs to.
         """
-        return self._metadata_column("image_id", indices)
+        return self.column("image_id", indices)
 
     @property
     def knows_images(self) -> bool:
@@ -194,8 +188,15 @@ class EmbeddingStore:
         return self.metadata.codes("image_id")
 
     def column(self, name: str, indices: Indices = slice(None)) -> list:
-        """Any column of the metadata, see `metadata.names`."""
-        return self._metadata_column(name, indices)
+        """Any column of the metadata, see `metadata.names`.
+
+        Raises:
+            CSDiffError: There is none of that name.
+        """
+        if self.metadata is None or name not in self.metadata.names:
+            found = "no metadata folder" if self.metadata is None else f"only {', '.join(self.metadata.names)}"
+            raise CSDiffError(f"{self.path}: expected the column {name!r} in metadata/*.parquet, found {found}.")
+        return self.metadata.take(name, self._row_numbers(indices))
 
     def verify(self) -> None:
         """Compare every file with its checksum.
@@ -214,50 +215,40 @@ class EmbeddingStore:
             raise KeyError(f"{self.path} has no {key}; it has {', '.join(self.keys)}")
         return self._columns[key]
 
-    def _width(self, key: str) -> int | None:
-        return self._columns[key].row_shape[-1] if key in self._columns else None
-
     def _row_numbers(self, indices: Indices) -> np.ndarray:
         if isinstance(indices, slice):
             return np.arange(*indices.indices(len(self)), dtype=np.int64)
         rows = np.ascontiguousarray(np.asarray(indices), dtype=np.int64).reshape(-1)
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise IndexError(
-                f"row {int(rows.min() if rows.min() < 0 else rows.max())} is outside 0..{len(self) - 1} of {self.path}"
-            )
+        wrong = rows[(rows < 0) | (rows >= len(self))]
+        if len(wrong):
+            raise IndexError(f"row {wrong[0]} is outside 0..{len(self) - 1} of {self.path}")
         return rows
 
     def _look_at(self, key: str) -> bool:
         """Whether all rows of a sample of a side have norm 1; warns of what training would stumble over."""
         rows = np.unique(np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(np.int64))
         values = self._columns[key].gather(rows)
-        norms = values.norm(dim=-1)
-        side = key.removesuffix("_embeds")
-        zeros = (norms == 0).nonzero()
-        if len(zeros):
-            warnings.warn(
-                f"{self.path}: {len(zeros) / len(rows):.1%} of the {side} rows looked at hold only zeros, for example "
-                f"{self.place(key, int(rows[int(zeros[0])]))}; images or captions failed where they were made.",
-                stacklevel=4,
-            )
+        norms, side = values.norm(dim=-1), key.removesuffix("_embeds")
+
+        def warn(wrong: Tensor, fact: str) -> None:
+            share, first = float(wrong.double().mean()), int(rows[int(wrong.nonzero()[0])])
+            looked = f"{share:.1%} of the {side} rows looked at, for example {self.place(key, first)}, "
+            warnings.warn(f"{self.path}: {looked}{fact}", stacklevel=5)
+
+        if bool((norms == 0).any()):
+            warn(norms == 0, "hold only zeros; images or captions failed where they were made.")
         elif len(rows) > 1 and bool((values == values[0]).all()):
-            warnings.warn(
-                f"{self.path}: all {side} rows looked at are the same: nothing can be learned from them; look at how "
-                "they were made.",
-                stacklevel=4,
-            )
+            warn(norms > 0, "are the same: nothing can be learned from them; look at how they were made.")
         deviation = (norms - 1).abs()
         if bool((deviation < UNIT_NORM_TOLERANCE).all()):
             return True
         # Narrower: raw rows of some encoders have norms about 1.
         unit = deviation < UNIT_NORM_TOLERANCE / 5
-        share = float(unit.double().mean())
-        if share > UNIT_SHARE:
-            warnings.warn(
-                f"{self.path}: {share:.0%} of the {side} rows looked at have norm 1, for example "
-                f"{self.place(key, int(rows[int(unit.nonzero()[0])]))}, the others have not: shards of unit and of "
-                "raw embeddings are mixed; embed all with one tool.",
-                stacklevel=4,
+        if float(unit.double().mean()) > UNIT_SHARE:
+            warn(
+                unit,
+                "have norm 1, the others have not: shards of unit and of raw embeddings are mixed; embed all with one "
+                "tool.",
             )
         return False
 
@@ -278,20 +269,5 @@ class EmbeddingStore:
             starts = np.linspace(0, len(self) - block, STATISTICS_SAMPLE // block).astype(np.int64)
         total = Moments.of(torch.empty(0, column.row_shape[-1]))
         for start in starts.tolist():
-            total = total.merge(Moments.of(column.slice(start, min(start + block, len(self)))))
+            total = total.merge(Moments.of(column.gather(np.arange(start, min(start + block, len(self))))))
         return total.statistics()
-
-    def _metadata_column(self, name: str, indices: Indices) -> list:
-        if self.metadata is None or name not in self.metadata.names:
-            found = "no metadata folder" if self.metadata is None else f"only {', '.join(self.metadata.names)}"
-            raise CSDiffError(f"{self.path}: expected the column {name!r} in metadata/*.parquet, found {found}.")
-        return self.metadata.take(name, self._row_numbers(indices))
-
-    def _warn_unknown(self) -> None:
-        norms = "all rows sampled have norm 1" if self.normalized else "norms vary, so the rows look raw"
-        warnings.warn(
-            f"{self.path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, "
-            f"the tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these "
-            "embeddings fit the encoders used later.",
-            stacklevel=3,
-        )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from csdiff.embeddings.encoders import EncoderFiles, encoder_files, encoder_name, load_config, load_weights
-from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.embeddings.encoders import Encoder, EncoderFiles, encoder_files, load_config, load_weights
 from csdiff.embeddings.tokenizer import CaptionTokenizer, read_tokenizer
 from csdiff.errors import CSDiffError
 
@@ -36,7 +34,7 @@ class TextEncoding:
     mask: Tensor
 
 
-class TextEncoder:
+class TextEncoder(Encoder):
     """A frozen text encoder with its tokenizer; made by `load_text_encoder`.
 
     Attributes:
@@ -45,9 +43,11 @@ class TextEncoder:
         pooling: How token states become one embedding: "projection", "mean", "last" or "cls".
     """
 
-    def __init__(self, model, tokenizer: CaptionTokenizer, id: str, files: EncoderFiles, pooling: str):
-        self.model, self.caption_tokenizer, self.id, self.files = model, tokenizer, id, files
-        self.pooling = pooling
+    tower = "text"
+
+    def __init__(self, model, tokenizer: CaptionTokenizer, id: str | Path, files: EncoderFiles, pooling: str):
+        super().__init__(model, id, files)
+        self.caption_tokenizer, self.pooling = tokenizer, pooling
         # SigLIP's head maps the last token, padding or not; CLIP's projection the end of the text.
         self.projection = getattr(model, "text_projection", None) or getattr(model, "head", None)
         self.states_dim: int = model.config.hidden_size
@@ -62,10 +62,6 @@ class TextEncoder:
     def max_length(self) -> int:
         """L, tokens a caption is cut or padded to."""
         return self.caption_tokenizer.max_length
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def tokenize(self, captions: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
         """Token ids and mask, each (B, L), cut to `max_length` and padded to it (or with "longest" to the batch)."""
@@ -103,26 +99,9 @@ class TextEncoder:
         """Token states (B, L, H) in the space of the embeddings (B, L, D): by the projection, else as they are."""
         return self.projection(states) if self.pooling == "projection" else states
 
-    def describe(self, weights: bool = True) -> dict:
-        """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
-        identity = {}
-        if weights:
-            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
-        return {
-            **identity,
-            "dim": self.dim,
-            "class": type(self.model).__name__,
-            "pooling": self.pooling,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
     def describe_tokenizer(self) -> dict:
         """The tokenizer's part of a `csdiff.json`."""
         return self.caption_tokenizer.describe()
-
-    @cached_property
-    def _weights_sha256(self) -> str:
-        return weights_sha256(self.files.model, "text")
 
 
 def load_text_encoder(
@@ -151,11 +130,11 @@ def load_text_encoder(
     """
     files = encoder_files(id, "text", revision)
     model_class, tokenizer, pooling = inspect_text_encoder(id, files, pooling, max_length)
-    model = load_weights(model_class, files, str(id), device, dtype)
+    model = load_weights(model_class, files, id, device, dtype)
     if not hasattr(model.config, "hidden_size"):
         kind = model.config.model_type
         raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
-    return TextEncoder(model, tokenizer, encoder_name(id), files, pooling)
+    return TextEncoder(model, tokenizer, id, files, pooling)
 
 
 def inspect_text_encoder(
@@ -168,7 +147,7 @@ def inspect_text_encoder(
     """
     import transformers
 
-    config = load_config(str(id), files)
+    config = load_config(id, files)
     tower = TEXT_TOWERS.get(config.model_type.removesuffix("_text_model"))
     pooling = pooling or ("projection" if tower else _usual_pooling(files, config))
     if pooling not in POOLINGS or (pooling == "projection") != (tower is not None):
@@ -178,7 +157,7 @@ def inspect_text_encoder(
     model_class = getattr(transformers, tower or encoder_only.get(config.model_type, "AutoModel"))
     # A SigLIP 2 tower alone has lost the tokenizer that transformers takes for the whole: it writes in lower case.
     name = "Siglip2Tokenizer" if tower == "Siglip2TextModel" else "AutoTokenizer"
-    transformers_tokenizer = read_tokenizer(str(id), files, name)
+    transformers_tokenizer = read_tokenizer(id, files, name)
     padding = "longest"
     if tower and tower.startswith("Siglip"):
         padding = "max_length"

@@ -109,10 +109,10 @@ def load_caption_tokenizer(
     Raises:
         CSDiffError: No such encoder, or no tokenizer there.
     """
-    return CaptionTokenizer(read_tokenizer(str(id), encoder_files(id, "text", revision)), max_length)
+    return CaptionTokenizer(read_tokenizer(id, encoder_files(id, "text", revision)), max_length)
 
 
-def read_tokenizer(id: str, files: EncoderFiles, name: str = "AutoTokenizer"):
+def read_tokenizer(id: str | Path, files: EncoderFiles, name: str = "AutoTokenizer"):
     """The transformers tokenizer of a folder, by the name of its class where the folder does not tell.
 
     Raises:

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.embeddings.layout import (
-    ARRAY_FOLDERS,
-    FINGERPRINT_FILE,
-    METADATA_FOLDER,
-    PARTIAL_FOLDER,
-    REPORT_FILE,
-    shard_name,
-)
+from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, PARTIAL_FOLDER, REPORT_FILE
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
 from csdiff.errors import CSDiffError
 from csdiff.files import FolderLock, absolute, flatten, move, read_json, write_json, writing_folder
@@ -46,14 +39,13 @@ class StoreWriter:
     def __init__(self, path: str | Path, shards: int, dtype: str = "float16"):
         self.path, self.shards, self.dtype = absolute(path), shards, dtype
         self.partial = self.path / PARTIAL_FOLDER
-        self._lock = FolderLock(self.partial, "this store")
-        self._locked = False
+        self._lock: FolderLock | None = None
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._locked:
+        if self._lock is not None:
             self._lock.__exit__(*error)
 
     def begin(self, plan: dict) -> bool:
@@ -68,16 +60,14 @@ class StoreWriter:
         Raises:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise CSDiffError(f"{self.path}: expected a folder for the store, found a file; choose another.")
+        plan_file = self.partial / "plan.json"
         if (self.path / FINGERPRINT_FILE).exists():
             self._compare(read_json(self.path / FINGERPRINT_FILE).get("data") or {}, plan)
             shutil.rmtree(self.partial, ignore_errors=True)
             return True
-        started = (self.partial / "plan.json").exists()
-        if started:
-            self._compare(read_json(self.partial / "plan.json"), plan)
-        elif self.path.exists() and any(entry.name != PARTIAL_FOLDER for entry in self.path.iterdir()):
+        if plan_file.exists():
+            self._compare(read_json(plan_file), plan)
+        elif self.path.is_dir() and any(entry.name != PARTIAL_FOLDER for entry in self.path.iterdir()):
             raise CSDiffError(
                 f"{self.path}: expected an empty folder or an unfinished store, found other files; choose another."
             )
@@ -87,10 +77,11 @@ class StoreWriter:
             raise CSDiffError(
                 f"{self.path}: the store cannot be written there ({error.strerror}); choose another folder."
             ) from error
-        self._lock.__enter__()
-        self._locked = True
-        if not started:
-            write_json(self.partial / "plan.json", plan)
+        lock = FolderLock(self.partial, "this store")
+        lock.__enter__()
+        self._lock = lock
+        if not plan_file.exists():
+            write_json(plan_file, plan)
         return False
 
     def done(self, shard: int) -> bool:
@@ -109,28 +100,23 @@ class StoreWriter:
             number: Of the shard.
             keys: Its columns.
         """
+        # Padded with zeros, so that names sort in shard order.
+        suffix = f"{number:0{len(str(max(self.shards - 1, 0)))}d}"
         with writing_folder(self._folder(number)) as folder:
             writer = ShardWriter(folder, keys, self.dtype)
             yield writer
             writer.close()
-            parts = {}
-            for key in keys:
-                place, stem = ARRAY_FOLDERS[key]
-                parts[f"{place}/{shard_name(stem, number, self.shards, 'npy')}"] = f"{key}.npy"
+            parts = {f"{'/'.join(ARRAY_FOLDERS[key])}_{suffix}.npy": f"{key}.npy" for key in keys}
             if writer.metadata is not None:
                 pq.write_table(writer.metadata, folder / "metadata.parquet")
-                name = shard_name("metadata", number, self.shards, "parquet")
-                parts[f"{METADATA_FOLDER}/{name}"] = "metadata.parquet"
+                parts[f"{METADATA_FOLDER}/metadata_{suffix}.parquet"] = "metadata.parquet"
             files = {
                 name: {"bytes": (folder / part).stat().st_size, "sha256": file_sha256(folder / part)}
                 for name, part in parts.items()
             }
             moments = {key: moments.to_dict() for key, moments in writer.moments.items()}
-            write_json(
-                folder / "shard.json",
-                {"parts": parts, "files": files, "moments": moments, **writer.notes},
-                indent=None,
-            )
+            record = {"parts": parts, "files": files, "moments": moments, **writer.notes}
+            write_json(folder / "shard.json", record, indent=None)
 
     def finish(self, plan: dict, fingerprint: dict, report: dict) -> None:
         """All shards are whole: move them into place, write the report and, as the last thing, the fingerprint.
@@ -208,23 +194,24 @@ class ShardWriter:
         """
         for key, rows in columns.items():
             stored = rows.detach().to("cpu", getattr(torch, self._dtypes[key])).contiguous()
-            known = self._shapes.get(key, (0, *stored.shape[1:]))
-            if not bool(torch.isfinite(stored).all()):
-                row = int((~stored.flatten(1).isfinite().all(1)).nonzero()[0])
+            if key not in self._shapes:
+                self._write_header(key, (0, *stored.shape[1:]))
+            count = self._shapes[key][0]
+            finite = stored.flatten(1).isfinite().all(1)
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
                 raise CSDiffError(
-                    f"{key}, row {known[0] + row} of {self.folder.name}: expected finite values, found "
+                    f"{key}, row {count + row} of {self.folder.name}: expected finite values, found "
                     f"{float(rows[row].float().abs().max()):g} to be stored as {self._dtypes[key]}; use dtype "
                     "bfloat16 or float32, or precision float32."
                 )
             if key in ("text_embeds", "image_embeds"):
                 part = Moments.of(stored.float())
                 self.moments[key] = self.moments[key].merge(part) if key in self.moments else part
-            if key not in self._shapes:
-                self._write_header(key, known)
             # npy has no bfloat16: the uint16 of its bits.
             bits = stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored
             self._files[key].write(bits.numpy().data)
-            self._shapes[key] = (known[0] + len(stored), *known[1:])
+            self._shapes[key] = (count + len(stored), *self._shapes[key][1:])
 
     def close(self) -> None:
         """Complete the headers."""
@@ -235,6 +222,7 @@ class ShardWriter:
     def _write_header(self, key: str, shape: tuple[int, ...]) -> None:
         # numpy pads the header so that it has one length for any number of rows.
         self._files[key].seek(0)
+        self._shapes[key] = shape
         header = {"descr": DTYPES[self._dtypes[key]], "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._files[key], header)
 
@@ -271,23 +259,14 @@ def write_store(
     Raises:
         CSDiffError: No embeddings, columns of different lengths, or a folder that is in use.
     """
-    given = {
-        "text_embeds": text_embeds,
-        "image_embeds": image_embeds,
-        "text_states": text_states,
-        "text_mask": text_mask,
-        "image_tokens": image_tokens,
-    }
-    columns = {key: value for key, value in given.items() if value is not None}
+    columns = {"text_embeds": text_embeds, "image_embeds": image_embeds, "text_states": text_states}
+    columns |= {"text_mask": text_mask, "image_tokens": image_tokens}
+    columns = {key: value for key, value in columns.items() if value is not None}
     texts = {name: list(v) for name, v in (("caption", captions), ("image_id", image_ids)) if v is not None}
     lengths = {name: len(values) for name, values in {**columns, **texts}.items()}
-    if (
-        not {"text_embeds", "image_embeds"} & columns.keys()
-        or len(set(lengths.values())) != 1
-        or not min(lengths.values())
-    ):
+    count = next(iter(lengths.values()), 0)
+    if not {"text_embeds", "image_embeds"} & columns.keys() or set(lengths.values()) != {count} or not count:
         raise CSDiffError(f"{path}: expected text or image embeddings, all columns of one length, found {lengths}.")
-    count = next(iter(lengths.values()))
     plan = {"rows": count, "dtype": dtype, "shard_size": shard_size}
     with StoreWriter(path, -(-count // shard_size), dtype) as writer:
         if writer.begin(plan):

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,9 @@ def test_rows_are_the_raw_embeddings_of_their_captions_and_images(store: Path, d
 
 
 def test_shards_are_the_clip_retrieval_layout(store: Path):
-    assert set(content(store)) == {
-        "csdiff.json",
-        "report.json",
-        *(f"{f}/{s}_{k}.npy" for f, s in (("img_emb", "img_emb"), ("text_emb", "text_emb")) for k in range(4)),
-        *(f"metadata/metadata_{k}.parquet" for k in range(4)),
-    }
+    files = {f"{name}/{name}_{k}.npy" for name in ("img_emb", "text_emb") for k in range(4)}
+    files |= {f"metadata/metadata_{k}.parquet" for k in range(4)}
+    assert set(content(store)) == {"csdiff.json", "report.json", *files}
     assert [len(np.load(store / f"img_emb/img_emb_{k}.npy", allow_pickle=False)) for k in range(4)] == [5, 5, 8, 2]
     assert np.load(store / "text_emb/text_emb_0.npy", allow_pickle=False).dtype == np.float16
 
@@ -191,8 +189,7 @@ def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Pat
     [
         ({"source": ""}, "source, output: expected a data set and a folder"),
         ({"text_encoder": None, "image_encoder": None}, "expected at least one encoder"),
-        ({"text_encoder": None, "text_states": True}, "text_states: expected a text encoder"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"text_encoder": None, "text_states": True}, "text_states: .*text_encoder"),
         ({"max_skipped": 1.5}, "max_skipped"),
         ({"source": "nowhere/at/all"}, "nowhere/at/all: expected a folder, a file or the id"),
         ({"text_encoder": "nowhere/at/all"}, "expected a folder with a text encoder"),
@@ -206,11 +203,9 @@ def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Pat
 def test_bad_input_is_refused_before_anything_is_written(
     dataset: Path, tiny_clip: Path, tmp_path: Path, options: dict, message: str
 ):
-    values = {"source": str(dataset), **options}
-    given = config(dataset, tiny_clip, tmp_path / "s", **{k: v for k, v in values.items() if k != "source"})
-    given.source = values["source"]
+    given = config(dataset, tiny_clip, tmp_path / "s")
     with pytest.raises((CSDiffError, OSError), match=message):
-        embed(given)
+        embed(replace(given, **options))
     assert not (tmp_path / "s").exists()
 
 
@@ -219,22 +214,20 @@ def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tin
     with pytest.raises(CSDiffError, match="expected an empty folder or an unfinished store, found other files"):
         embed(config(dataset, tiny_clip, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    for place, message in (
-        ("thesis.tex", "a folder for the store, found a file"),
-        ("thesis.tex/s", "cannot be written"),
-    ):
-        with pytest.raises(CSDiffError, match=message):
+    for place in ("thesis.tex", "thesis.tex/s"):
+        with pytest.raises(CSDiffError, match="cannot be written"):
             embed(config(dataset, tiny_clip, tmp_path / place))
 
 
 def test_half_surrogates_are_replaced_and_counted(tiny_clip: Path, tmp_path: Path):
-    rows = [{"text": "cut emoji \ud83d"}, {"text": "whole"}, {"text": "a<|endoftext|>b"}]
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = ["cut emoji \ud83d", "whole \ud83d\ude00", "a<|endoftext|>b"]
+    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     report = embed(config(tmp_path / "captions.jsonl", tiny_clip, tmp_path / "s", image_encoder=None))
     assert report.replaced_captions == json.loads((tmp_path / "s/report.json").read_text())["replaced_captions"] == 1
     opened = EmbeddingStore.open(tmp_path / "s")
-    assert opened.captions(slice(None)) == ["cut emoji \ufffd", "whole", "a<|endoftext|>b"]
-    expected = load_text_encoder(tiny_clip).embed(["cut emoji \ufffd", "whole", "a<|endoftext|>b"])
+    kept = ["cut emoji \ufffd", "whole \U0001f600", "a<|endoftext|>b"]
+    assert opened.captions(slice(None)) == kept
+    expected = load_text_encoder(tiny_clip).embed(kept)
     torch.testing.assert_close(opened.read(range(3))["text_embeds"], expected, rtol=1e-3, atol=2e-3)
 
 

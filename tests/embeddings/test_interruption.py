@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,14 +65,11 @@ def test_stopped_before_any_rename_the_store_is_the_same(
         assert content(output) == content(tmp_path / "whole"), stop
 
 
-def start(dataset: Path, tiny_clip: Path, output: Path, root: Path, processes: int = 1, **options) -> subprocess.Popen:
-    command = [sys.executable, str(PROCESS)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(PROCESS)]
-        command = [sys.executable, *launcher]
-    options = json.dumps(asdict(config(dataset, tiny_clip, output, **options)))
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, options], env=environment, stderr=subprocess.PIPE, text=True)
+def start(dataset: Path, tiny_clip: Path, output: Path, root: Path, **environment: str) -> subprocess.Popen:
+    options = json.dumps(asdict(config(dataset, tiny_clip, output)))
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(PROCESS), options]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_in_the_middle_the_store_is_the_same(
@@ -92,9 +90,15 @@ def test_killed_in_the_middle_the_store_is_the_same(
 
 
 def test_two_processes_write_the_bytes_of_one(store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path):
-    process = start(dataset, tiny_clip, tmp_path / "s", root, processes=2)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What a launcher sets, without the seconds that it takes to start.
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start(dataset, tiny_clip, tmp_path / "s", root, **rank) for rank in ranks]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     assert content(tmp_path / "s") == content(store)
 
 

@@ -45,10 +45,3 @@ def test_fifty_kinds_of_litter_end_in_a_report(tiny_clip: Path, tmp_path: Path, 
     assert report["not_read"][".heic"] == {"count": 2, "first": ["litter.heic", "second.heic"]}
     said = capsys.readouterr().err
     assert all(fact in said for fact in ("2 .heic", "1 huge caption", "5 rows of 8 items"))
-
-
-def test_half_a_character_is_replaced_and_counted(tiny_clip: Path, tmp_path: Path):
-    (tmp_path / "captions.jsonl").write_text('{"caption": "cut emoji \\ud83d"}\n{"caption": "whole \\ud83d\\ude00"}\n')
-    result = embed(config(tmp_path / "captions.jsonl", tiny_clip, tmp_path / "store"))
-    assert result.replaced_captions == 1
-    assert EmbeddingStore.open(tmp_path / "store").captions([0, 1]) == ["cut emoji \ufffd", "whole \U0001f600"]

@@ -32,9 +32,10 @@ def test_orders_are_random_permutations_of_seed_and_epoch():
         np.add.at(counts, (np.arange(1000) // 100, row_order(1000, seed, 0) // 100), 1)
     # 125 is the 99.9th percentile; a permutation is a little more even than independent draws.
     assert 40 < ((counts - 1000) ** 2 / 1000).sum() < 125
-    order = row_order(50_000, 0, 0)
-    assert abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.02
-    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.02
+    # Resuming elsewhere must continue the same order: these numbers may never change.
+    assert row_order(8, 0, 0).tolist() == [0, 1, 6, 3, 5, 2, 7, 4]
+    groups = ImageGroups(np.arange(12), np.arange(12) // 4)
+    assert [groups.pick(np.arange(3), 0, epoch).tolist() for epoch in (0, 1, 4)] == [[1, 6, 11], [2, 7, 8], [0, 5, 10]]
 
 
 def test_an_epoch_has_every_row_once_but_the_incomplete_batch(store: EmbeddingStore):
@@ -141,18 +142,8 @@ def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
         StoreBatches(store, 4, rank=0, world_size=8)
 
 
-def test_an_error_while_reading_ahead_reaches_the_caller(store: EmbeddingStore):
-    with pytest.raises(KeyError, match="has no text_embeds"):
-        next(iter(StoreBatches(store, 4, keys=["text_embeds"])))
-
-
-def test_orders_are_the_same_on_every_machine():
-    """Resuming elsewhere must continue the same order: these numbers may never change."""
-    assert row_order(8, 0, 0).tolist() == [0, 1, 6, 3, 5, 2, 7, 4]
-    groups = ImageGroups(np.arange(12), np.arange(12) // 4)
-    assert [groups.pick(np.arange(3), 0, epoch).tolist() for epoch in (0, 1, 4)] == [[1, 6, 11], [2, 7, 8], [0, 5, 10]]
-
-
-def test_the_folder_of_a_missing_store_is_named(tmp_path: Path):
+def test_an_error_while_reading_ahead_reaches_the_caller(store: EmbeddingStore, tmp_path: Path):
     with pytest.raises(CSDiffError, match="expected the folder of an embedding store, found no folder"):
         EmbeddingStore.open(tmp_path / "none")
+    with pytest.raises(KeyError, match="has no text_embeds"):
+        next(iter(StoreBatches(store, 4, keys=["text_embeds"])))

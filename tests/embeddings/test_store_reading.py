@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -16,6 +17,12 @@ from tiny import make_plain_store
 
 from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.errors import CSDiffError
+
+FILE = "img_emb/img_emb_1.npy"
+
+
+def save(file: Path, array: torch.Tensor) -> None:
+    np.save(file, array.numpy())
 
 
 def rows(n: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -45,14 +52,8 @@ def test_rows_come_in_the_order_asked_for(tmp_path: Path, lengths: list[int], dt
     text, image = write_shards(tmp_path, lengths, dtype)
     store = open_foreign(tmp_path)
     assert (len(store), store.text_dim, store.image_dim) == (len(text), 5, 7)
-    draw = np.random.default_rng(0)
-    for indices in (
-        draw.integers(0, len(text), 40),
-        [len(text) - 1, 0, 0],
-        torch.arange(len(text)).flip(0),
-        [],
-        slice(2, 9),
-    ):
+    drawn = np.random.default_rng(0).integers(0, len(text), 40)
+    for indices in (drawn, [len(text) - 1, 0, 0], torch.arange(len(text)).flip(0), [], slice(2, 9)):
         batch = store.read(indices)
         asked = indices if isinstance(indices, slice) else np.asarray(indices, dtype=int)
         assert batch["text_embeds"].dtype == batch["image_embeds"].dtype == torch.float32
@@ -144,9 +145,8 @@ def flip_a_byte(file: Path) -> None:
         (Path.unlink, r"img_emb_1\.npy is missing \(sha256 expected [0-9a-f]{64}, found no file\)"),
         (flip_a_byte, r"img_emb_1\.npy is damaged: .* sha256 [0-9a-f]{64}, found .* with [0-9a-f]{64}"),
         (lambda f: f.write_bytes(f.read_bytes()[:-9]), r"img_emb_1\.npy is damaged: .* sha256 .*, found .* with"),
-        (lambda f: f.write_bytes(b""), r"img_emb_1\.npy is damaged"),
     ],
-    ids=["missing", "flipped", "truncated", "empty"],
+    ids=["missing", "flipped", "truncated"],
 )
 def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, message: str):
     write_store(tmp_path, image_embeds=rows(20, 7), text_embeds=rows(20, 5), shard_size=8)
@@ -157,37 +157,28 @@ def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, messag
 
 def test_large_stores_leave_the_checksums_to_verify(tmp_path: Path):
     write_store(tmp_path, image_embeds=rows(20, 7), shard_size=8)
-    flip_a_byte(tmp_path / "img_emb/img_emb_2.npy")
-    store = EmbeddingStore.open(tmp_path, verify=False)
-    with pytest.raises(CSDiffError, match=r"img_emb_2\.npy is damaged"):
-        store.verify()
+    flip_a_byte(tmp_path / FILE)
+    with pytest.raises(CSDiffError, match=r"img_emb_1\.npy is damaged"):
+        EmbeddingStore.open(tmp_path, verify=False).verify()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda p: save(p / "img_emb/img_emb_1.npy", rows(3, 7)),
-            "shard 1 has 4 rows in text_emb and 3 rows in img_emb",
-        ),
-        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "shard 1 has 4 rows in text_emb and no file in img_emb"),
-        (lambda p: save(p / "img_emb/img_emb_1.npy", rows(4, 6)), r"img_emb_1\.npy: expected rows of \(7,\)"),
-        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.array([{}, 1])), r"img_emb_1\.npy"),
-        (
-            lambda p: save(p / "img_emb/img_emb_1.npy", torch.ones(4, 7, dtype=torch.bool)),
-            r"img_emb_1\.npy.* found bool",
-        ),
-        (lambda p: save(p / "img_emb/img_emb_1.npy", torch.ones(4)), r"img_emb_1\.npy: expected .* 2 dimensions"),
-        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.asfortranarray(rows(4, 7).numpy())), "in Fortran order"),
-        (lambda p: save(p / "img_emb/img_emb_1.npy", torch.arange(8).reshape(4, 2)), "found int64"),
-        (lambda p: truncate(p / "img_emb/img_emb_1.npy"), r"img_emb_1\.npy"),
-        (lambda p: (p / "img_emb/img_emb_1.npy").write_bytes(b"PK"), r"img_emb_1\.npy is not a whole npy file"),
+        (lambda p: save(p / FILE, rows(3, 7)), "shard 1 has 4 rows in text_emb and 3 rows in img_emb"),
+        (lambda p: (p / FILE).unlink(), "shard 1 has 4 rows in text_emb and no file in img_emb"),
+        (lambda p: save(p / FILE, rows(4, 6)), r"img_emb_1\.npy: expected rows of \(7,\)"),
+        (lambda p: np.save(p / FILE, np.array([{}, 1])), r"img_emb_1\.npy"),
+        (lambda p: save(p / FILE, torch.ones(4, 7, dtype=torch.bool)), r"img_emb_1\.npy.* found bool"),
+        (lambda p: save(p / FILE, torch.ones(4)), r"img_emb_1\.npy: expected .* 2 dimensions"),
+        (lambda p: np.save(p / FILE, np.asfortranarray(rows(4, 7).numpy())), "in Fortran order"),
+        (lambda p: np.save(p / FILE, rows(4, 7).numpy().astype(">f4")), "expected float16"),
+        (lambda p: (p / FILE).write_bytes((p / FILE).read_bytes()[:-4]), r"img_emb_1\.npy"),
+        (lambda p: (p / FILE).write_bytes((p / FILE).read_bytes() + b"1234"), r"img_emb_1\.npy is damaged"),
+        (lambda p: (p / FILE).write_bytes(b"PK"), r"img_emb_1\.npy is not a whole npy file"),
         (lambda p: [shutil.rmtree(p / name) for name in ("img_emb", "text_emb")], "the clip-retrieval layout"),
         (lambda p: (p / "csdiff.json").write_text("{"), r"csdiff\.json: expected JSON"),
-        (
-            lambda p: (p / "csdiff.json").write_text('{"kind": "adapter"}'),
-            'expected "kind": "store", found \'adapter\'',
-        ),
+        (lambda p: (p / "csdiff.json").write_text('{"kind": "adapter"}'), 'expected "kind": "store", found'),
         (lambda p: (p / ".partial").mkdir(), "not finished; run the same `csdiff embed` command again"),
     ],
 )
@@ -199,38 +190,39 @@ def test_foreign_folders_that_do_not_fit_together(tmp_path: Path, spoil, message
     assert "\n" not in str(error.value)
 
 
-def test_metadata_of_another_length(tmp_path: Path):
+def test_metadata_of_another_length_or_none(tmp_path: Path):
     make_plain_store(tmp_path, n=10)
     make_plain_store(tmp_path / "other", n=11)
     shutil.copy(tmp_path / "other/metadata/metadata_0.parquet", tmp_path / "metadata/metadata_0.parquet")
     with pytest.raises(CSDiffError, match="shard 0 has 10 rows in text_emb and 11 rows in metadata"):
         open_foreign(tmp_path)
-
-
-def test_a_store_without_captions_says_so(tmp_path: Path):
-    write_shards(tmp_path, [6])
+    shutil.rmtree(tmp_path / "metadata")
     with pytest.raises(CSDiffError, match="expected the column 'caption' in metadata"):
         open_foreign(tmp_path).captions([0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
-def test_five_million_rows_are_mapped_not_read(tmp_path: Path):
-    for name in ("text_emb", "img_emb"):
-        (tmp_path / name).mkdir()
-        with (tmp_path / name / f"{name}_0.npy").open("wb") as file:
-            header = {"descr": "<f2", "fortran_order": False, "shape": (5_000_000, 1280)}
-            np.lib.format.write_array_header_1_0(file, header)
-            start = file.tell()
-            # Holes: 12.8 GB that take no space.
-            file.truncate(start + 5_000_000 * 1280 * 2)
-            for row in (7, 4_999_999):
-                file.seek(start + (row * 1280 + 3) * 2)
-                file.write(np.float16(row % 5).tobytes())
+def test_a_large_store_is_mapped_not_read(tmp_path: Path):
+    count, width = 500_000, 1280
+    (tmp_path / "img_emb").mkdir()
+    with (tmp_path / "img_emb/img_emb_0.npy").open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        # Holes: 1.3 GB that take no space.
+        file.truncate(start + count * width * 2)
+        for row in (7, count - 1):
+            file.seek(start + (row * width + 3) * 2)
+            file.write(np.float16(row % 5).tobytes())
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
     store = open_foreign(tmp_path)
-    assert (len(store), store.image_dim) == (5_000_000, 1280)
-    values = store.read([4_999_999, 7, 4_999_999])["image_embeds"]
-    assert values[:, 3].tolist() == [4, 2, 4]
-    assert float(values.sum()) == 10
+    assert (len(store), store.image_dim) == (count, width)
+    assert store.read([count - 1, 7, count - 1])["image_embeds"][:, 3].tolist() == [4, 2, 4]
+    assert resident() - before < count * width
 
 
 def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path):
@@ -273,10 +265,12 @@ def test_a_row_that_is_not_finite_is_named_wherever_it_is_read(tmp_path: Path, v
 
 def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_path: Path):
     image = rows(1000, 16)
+    without = image * (torch.arange(1000) % 10 != 3)[:, None]
+    mixed = torch.cat([image[:600], torch.nn.functional.normalize(image[600:])])
     cases = {
-        "zeros": (image * (torch.arange(1000) % 10 != 3)[:, None], r"10\.0% .*zeros.*row 3 of img_emb/img_emb_0\.npy"),
-        "mixed": (torch.cat([image[:600], torch.nn.functional.normalize(image[600:])]), r"40% .*row 0 of .*_1\.npy"),
-        "constant": (torch.ones(1000, 16), "all image rows looked at are the same"),
+        "zeros": (without, r"10\.0% .*row 3 of img_emb/img_emb_0\.npy.*zeros"),
+        "mixed": (mixed, r"40\.\d% .*row 0 of .*_1\.npy.*norm 1"),
+        "constant": (torch.ones(1000, 16), "of the image rows looked at.* are the same"),
     }
     for name, (values, message) in cases.items():
         write_store(tmp_path / name, image_embeds=values, shard_size=600)
@@ -289,17 +283,15 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
     ("name", "value", "message"),
     [
         ("text_encoder", "openai/clip", "text_encoder: expected an object or null"),
-        ("versions", 3, "versions: expected an object"),
         ("rows", "12", "rows: expected a number"),
         ("rows", 13, "expected 13 rows, found 12"),
         ("normalized", 1, "normalized: expected true or false"),
         ("files", {"img_emb/img_emb_0.npy": 5}, "files: expected an object"),
         ("files", {"img_emb/img_emb_0.npy": {"bytes": "9", "sha256": "0"}}, "files: bytes: expected a number"),
-        ("statistics", [1, 2], "statistics: expected an object"),
-        ("statistics", {"mean": [1, 2]}, "statistics: expected count, mean"),
-        ("statistics.std", [-1.0] * 7, "statistics: .*7 of them negative"),
+        ("statistics", {"mean": [1, 2]}, "statistics: expected count"),
+        ("statistics.std", [-1.0] * 7, "statistics: .*no deviation below 0"),
         ("text_statistics.std", [1.0] * 4, "text_statistics: .* of one length"),
-        ("text_statistics.mean", [float("nan")] * 5, "text_statistics: expected finite"),
+        ("text_statistics.mean", [float("nan")] * 5, "text_statistics: .*finite"),
     ],
     ids=str,
 )
@@ -328,9 +320,8 @@ def test_metadata_parts_of_differing_types_are_one_column(tmp_path: Path):
         pa.nulls(2),
     ]
     for number, part in enumerate(parts):
-        table = pa.table(
-            {"caption": part, "image_id": pa.array([number, 7]).cast(pa.int64() if number else pa.string())}
-        )
+        ids = pa.array([number, 7]).cast(pa.int64() if number else pa.string())
+        table = pa.table({"caption": part, "image_id": ids})
         pq.write_table(table, tmp_path / f"metadata/metadata_{number}.parquet")
     store = open_foreign(tmp_path)
     assert store.captions([0, 2, 3, 5, 6]) == ["a", "c", None, "d", None]
@@ -338,17 +329,9 @@ def test_metadata_parts_of_differing_types_are_one_column(tmp_path: Path):
     assert store.image_numbers().tolist() == [0, 1, 2, 1, 3, 1, 4, 1]
 
 
-def save(file: Path, array: torch.Tensor) -> None:
-    np.save(file, array.numpy())
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-4])
-
-
 def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_path: Path):
     write_store(tmp_path, image_embeds=rows(20, 7), shard_size=20)
-    save(tmp_path / "img_emb/img_emb_1.npy", rows(4, 7))
+    save(tmp_path / FILE, rows(4, 7))
     assert len(EmbeddingStore.open(tmp_path)) == json.loads((tmp_path / "csdiff.json").read_text())["rows"] == 20
 
 

@@ -1,0 +1,194 @@
+"""Making the shards of a store: items are decoded, their rows decided, images and captions encoded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from csdiff.data.images import UnreadableImage, decode_image
+from csdiff.data.items import Item, Problem, Source
+from csdiff.embeddings.config import EmbedConfig
+from csdiff.embeddings.image_encoder import load_image_encoder
+from csdiff.embeddings.rows import ShardRows
+from csdiff.embeddings.text_encoder import load_text_encoder
+from csdiff.embeddings.writer import ShardWriter, StoreWriter
+from csdiff.errors import CSDiffError
+
+# A handful of bad entries stops nobody, whatever part of a small data set they are.
+ALWAYS_ALLOWED = 10
+# Captions are sorted by length within this many batches.
+SORTED_BATCHES = 16
+
+T, U = TypeVar("T"), TypeVar("U")
+
+
+class Extraction:
+    """Encoders, and the threads that decode and encode; makes shards one after another.
+
+    On a CPU every thread that torch would use takes whole batches instead of parts of one product: none waits for
+    another, and the bytes do not depend on their number.
+    """
+
+    def __init__(self, config: EmbedConfig, source: Source, writer: StoreWriter, towers: list[str], device, state):
+        self.config, self.source, self.writer, self.state = config, source, writer, state
+        dtype = None if config.precision == "auto" else getattr(torch, config.precision)
+        self.image = self.text = None
+        if "image" in towers:
+            self.image = load_image_encoder(config.image_encoder, device, dtype, revision=config.image_revision)
+        if "text" in towers:
+            options = {"pooling": config.pooling, "max_length": config.max_length}
+            self.text = load_text_encoder(config.text_encoder, device, dtype, revision=config.text_revision, **options)
+        self.keys = ["text_embeds"] if self.text else []
+        self.keys += ["text_states", "text_mask"] if self.text and config.text_states else []
+        self.keys += ["image_embeds"] if self.image else []
+        self.keys += ["image_tokens"] if self.image and config.image_tokens else []
+        done = [writer.record(shard) for shard in range(writer.shards) if writer.done(shard)]
+        self._problems = sum(len(record["problems"]) for record in done)
+        self._torch_threads = torch.get_num_threads()
+        self._threads = self._torch_threads if device.type == "cpu" else 1
+
+    def __enter__(self) -> Extraction:
+        if self._threads > 1:
+            torch.set_num_threads(1)
+        self.decoders = ThreadPoolExecutor(self.config.workers, thread_name_prefix="decode")
+        self.encoders = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in (self.decoders, self.encoders):
+            pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+    def run(self, shards: list[int]) -> None:
+        """Make these shards."""
+        from tqdm import tqdm
+
+        known, processes = self.source.count, self.state.num_processes
+        total = None if known is None else sum(len(self.source.span(n, self.config.shard_size)) for n in shards)
+        share = "" if processes == 1 else f" (process 1 of {processes})"
+        # None: a bar on a terminal, nothing in a log file
+        disable = None if self.config.progress and self.state.is_main_process else True
+        options = {"unit": " items", "dynamic_ncols": True, "smoothing": 0.05, "disable": disable}
+        with tqdm(total=total, desc=f"Embedding{share}", **options) as bar:
+            for number, shard in enumerate(shards, 1):
+                self._shard(shard, bar)
+                if known is None:
+                    # Only the shards read so far tell how long the others are.
+                    bar.total = round(bar.n * len(shards) / number)
+
+    def _shard(self, number: int, bar) -> None:
+        rows = ShardRows(self.config, self.text and self.text.caption_tokenizer)
+        with self.writer.shard(number, self.keys) as shard:
+            batches = self._batches(number, rows, bar)
+            if self.image is None:
+                deque(batches, maxlen=0)
+            else:
+                for columns in _in_order(self.encoders, self._encode_images, batches, 2 * self._threads):
+                    shard.append(columns)
+                if len(rows) == 0:
+                    blank = self._encode_images(([self.image.blank()], [1]))
+                    shard.append({key: column[:0] for key, column in blank.items()})
+                shard.notes["image_encoder"] = self.image.describe(weights=False)
+                shard.notes["preprocessing"] = self.image.describe_preprocessing()
+            if self.text is not None:
+                self._captions(rows, shard)
+                shard.notes["text_encoder"] = self.text.describe(weights=False)
+                shard.notes["tokenizer"] = self.text.describe_tokenizer()
+            shard.metadata = rows.table(self.source.has_captions)
+            shard.notes |= rows.to_dict()
+        self._problems += len(rows.problems)
+
+    def _batches(self, number: int, rows: ShardRows, bar) -> Iterator[tuple[list[Tensor], list[int]]]:
+        """Decides the rows of a shard; gives the pixels of its images in batches, with the rows of each."""
+        config = self.config
+        items = self.source.read(number, config.shard_size)
+        pixels, repeats = [], []
+        for item, values in _in_order(self.decoders, self._decode, items, config.batch_size + config.workers):
+            rows.items += 1
+            bar.update()
+            if isinstance(item, Problem):
+                rows.problems.append(item)
+            else:
+                captions = rows.usable(item)
+                if captions or self.text is None:
+                    rows.add(item, captions)
+                    pixels.append(values)
+                    repeats.append(max(len(captions), 1))
+            # A source that does not know its size is judged at the end.
+            if rows.problems and self.source.count is not None:
+                check_limit(config, self._problems + len(rows.problems), self.source.count, rows.problems[-1])
+            if len(pixels) == config.batch_size:
+                yield pixels, repeats
+                pixels, repeats = [], []
+        if pixels:
+            yield pixels, repeats
+
+    def _decode(self, item: Item | Problem) -> tuple[Item | Problem, Tensor | None]:
+        if self.image is None or isinstance(item, Problem):
+            return item, None
+        if item.image is None:
+            return Problem(item.id, "missing_image", "the entry has no image"), None
+        try:
+            return item, self.image.preprocess([decode_image(item.image)])[0]
+        except UnreadableImage as error:
+            return Problem(item.id, "unreadable_image", str(error)), None
+
+    @torch.no_grad()
+    def _encode_images(self, batch: tuple[list[Tensor], list[int]]) -> dict[str, Tensor]:
+        pixels, repeats = batch
+        encoding = self.image.forward(torch.stack(pixels))
+        columns = {"image_embeds": encoding.embeds, "image_tokens": encoding.tokens}
+        places = torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats))
+        return {key: column.cpu()[places] for key, column in columns.items() if key in self.keys}
+
+    def _captions(self, rows: ShardRows, shard: ShardWriter) -> None:
+        """Encodes captions of one length together, as padding costs as much as text, and stores them in order."""
+        size = self.config.batch_size
+        for start in range(0, max(len(rows.captions), 1), size * SORTED_BATCHES):
+            captions = rows.captions[start : start + size * SORTED_BATCHES] or [""]
+            lengths = torch.tensor(rows.lengths[start : start + size * SORTED_BATCHES] or [0])
+            order = lengths.argsort(stable=True)
+            batches = [[captions[i] for i in part.tolist()] for part in order.split(size)]
+            encoded = list(_in_order(self.encoders, self._encode_captions, batches, len(batches)))
+            count = len(captions) if rows.captions else 0
+            for key in encoded[0]:
+                column = torch.cat([part[key] for part in encoded])
+                shard.append({key: column[order.argsort()][:count]})
+
+    def _encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        if not self.config.text_states:
+            return {"text_embeds": self.text.embed(captions).cpu()}
+        encoding = self.text.encode(captions)
+        states = encoding.states.cpu()
+        return {"text_embeds": encoding.embeds.cpu(), "text_states": states, "text_mask": encoding.mask.cpu()}
+
+
+def check_limit(config: EmbedConfig, problems: int, items: int, example: Problem) -> None:
+    """Refuse to go on when too much was left out.
+
+    Raises:
+        CSDiffError: More than `max_skipped` of the items, and more than ten of them.
+    """
+    if problems <= (max(config.max_skipped * items, ALWAYS_ALLOWED) if config.max_skipped > 0 else 0):
+        return
+    raise CSDiffError(
+        f"{config.source}: expected at most {config.max_skipped:.1%} of {items:,} items to be left out (max_skipped), "
+        f"found {problems:,} already, for example {example.id}: {example.reason.replace('_', ' ')} "
+        f"({example.detail}); look at the data, or raise max_skipped and run again: what is done is kept."
+    )
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
+    """Results of a function in a pool, in the order of the items, with at most `ahead` of them waiting."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
