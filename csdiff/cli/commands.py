@@ -11,16 +11,13 @@ class Command:
     """A subcommand. The paths are `package.module:name`.
 
     Attributes:
-        config: Dataclass of its options: option names, defaults, help texts and checks come from there. Its module
-            must import no model library, so that `--help` answers at once.
-        function: Called with an instance of `config`. What it returns (a dataclass, dict, list, path or None) is the
-            result; `--json`, which every command has, writes it to stdout as JSON. A result with `problems` that are
-            not empty makes the exit code 2.
+        config: Dataclass of its options, in a module that imports no model library: `--help` answers at once.
+        function: Called with an instance of `config`; what it prints goes to stderr. What it returns (a dataclass,
+            dict, list or None) is the result, which `--json` writes to stdout; `problems` in it make the exit code 2.
         help: One line for `csdiff --help`.
         group: Heading in `csdiff --help` under which it stands.
         examples: Command lines for the help.
-        show: Makes the text for stdout from the result, without `--json`; by default nothing is written there.
-            What the function itself prints goes to stderr.
+        show: Makes the text for stdout from the result, without `--json`; by default the places that it names.
         positional: An option that may be given without its name.
         first: Options that the help shows first.
     """
@@ -47,7 +44,6 @@ COMMANDS = {
             "csdiff embed --source my-images --output my-store",
             "csdiff embed --source my-images --output my-store --text_states --dtype float32",
         ),
-        "csdiff.cli.entry:output_folder",
     ),
     "train": Command(
         "csdiff.training.config:TrainConfig",
@@ -58,7 +54,6 @@ COMMANDS = {
             "csdiff train --config configs/tiny.yaml",
             "csdiff train --data.train my-store --output_dir runs/mine --max_steps 500",
         ),
-        "csdiff.cli.entry:output_folder",
         first=(
             "data.train", "data.validation", "output_dir", "adapter", "objective", "objective_options", "max_steps",
             "batch_size", "learning_rate", "seed", "resume", "export",
@@ -73,7 +68,6 @@ COMMANDS = {
             'csdiff generate --prompt "a red apple, 3d style"',
             'csdiff generate --prompt "a cat" --prompt "a dog" --num_images 4 --adapter runs/mine --output images',
         ),
-        "csdiff.cli.entry:as_lines",
     ),
     "evaluate": Command(
         "csdiff.evaluation.config:EvaluateConfig",
@@ -96,8 +90,7 @@ COMMANDS = {
             "csdiff export runs/mine --checkpoint best --output my-adapter",
             "csdiff export runs/mine --format prior --dtype fp16 --output my-prior",
         ),
-        "csdiff.cli.export:as_text",
-        "source",
+        positional="source",
     ),
     "app": Command(
         "csdiff.app.config:AppConfig",

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import csdiff
 from csdiff.cli.commands import COMMANDS, import_object
@@ -39,43 +39,35 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
         from csdiff.cli.parser import parse_command
 
         config, as_json = parse_command(import_object(command.config), arguments, prog, command)
-        _plain_output(config)
+        if not sys.stderr.isatty():
+            # No progress bars where nobody watches: they fill log files with control characters.
+            if hasattr(config, "progress"):
+                config.progress = False
+            for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+                os.environ.setdefault(variable, "1")
         # stdout is for results: whatever is said on the way is progress.
         with redirect_stdout(sys.stderr):
             result = import_object(command.function)(config)
         if os.environ.get("RANK", "0") == "0":
-            _write(result, as_json, command.show)
+            _write(result, as_json, import_object(command.show) if command.show else places)
 
     return run(action, prog)
 
 
-def _write(result: object, as_json: bool, show: str | None) -> None:
-    if as_json:
-        print(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
-    elif show and (text := import_object(show)(result)):
+def _write(result: object, as_json: bool, show: Callable[[object], str]) -> None:
+    text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) if as_json else show(result)
+    if text:
         print(text, flush=True)
     if problems := result.get("problems") if isinstance(result, Mapping) else getattr(result, "problems", None):
         raise CSDiffError(f"{len(problems)} problem{'s' * (len(problems) > 1)} found, listed above.")
 
 
-def as_lines(result: object) -> str:
-    """The text of a result that is a path, or a list of paths: one a line."""
-    return "\n".join(map(str, result)) if isinstance(result, list) else str(result)
-
-
-def output_folder(result) -> str:
-    """The text of a result that names the folder it made."""
-    return str(result.adapter_dir if hasattr(result, "adapter_dir") else result.output)
-
-
-def _plain_output(config: object) -> None:
-    """No progress bars where nobody watches: they fill log files with control characters."""
-    if sys.stderr.isatty():
-        return
-    if getattr(config, "progress", None) is True:
-        config.progress = False
-    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):  # the bars of libraries
-        os.environ.setdefault(variable, "1")
+def places(result: object) -> str:
+    """The text of a result: the paths that it is a list of, else the folder and the address it names, a line each."""
+    if isinstance(result, list):
+        return "\n".join(map(str, result))
+    found = (getattr(result, name, None) for name in ("adapter_dir", "output", "url"))
+    return "\n".join(str(place) for place in found if place)
 
 
 def _general(arguments: Sequence[str]) -> None:
@@ -88,7 +80,7 @@ def _general(arguments: Sequence[str]) -> None:
     elif option == "__print_completion":
         from csdiff.cli.parser import completion_script
 
-        print(completion_script(value or next(iter(arguments[1:]), ""), COMMANDS))
+        print(completion_script(value or next(iter(arguments[1:]), "")))
     else:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "`csdiff --help` tells more."
@@ -125,11 +117,11 @@ def run(action: Callable[[], object], prog: str) -> int:
     try:
         with _terminable():
             action()
+    except BrokenPipeError:
+        # The reader of our output has gone; stop without a second complaint at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DEFECT
     except (CSDiffError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of our output has gone; stop without a second complaint at interpreter exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DEFECT
         # Of the operating system: a file that is missing, damaged or not ours to write.
         return _complain(prog, error, BAD_INPUT)
     except _Terminated:
@@ -151,16 +143,15 @@ def _terminable():
     def receive(number, frame):
         raise _Terminated
 
-    try:
-        before = signal.signal(signal.SIGTERM, receive)
-    except ValueError:
-        # Signals belong to the main thread; elsewhere they keep their meaning.
-        yield
-        return
+    before = signal.getsignal(signal.SIGTERM)
+    # Signals belong to the main thread; elsewhere they keep their meaning.
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, receive)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _complain(prog: str, message: object, code: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from csdiff.errors import CSDiffError
-from csdiff.files import absolute, read_jsonl, read_safetensors_header, write_json, writing_folder
+from csdiff.files import absolute, read_jsonl, write_json, writing_folder
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Where a checkpoint keeps the weights as they are trained, beside their running average.
@@ -73,11 +75,6 @@ class ExportResult:
     url: str | None = None
 
 
-def as_text(result: ExportResult) -> str:
-    """Where it went: the folder, then the commit on the hub."""
-    return "\n".join(str(place) for place in (result.output, result.url) if place)
-
-
 def export(config: ExportConfig) -> ExportResult:
     """Writes an adapter as a folder of its own, or as a pipeline with its encoders.
 
@@ -110,7 +107,7 @@ def export(config: ExportConfig) -> ExportResult:
 
     repo, write = config.push_to_hub, adapter.save_pretrained
     if config.format != "adapter":
-        write = _pipeline_writer(config, adapter, dtype, Path(output or repo).name)
+        write = _pipeline_writer(config, adapter, dtype)
     elif config.merge_lora:
         if output is None or repo:
             raise CSDiffError(
@@ -126,10 +123,8 @@ def export(config: ExportConfig) -> ExportResult:
         url = str(adapter.push_to_hub(repo, private=config.private))
     elif repo:
         url = str(hub.push(repo, write, commit_message=f"Upload {kind}", private=config.private))
-    return ExportResult(
-        output, str(source), config.format, kind, training.get("weights"), training.get("steps"),
-        str(dtype).removeprefix("torch."), url,
-    )  # fmt: skip
+    words = training.get("weights"), training.get("steps"), str(dtype).removeprefix("torch.")
+    return ExportResult(output, str(source), config.format, kind, *words, url)
 
 
 def find_adapter(config: ExportConfig) -> str | Path:
@@ -142,27 +137,28 @@ def find_adapter(config: ExportConfig) -> str | Path:
 
     if not config.source:
         raise CSDiffError("source: expected a training run, checkpoint or adapter folder, found nothing; name one.")
-    run = Path(config.source)
+    run, wanted = Path(config.source), config.checkpoint
     if not (run / CONFIG_NAME).is_file():
-        if config.checkpoint is not None:
+        if wanted is not None:
             raise CSDiffError(
                 f"checkpoint: expected the output folder of a training run (with {CONFIG_NAME}) to look for "
-                f"{config.checkpoint} in, found {config.source}."
+                f"{wanted} in, found {config.source}."
             )
         return run if run.exists() else config.source
-    if config.checkpoint is None and (run / "config.json").is_file():
+    if wanted is None and (run / "config.json").is_file():
         return run
-    checkpoints, wanted = Checkpoints(run / "checkpoints"), config.checkpoint or "latest"
-    number = wanted.removeprefix("step-")
-    if wanted != "latest" and wanted != "best" and not number.isdecimal():
-        raise CSDiffError(f"checkpoint: expected best, latest or a step, found {wanted!r}.")
-    found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.named(wanted)
-    if wanted == "latest":
+    checkpoints = Checkpoints(run / "checkpoints")
+    if wanted in (None, "latest"):
         found = checkpoints.latest()
+    else:
+        number = wanted.removeprefix("step-")
+        found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.named(wanted)
     if found is None or not found.is_dir():
-        steps = ", ".join(map(str, checkpoints.steps()))
-        there = f"there are those of steps {steps}" if steps else "the run has left none yet"
-        raise CSDiffError(f"checkpoint: expected {wanted} in {checkpoints.folder}, found none; {there}.")
+        steps = ", ".join(map(str, checkpoints.steps())) or "none yet"
+        raise CSDiffError(
+            f"checkpoint: expected best, latest or a step of those in {checkpoints.folder} ({steps}), found "
+            f"{wanted or 'none'}."
+        )
     return found
 
 
@@ -180,12 +176,12 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
         if not config.overwrite:
             raise CSDiffError(f"output: {output} is not empty; give another --output, or --overwrite to replace it.")
         ours = any((output / name).is_file() for name in ("csdiff.json", "model_index.json"))
-        if not ours or (output / CONFIG_NAME).exists() or (output / "state").exists():
+        inside = Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve())
+        if not ours or inside or (output / CONFIG_NAME).exists() or (output / "state").exists():
             raise CSDiffError(
-                f"output: {output} is not an exported adapter or pipeline, and is not replaced; give another --output."
+                f"output: {output} is not an exported adapter or pipeline, or holds the adapter that is exported, and "
+                "is not replaced; give another --output."
             )
-        if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
-            raise CSDiffError(f"output: {output} holds the adapter that is exported; give another --output.")
     return output
 
 
@@ -214,21 +210,18 @@ def _load(source: str | Path, config: ExportConfig):
             "them; give the training run, or one of its checkpoints."
         )
     parameters = dict(adapter.named_parameters())
-    names = {name.removeprefix(ONLINE): name for name in read_safetensors_header(state) if name.startswith(ONLINE)}
-    if not names or not names.keys() <= parameters.keys():
-        odd = sorted(names.keys() - parameters.keys())[:3]
-        raise CSDiffError(f"{state}: expected the weights of a {type(adapter).__name__}, found {odd or 'none'}.")
-    tensors = load_file(state)
-    for name, stored in names.items():
-        parameters[name].data.copy_(tensors[stored])
-    lines = read_jsonl(folder.parent.parent / METRICS_NAME)
-    measured = [line for line in lines if line.get("kind") == "validation" and line["step"] == training.get("steps")]
-    adapter.metadata["training"]["weights"] = "online"
-    adapter.metadata["metrics"] = measured[-1].get("online") or {} if measured else {}
+    for name, tensor in load_file(state).items():
+        if name.startswith(ONLINE):
+            parameters[name.removeprefix(ONLINE)].data.copy_(tensor)
+    measured = {}
+    for line in read_jsonl(folder.parent.parent / METRICS_NAME):
+        if line.get("kind") == "validation" and line["step"] == training.get("steps"):
+            measured = line.get("online") or {}
+    adapter.metadata["training"]["weights"], adapter.metadata["metrics"] = "online", measured
     return adapter
 
 
-def _merged_writer(adapter, output: Path):
+def _merged_writer(adapter, output: Path) -> Callable[[Path], None]:
     """The adapter's merged text encoder in `text_encoder`, and the map after it as an adapter that names it."""
     from csdiff.embeddings import load_text_encoder
     from csdiff.embeddings.fingerprint import weights_sha256
@@ -245,11 +238,18 @@ def _merged_writer(adapter, output: Path):
     return write
 
 
-def _pipeline_writer(config: ExportConfig, adapter, dtype, name: str):
+def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], None]:
     """A stock pipeline of the adapter, its encoders and, if it is to be whole, a decoder."""
-    from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
+    from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-    card, decoder = AdapterCard(Path(config.source), dict(adapter.config), adapter.metadata), None
+    from csdiff.embeddings.encoders import find_encoder
+    from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
+    from csdiff.pipelines.loading import load_adapter
+    from csdiff.pipelines.prior import CSDiffPriorPipeline
+
+    metadata, decoder = adapter.metadata, None
+    for tower in ("text", "image"):
+        find_encoder(metadata.get(f"{tower}_encoder"), tower, of="format: the adapter's csdiff.json")
     if config.format == "pipeline":
         decoder = resolve_decoder(config.decoder)
         if decoder.hand_over != "kandinsky":
@@ -257,9 +257,25 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype, name: str):
                 f"decoder: expected a Kandinsky 2.2 decoder for a pipeline folder, found {decoder.class_name} in "
                 f"{decoder.source}; `csdiff generate` and load_adapter drive the other ones."
             )
-        check_pairing(card, decoder)
-    pipe = _pipeline(adapter, card, decoder, dtype)
-    metadata = adapter.metadata
+        check_pairing(AdapterCard(Path(config.source), dict(adapter.config), metadata), decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        prior = CSDiffPriorPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = KandinskyV22PriorPipeline(**prior.components)
+    if not adapter.uses_input_ids:
+        load_adapter(pipe, adapter)  # refuses encoders whose weights have changed
+    if decoder is not None:
+        parts = KandinskyV22Pipeline.from_pretrained(decoder.source, dtype=dtype, use_safetensors=True)
+        components = {f"prior_{name}": part for name, part in pipe.components.items()}
+        pipe = KandinskyV22CombinedPipeline(unet=parts.unet, scheduler=parts.scheduler, movq=parts.movq, **components)
+    card = _CARD.format(
+        license=metadata.get("license") or "apache-2.0",
+        name=Path(config.output or config.push_to_hub).name,
+        pipeline=type(pipe).__name__,
+        prior=type(prior.prior).__name__,
+        module=type(prior.prior).__module__,
+        loader="AutoPipelineForText2Image" if decoder is not None else type(pipe).__name__,
+    )
     # Encoders keep their identity in another number format; a merged text encoder is another one.
     towers = ("image_encoder",) if adapter.uses_input_ids else ("text_encoder", "image_encoder")
     known = {"format": 1, "kind": "pipeline", **{key: metadata.get(key) for key in (*towers, "tokenizer")}}
@@ -267,46 +283,9 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype, name: str):
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder, safe_serialization=True)
         write_json(folder / "csdiff.json", known)
-        (folder / "README.md").write_text(_card(name, pipe, adapter), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
-
-
-def _pipeline(adapter, card, decoder, dtype):
-    from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
-    from csdiff.embeddings import load_image_encoder, load_text_encoder
-    from csdiff.embeddings.encoders import find_encoder
-    from csdiff.pipelines.embedding import text_encoder_options
-    from csdiff.pipelines.loading import load_adapter
-    from csdiff.pipelines.scheduler import OneShotScheduler
-
-    named = {
-        tower: find_encoder(card.metadata.get(f"{tower}_encoder"), tower, of="format: the adapter's csdiff.json")
-        for tower in ("text", "image")
-    }
-    text = load_text_encoder(named["text"]["id"], dtype=dtype, **text_encoder_options(named["text"], card))
-    if text.pooling != "projection":
-        raise CSDiffError(
-            f"format: expected a CLIP text encoder, whose projection a prior pipeline reads, found "
-            f"{named['text']['id']} with {text.pooling} pooling; use --format adapter."
-        )
-    image = load_image_encoder(named["image"]["id"], dtype=dtype, revision=named["image"].get("revision"))
-    # the adapter stands in for itself until `load_adapter` has checked it and chosen the scheduler
-    pipe = KandinskyV22PriorPipeline(
-        prior=adapter,
-        image_encoder=image.model,
-        text_encoder=text.model,
-        tokenizer=text.tokenizer,
-        scheduler=OneShotScheduler(),
-        image_processor=image.processor,
-    )
-    pipe = load_adapter(pipe, adapter)
-    if decoder is None:
-        return pipe
-    parts = KandinskyV22Pipeline.from_pretrained(decoder.source, dtype=dtype, use_safetensors=True)
-    prior = {f"prior_{name}": part for name, part in pipe.components.items()}
-    return KandinskyV22CombinedPipeline(unet=parts.unet, scheduler=parts.scheduler, movq=parts.movq, **prior)
 
 
 _CARD = """\
@@ -330,17 +309,3 @@ pipe = {loader}.from_pretrained("PATH")
 result = pipe("a red apple")
 ```
 """
-
-
-def _card(name: str, pipe, adapter) -> str:
-    """A README that says how to load the folder."""
-    whole = hasattr(pipe, "prior_prior")
-    prior = pipe.prior_prior if whole else pipe.prior
-    return _CARD.format(
-        license=adapter.metadata.get("license") or "apache-2.0",
-        name=name,
-        pipeline=type(pipe).__name__,
-        prior=type(prior).__name__,
-        module=type(prior).__module__,
-        loader="AutoPipelineForText2Image" if whole else type(pipe).__name__,
-    )

@@ -10,7 +10,7 @@ from typing import NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from csdiff.cli.commands import Command, import_object
+from csdiff.cli.commands import COMMANDS, Command, import_object
 from csdiff.errors import CSDiffError
 from csdiff.options import explain, option_types
 
@@ -33,14 +33,11 @@ class _Parser(ArgumentParser):
 
     def parse_path(self, path, *args, **kwargs):
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader))
-        except UnicodeDecodeError:
-            raise CSDiffError(f"{path}: expected YAML, found a file that is not UTF-8 text.") from None
-        except yaml.YAMLError as error:
-            raise CSDiffError(
-                f"{path}: expected YAML, found a syntax error ({' '.join(str(error).split())})."
-            ) from None
+            events = yaml.parse(Path(path).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+            aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise CSDiffError(f"{path}: expected YAML in UTF-8, found something else ({reason}).") from None
         if aliases > _MOST_ALIASES:
             raise CSDiffError(f"{path}: expected at most {_MOST_ALIASES} YAML aliases, found {aliases}.")
         return super().parse_path(path, *args, **kwargs)
@@ -75,26 +72,21 @@ def build_parser(config_class: type, prog: str, command: Command | None = None) 
     if "json" not in option_types(config_class):
         parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
     parser.add_class_arguments(config_class)
+    first = command.first if command else ()
+    actions = {action.dest: action for action in parser._actions}
     for group in parser._action_groups:
         # jsonargparse heads them with the docstring, which is the description above, too.
         group.title = "further options" if group.title == config_class.__doc__ else group.title
-        group._group_actions = [a for a in group._group_actions if type(a).__name__ != "_ActionConfigLoad"]
+        group._group_actions = [
+            a for a in group._group_actions if a.dest not in first and type(a).__name__ != "_ActionConfigLoad"
+        ]
+    if first:
+        most_used = parser.add_argument_group("most used")
+        most_used._group_actions = [actions[name] for name in first]
+        parser._action_groups.insert(0, parser._action_groups.pop())
     if command:
-        _show_first(parser, command.first)
         parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in command.examples)])
     return parser
-
-
-def _show_first(parser: ArgumentParser, names: Sequence[str]) -> None:
-    """Move the options that most people need to a group at the top of the help."""
-    if not names:
-        return
-    first = parser.add_argument_group("most used")
-    actions = {action.dest: action for action in parser._actions}
-    for group in parser._action_groups:
-        group._group_actions = [action for action in group._group_actions if action.dest not in names]
-    first._group_actions = [actions[name] for name in names]
-    parser._action_groups.insert(0, parser._action_groups.pop(parser._action_groups.index(first)))
 
 
 def normalize(config_class: type, arguments: Sequence[str], positional: str | None = None) -> list[str]:
@@ -112,10 +104,8 @@ def normalize(config_class: type, arguments: Sequence[str], positional: str | No
         argument = pending.pop()
         if not argument.startswith("--") or argument == "--":
             if positional and not argument.startswith("-"):
-                rest.append(f"--{positional}={argument}")
-                positional = None
-            else:
-                rest.append(argument)
+                argument, positional = f"--{positional}={argument}", None
+            rest.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
@@ -156,7 +146,7 @@ def parse(config_class: type, arguments: Sequence[str], prog: str):
     return parse_command(config_class, arguments, prog)[0]
 
 
-def completion_script(shell: str, commands: dict[str, Command]) -> str:
+def completion_script(shell: str) -> str:
     """The script with which a shell completes commands and options, as shtab writes it.
 
     Raises:
@@ -164,7 +154,7 @@ def completion_script(shell: str, commands: dict[str, Command]) -> str:
     """
     parser = ArgumentParser(prog="csdiff")
     subcommands = parser.add_subcommands()
-    for name, command in commands.items():
+    for name, command in COMMANDS.items():
         subcommands.add_subcommand(name, build_parser(import_object(command.config), name), help=command.help)
     try:
         return parser.get_completion_script(f"shtab-{shell}")
