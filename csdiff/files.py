@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +19,6 @@ from csdiff.errors import CSDiffError
 PARTIAL = ".partial-"
 # No space, quota used up, file larger than the process may write.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What file systems answer that cannot flush a folder (network shares, mounted cloud drives).
-_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EISDIR, errno.EPERM}
-_HEADER_LIMIT = 100_000_000
 
 
 def absolute(place: str | os.PathLike) -> Path:
@@ -31,20 +27,17 @@ def absolute(place: str | os.PathLike) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk; folders where the file system can."""
+    """Have the system write a file, or the entries of a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if path.is_dir() and error.errno in _NO_FSYNC:
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FSYNC:
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        # Some file systems cannot flush a folder (network shares, mounted cloud drives).
+        if not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 def move(source: Path, target: Path) -> None:
@@ -139,26 +132,16 @@ def remove_partial(folder: Path, name: str = "") -> None:
         folder: Where to look, not below it.
         name: Only what was to become this name; by default all.
     """
-    if not folder.is_dir():
-        return
+    import psutil
+
     for path in [path for path in folder.glob(f"{PARTIAL}*") if path.name.endswith(name)]:
         process = path.name.removeprefix(PARTIAL).partition("-")[0]
-        if process.isdigit() and int(process) != os.getpid() and _alive(int(process)):
+        if process.isdigit() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 class FolderLock:
@@ -170,7 +153,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, what: str):
-        self.folder, self.what = folder, what
+        self.path, self.what = folder / ".lock", what
         self._file: IO | None = None
 
     def __enter__(self) -> FolderLock:
@@ -183,29 +166,28 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows: two runs into one folder are not noticed.
             return self
-        path = self.folder / ".lock"
         while True:
-            self._file = path.open("a")
+            self._file = self.path.open("a")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._file.close()
                 raise CSDiffError(
-                    f"{self.folder}: another process is writing {self.what} there; wait for it, stop it, or choose "
-                    "another folder."
+                    f"{self.path.parent}: another process is writing {self.what} there; wait for it, stop it, or "
+                    "choose another folder."
                 ) from None
             except OSError:  # A file system without locks.
                 return self
             # The one before may have removed the file between our two calls.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
                     return self
             self._file.close()
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             with suppress(OSError):
-                (self.folder / ".lock").unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
             self._file.close()
 
 
@@ -225,13 +207,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CSDiffError: there is no such file, or it holds no JSON object.
     """
+    if not path.is_file():
+        raise CSDiffError(f"{path}: expected a JSON file, found none.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CSDiffError(f"{path}: expected a JSON file, found none.") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CSDiffError(f"{path}: expected JSON, found a file that cannot be read as such ({reason}).") from error
+        raise CSDiffError(f"{path}: expected JSON, found a file that cannot be read as such ({error}).") from error
     if not isinstance(content, dict):
         raise CSDiffError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
     return content
@@ -240,13 +221,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line; a last line that a killed process cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
@@ -256,29 +233,19 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
     Raises:
         CSDiffError: no such file, no safetensors file, or one that is cut short.
     """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CSDiffError(f"{path}: expected a safetensors file, found none.")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-                raise CSDiffError(
-                    f"{path}: expected a safetensors file, found one cut short or of another kind (a pickle can run "
-                    "code and is never loaded); copy it again."
-                )
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: (str(e["dtype"]), tuple(map(int, e["shape"]))) for name, e in header.items()}
-        end = 8 + length + max((int(e["data_offsets"][1]) for e in header.values()), default=0)
-    except CSDiffError:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
-        raise CSDiffError(f"{path}: expected a safetensors file, found none.") from None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CSDiffError(f"{path}: the safetensors header is damaged; copy the file again.") from error
-    if end != size:
-        state = "cut short" if end > size else "damaged"
-        raise CSDiffError(f"{path} is {state}: its header promises {end} bytes, found {size}; copy it again.")
-    return tensors
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CSDiffError(
+            f"{path}: expected a whole safetensors file, found one cut short, damaged or of another kind ({error}); "
+            "copy it again (a pickle can run code and is never loaded)."
+        ) from error
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

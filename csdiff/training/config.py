@@ -192,24 +192,11 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-# Options that name a place on this machine.
-_PLACES = (
-    "output_dir",
-    "data.train",
-    "data.validation",
-    "data.unpaired_text",
-    "data.unpaired_image",
-    "data.images",
-    "data.store",
-)
-# Options that name one, where there is one, with the words that never do.
-_MAYBE_PLACES = {
-    "resume": ("auto", "never"),
-    "init_from": ("mean_shift", "whiten", "ridge", "procrustes", "coral"),
-    "data.text_encoder": ("tiny-clip",),
-    "data.image_encoder": ("tiny-clip",),
-    "validation.decoder": ("tiny",),
-}
+# Options that name a place on this machine, and those that name one where there is one of that name.
+_PLACES = ("output_dir", *(f"data.{name}" for name in ("train", "validation", "images", "store")))
+_PLACES += ("data.unpaired_text", "data.unpaired_image")
+_MAYBE_PLACES = ("resume", "init_from", "data.text_encoder", "data.image_encoder", "validation.decoder")
+_WORDS = ("auto", "never", "mean_shift", "whiten", "ridge", "procrustes", "coral", "tiny-clip", "tiny")
 
 
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
@@ -217,9 +204,7 @@ def resolved(options: dict[str, Any]) -> dict[str, Any]:
     found = dict(options)
     for name in (*_PLACES, *_MAYBE_PLACES):
         value = found.get(name)
-        if not isinstance(value, str) or not value or value in _MAYBE_PLACES.get(name, ()):
-            continue
-        if name in _PLACES or Path(value).expanduser().exists():
+        if value and (name in _PLACES or (value not in _WORDS and Path(value).expanduser().exists())):
             found[name] = str(absolute(value))
     return found
 
@@ -229,6 +214,6 @@ def absolute_places(config: TrainConfig) -> TrainConfig:
     config = copy.deepcopy(config)
     for name, value in resolved(flatten(asdict(config))).items():
         section, _, option = name.rpartition(".")
-        if name in _PLACES or name in _MAYBE_PLACES:
+        if name in (*_PLACES, *_MAYBE_PLACES):
             setattr(getattr(config, section) if section else config, option, value)
     return config

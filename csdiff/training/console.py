@@ -20,7 +20,6 @@ class Console:
     def __init__(self, main: bool, progress: bool = True):
         self.main, self.progress = main, progress and main
         self.bar: tqdm | None = None
-        self._last = 0.0
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -36,23 +35,20 @@ class Console:
 
     def advance(self, step: int, shown: dict[str, float] | None) -> None:
         """One step done; `shown` are the numbers of a logged step."""
-        if not self.progress:
-            return
         formats = {"samples_per_second": ",.0f"}
         numbers = {name: f"{value:{formats.get(name, '.3g')}}" for name, value in (shown or {}).items()}
+        now = time.perf_counter()
+        left = duration((now - self._began) / (step - self._first) * (self._total - step))
         if self.bar is not None:
             self.bar.update(1)
-            if shown is not None:
+            if numbers:
                 self.bar.set_postfix(numbers, refresh=False)
-            return
-        now = time.perf_counter()
-        left = (now - self._began) / (step - self._first) * (self._total - step)
-        if step == self._first + 10:
-            self.say(f"About {duration(left)} to go.")
-        elif shown is not None and now - self._last > 10:
+        elif self.progress and step == self._first + 10:
+            self.say(f"About {left} to go.")
+        elif self.progress and shown is not None and now - self._last > 10:
             self._last = now
             terms = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            self.say(f"step {step}/{self._total}  {terms}  {duration(left)} left")
+            self.say(f"step {step}/{self._total}  {terms}  {left} left")
 
     def stop(self) -> None:
         """End progress."""
