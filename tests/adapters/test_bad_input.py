@@ -3,14 +3,13 @@
 import json
 import pickle
 import shutil
-import struct
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from csdiff import AutoAdapter, CSDiffError
-from csdiff.adapters import LinearAdapter, MLPAdapter
+from csdiff.adapters import MLPAdapter
 from csdiff.adapters.folder import WEIGHTS
 from csdiff.adapters.lora import PEFT_CONFIG, PEFT_WEIGHTS
 from tests.adapters.adapter_tester import embed, make_adapter, text_inputs
@@ -34,10 +33,10 @@ def lora(saved, tmp_path):
     return shutil.copytree(saved / "lora", tmp_path / "lora")
 
 
-def refused(folder, *facts, loader=AutoAdapter, **options):
+def refused(folder, *facts):
     """The folder is refused in one sentence that holds the facts."""
     with pytest.raises(CSDiffError) as error:
-        loader.from_pretrained(folder, **options)
+        AutoAdapter.from_pretrained(folder)
     message = str(error.value)
     assert "\n" not in message
     assert [fact for fact in facts if fact not in message] == [], message
@@ -88,11 +87,10 @@ def test_damaged_json_is_named(mlp, file, content):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("kind", "store"),
         ("text_encoder", "tiny-clip"),
         ("text_encoder", {"id": 5}),
         ("training", [1]),
-        ("metrics", "good"),
-        ("versions", 3),
         ("tokenizer", {"max_length": "77"}),
         ("normalized", "no"),
     ],
@@ -102,16 +100,20 @@ def test_entries_of_another_type_are_named(mlp, name, value):
     refused(mlp, "csdiff.json", name)
 
 
-def test_config_of_another_class(mlp):
-    refused(mlp, "MLPAdapter", "LinearAdapter", loader=LinearAdapter)
-    edit(mlp / "config.json", _class_name="UNet2DConditionModel")
-    refused(mlp, "UNet2DConditionModel", "MLPAdapter, TransformerAdapter")
+def test_lora_files_of_another_adapter(lora, tmp_path):
+    edit(lora / "config.json", text_encoder=str(tmp_path / "gone"))
+    refused(lora, str(tmp_path / "gone"), "text_encoder")
+    edit(lora / "config.json", rank=33)
+    refused(lora, PEFT_CONFIG, "33")
 
 
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
+        ({"_class_name": "LinearAdapter"}, ["['dropout', 'expansion'", "method"]),
+        ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel", "MLPAdapter, TransformerAdapter"]),
         ({"depth": 3}, ["depth", "num_layers"]),
+        ({"num_layers": 3}, ["blocks.2"]),
         ({"num_layers": "two"}, ["num_layers", "'two'"]),
         ({"embedding_dim": None}, ["embedding_dim"]),
         ({"width": 10**30}, ["config.json"]),
@@ -121,16 +123,6 @@ def test_config_of_another_class(mlp):
 def test_config_with_unknown_key_or_bad_value(mlp, changes, facts):
     edit(mlp / "config.json", **changes)
     refused(mlp, *facts)
-
-
-def test_layers_that_the_weights_do_not_have(mlp):
-    edit(mlp / "config.json", num_layers=3)
-    refused(mlp, "blocks.2")
-
-
-def test_metadata_of_another_kind(mlp):
-    edit(mlp / "csdiff.json", kind="store")
-    refused(mlp, "csdiff.json", "'store'")
 
 
 def test_tensors_missing_left_over_or_of_another_shape(mlp):
@@ -162,19 +154,13 @@ def test_deviations_that_are_not_positive(kind, name, value, mlp, lora):
     refused(folder, WEIGHTS, name, " 3 ")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 9, 200, -1])
-def test_truncated_weights(mlp, lora, kept):
+@pytest.mark.parametrize("kept", [0, 8, 200, -1])
+def test_truncated_or_damaged_weights(mlp, lora, kept):
     for file in (mlp / WEIGHTS, lora / PEFT_WEIGHTS):
-        file.write_bytes(file.read_bytes()[:kept])
-        refused(file.parent, file.name)
-
-
-@pytest.mark.parametrize("header", [b'\xff{"', b"{" * 9, DEEP, b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[]}}'])
-def test_damaged_weights_header(mlp, header):
-    (mlp / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
-    refused(mlp, WEIGHTS)
-    (mlp / WEIGHTS).write_bytes((10**15).to_bytes(8, "little") + b"{}")
-    refused(mlp, WEIGHTS)
+        content = file.read_bytes()
+        for wrong in (content[:kept], content[:8] + DEEP + content[8:], (10**15).to_bytes(8, "little") + b"{}"):
+            file.write_bytes(wrong)
+            refused(file.parent, file.name)
 
 
 def test_damaged_shard_index(mlp, tmp_path):
@@ -191,26 +177,6 @@ def test_damaged_shard_index(mlp, tmp_path):
     index.write_text(json.dumps(content))
     (mlp / first).unlink()
     refused(mlp, first)
-
-
-def test_lora_targets_that_do_not_exist(lora):
-    targets = ["q_proj", "to_q"]
-    edit(lora / "config.json", target_modules=targets)
-    refused(lora, PEFT_CONFIG, "to_q")
-    edit(lora / PEFT_CONFIG, target_modules=targets)
-    refused(lora, "['to_q']", "out_proj")
-
-
-def test_lora_of_another_rank(lora):
-    edit(lora / "config.json", rank=33)
-    refused(lora, PEFT_CONFIG, "33")
-    edit(lora / PEFT_CONFIG, r=33)
-    refused(lora, "lora_A", "[33", "[2")
-
-
-def test_lora_without_its_text_encoder(lora, tmp_path):
-    edit(lora / "config.json", text_encoder=str(tmp_path / "gone"))
-    refused(lora, str(tmp_path / "gone"), "text_encoder")
 
 
 class Trap:
@@ -248,6 +214,9 @@ NAMES = [
 )
 def test_a_malicious_pickle_is_refused_and_never_run(kind, name, mlp, lora, tmp_path):
     trap, folder = Trap(tmp_path / "sprung"), {"mlp": mlp, "lora": lora}[kind]
+    pickle.loads(next(pickles(trap)))
+    assert trap.file.exists(), "the trap works"
+    trap.file.unlink()
     if name.endswith("index.json") or not name.endswith((".json", ".safetensors")):
         (folder / {"mlp": WEIGHTS, "lora": PEFT_WEIGHTS}[kind]).unlink()
     for content in pickles(trap):
@@ -265,9 +234,3 @@ def test_a_pickle_beside_good_weights_is_ignored(mlp, tmp_path, text_encoder):
     expected = embed(make_adapter("mlp", text_encoder), text_inputs("mlp"))
     assert torch.equal(embed(loaded, text_inputs("mlp")), expected)
     assert not trap.file.exists()
-
-
-def test_the_trap_springs_when_unpickled(tmp_path):
-    trap = Trap(tmp_path / "sprung")
-    pickle.loads(next(pickles(trap)))
-    assert trap.file.exists()

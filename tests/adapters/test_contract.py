@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import PriorTransformer
+from diffusers.utils import logging
 
 from csdiff import CSDiffError
 from csdiff.adapters import ADAPTERS, build_adapter
@@ -28,34 +29,20 @@ def test_forward_has_the_stock_priors_signature(adapter):
     assert list(inspect.signature(type(adapter).forward).parameters) == stock
 
 
-def test_pipeline_call_gives_whitened_embeddings(adapter, name):
+def test_forward_gives_whitened_embeddings_row_by_row(adapter, name):
     inputs = text_inputs(name)
     output = call(adapter, inputs)
     whitened = output.predicted_image_embedding
     assert whitened.shape == (3, DIM)
     same(call(adapter, inputs, return_dict=False)[0], whitened)
-    same(output[0], whitened)
-    if adapter.one_shot:
-        same(adapter.post_process_latents(whitened), adapter.embed(*inputs))
-        same(adapter(None, None, *inputs)[0], whitened)
-
-
-def test_embed_is_deterministic_and_rowwise(adapter, name):
-    inputs = text_inputs(name)
     first = embed(adapter, inputs)
-    assert first.shape == (3, DIM)
     assert first.isfinite().all()
     same(embed(adapter, inputs), first)
     if adapter.one_shot:
+        same(adapter.post_process_latents(whitened), first)
+        same(adapter(None, None, *inputs)[0], whitened)
         alone = tuple(None if part is None else part[1:2] for part in inputs)
         same(embed(adapter, alone), first[1:2], 1e-5)
-
-
-def test_embed_has_gradients_to_the_text(adapter, name):
-    embeds, *rest = text_inputs(name)
-    embeds.requires_grad_()
-    embed(adapter, (embeds, *rest)).square().sum().backward()
-    assert (embeds.grad.abs().sum(1) > 0).all()
 
 
 def test_training_step_reaches_every_weight(adapter):
@@ -65,16 +52,6 @@ def test_training_step_reaches_every_weight(adapter):
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert trained
     assert not without
-
-
-def test_a_few_steps_lower_the_loss(adapter):
-    optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)
-    before = training_loss(adapter).item()
-    for _ in range(15):
-        optimizer.zero_grad()
-        training_loss(adapter).backward()
-        optimizer.step()
-    assert training_loss(adapter).item() < 0.9 * before
 
 
 def test_gradient_checkpointing_changes_nothing(adapter, name):
@@ -87,30 +64,29 @@ def test_gradient_checkpointing_changes_nothing(adapter, name):
     for module in adapter.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda *_: calls.append(1))
-    plain = training_loss(adapter)
-    plain.backward()
-    plain_calls = len(calls)
-    expected = {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
-    adapter.zero_grad()
-    adapter.enable_gradient_checkpointing()
-    assert adapter.is_gradient_checkpointing
-    loss = training_loss(adapter)
-    loss.backward()
-    assert len(calls) > 2 * plain_calls  # layers ran again in the backward pass
-    same(loss, plain)
-    for n, p in adapter.named_parameters():
-        if n in expected:
-            same(p.grad, expected[n], 1e-6)
-    adapter.disable_gradient_checkpointing()
-    assert not adapter.is_gradient_checkpointing
+    found = []
+    for recompute in (False, True):
+        adapter.zero_grad()
+        (adapter.enable_gradient_checkpointing if recompute else adapter.disable_gradient_checkpointing)()
+        calls.clear()
+        loss = training_loss(adapter)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
+        found.append((loss, gradients, len(calls)))
+    assert found[1][2] > found[0][2]  # layers ran again in the backward pass
+    same(found[1][0], found[0][0])
+    for n, gradient in found[0][1].items():
+        same(found[1][1][n], gradient, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_statistics_and_answers(adapter, name, dtype):
+def test_half_precision_keeps_statistics_and_answers(adapter, name, dtype, caplog):
+    logging.enable_propagation()
     inputs = text_inputs(name)
-    full = embed(adapter, inputs)
-    statistics = adapter.clip_mean.clone()
-    half = torch.nn.Module.to(adapter, dtype)
+    full, statistics = embed(adapter, inputs), adapter.clip_mean.clone()
+    half = adapter.to("cpu", dtype)
+    logging.disable_propagation()
+    assert not caplog.records
     assert half.dtype == dtype
     assert half.clip_mean.dtype == half.text_std.dtype == torch.float32
     same(half.clip_mean, statistics)
@@ -122,27 +98,6 @@ def test_half_precision_keeps_statistics_and_answers(adapter, name, dtype):
         assert (output.float() - full).norm() < 0.05 * full.norm()
 
 
-@pytest.mark.parametrize("arguments", [(torch.bfloat16,), ("cpu", torch.bfloat16), (torch.zeros(1).bfloat16(),)])
-def test_casts_are_silent(adapter, arguments, caplog):
-    from diffusers.utils import logging
-
-    logging.enable_propagation()
-    try:
-        cast = adapter.to(*arguments)
-    finally:
-        logging.disable_propagation()
-    assert cast is adapter
-    assert cast.dtype == torch.bfloat16
-    assert cast.clip_mean.dtype == torch.float32
-    assert not caplog.records
-
-
-def test_mixed_dtypes_are_accepted(adapter, name):
-    embeds, states, mask = text_inputs(name)
-    output = embed(adapter, (embeds.half(), None if states is None else states.half(), mask))
-    assert output.dtype == torch.float16
-
-
 def test_config_rebuilds_the_adapter(adapter, text_encoder):
     config = json.loads(json.dumps({k: v for k, v in adapter.config.items() if not k.startswith("_")}))
     assert config["embedding_dim"] == DIM
@@ -151,14 +106,6 @@ def test_config_rebuilds_the_adapter(adapter, text_encoder):
         assert {n: t.shape for n, t in clone.state_dict().items()} == {
             n: t.shape for n, t in adapter.state_dict().items()
         }
-
-
-def test_state_dict_moves_to_a_new_instance(adapter, name, text_encoder):
-    other = make_adapter(name, text_encoder, seed=9)
-    inputs = text_inputs(name)
-    assert not torch.equal(embed(other, inputs), embed(adapter, inputs))
-    other.load_state_dict(adapter.state_dict())
-    same(embed(other, inputs), embed(adapter, inputs))
 
 
 def test_deepcopy_is_independent(adapter, name):
