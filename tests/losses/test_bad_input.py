@@ -36,21 +36,16 @@ def spoiled(rows, row, value):
 def test_rows_that_are_not_finite(loss, value, word):
     with pytest.raises(NonFiniteRows, match=rf"x must be finite; row 3 is {word}"):
         loss(spoiled(X, 3, value), Y)
-    with pytest.raises(ValueError, match=rf"y must be finite; row 2 is {word}"):
-        loss(X, spoiled(Y, 2, value))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("bandwidth", [0.5, "median"])
-def test_bad_rows_are_found_with_every_option(bandwidth, normalize):
-    with pytest.raises(NonFiniteRows, match="row 3 is NaN"):
-        cauchy_schwarz_divergence(spoiled(X, 3, float("nan")), Y, bandwidth=bandwidth, normalize=normalize)
+    options = [{}] if loss is ALL["info_nce"] else [{"normalize": True}, {"bandwidth": "median"}]
+    for one in options:
+        with pytest.raises(ValueError, match=rf"y must be finite; row 2 is {word}"):
+            loss(X, spoiled(Y, 2, value), **one)
 
 
 @pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 def test_shapes(loss):
     with pytest.raises(ValueError, match=r"x must have at least one row; found shape \(0, 4\) \(N = 0\)"):
-        loss(X[:0], Y[:0] if loss is ALL["info_nce"] else Y)
+        loss(X[:0], Y[:0])
     with pytest.raises(ValueError, match=r"same D; found shapes \(5, 4\) and \(5, 3\)"):
         loss(X, Y[:5, :3])
     with pytest.raises(ValueError, match=r"x must have shape \(N, D\) with D > 0; found shape \(4,\)"):
@@ -63,21 +58,24 @@ def test_shapes(loss):
         loss(X, Y, block_size=0)
 
 
-def test_y_without_rows():
-    with pytest.raises(ValueError, match="y must have at least one row"):
-        cauchy_schwarz_divergence(X, Y[:0], bandwidth=0.5)
-
-
 @pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
-@pytest.mark.parametrize("bandwidth", [0, -1.0, float("nan"), float("inf"), [0.5, -2], [], "mean", torch.tensor(0.0)])
+@pytest.mark.parametrize(
+    "bandwidth",
+    [
+        0,
+        -1.0,
+        float("nan"),
+        float("inf"),
+        [0.5, -2],
+        [],
+        "mean",
+        torch.tensor(0.0),
+        torch.tensor(0.5, requires_grad=True),
+    ],
+)
 def test_bandwidths(loss, bandwidth):
     with pytest.raises(ValueError, match=r"bandwidth must .*found"):
         loss(X, Y, bandwidth=bandwidth)
-
-
-def test_a_bandwidth_that_wants_a_gradient():
-    with pytest.raises(ValueError, match="bandwidth must not require a gradient"):
-        cauchy_schwarz_divergence(X, Y, bandwidth=torch.tensor(0.5, requires_grad=True))
 
 
 @pytest.mark.parametrize("loss", SET_LOSSES.values(), ids=SET_LOSSES)
@@ -86,12 +84,8 @@ def test_a_single_row_without_its_diagonal(loss):
         loss(X[:1], Y, diagonal=False)
     with pytest.raises(ValueError, match="without the diagonal needs at least two rows in y; found N = 1"):
         loss(X, Y[:1], diagonal=False)
-
-
-def test_a_single_row_is_no_matter_for_the_cross_term():
+    # The cross term has no diagonal.
     assert log_mean_kernel(X[:1], Y, bandwidth=0.5, diagonal=False) < 0
-    with pytest.raises(ValueError, match="found N = 1"):
-        log_mean_kernel(X[:1], bandwidth=0.5, diagonal=False)
 
 
 @pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), torch.tensor(-1.0), "hot"])
@@ -139,25 +133,6 @@ def test_tokens():
         token_cauchy_schwarz_divergence(x, y)
 
 
-def test_gaussians():
-    mean, cov = torch.zeros(2), torch.eye(2)
-    with pytest.raises(ValueError, match=r"expected mean_x \(d,\)"):
-        gaussian_cauchy_schwarz(mean, cov, torch.zeros(3), cov)
-    with pytest.raises(ValueError, match="cov_y must be positive definite"):
-        gaussian_cauchy_schwarz(mean, cov, mean, -cov)
-    with pytest.raises(ValueError, match="bandwidth must be a finite number > 0"):
-        gaussian_cauchy_schwarz(mean, cov, mean, cov, bandwidth=0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["mean_x", "cov_x", "mean_y", "cov_y"])
-def test_gaussians_that_are_not_finite(name, value):
-    given = {"mean_x": torch.zeros(2), "cov_x": torch.eye(2), "mean_y": torch.zeros(2), "cov_y": torch.eye(2)}
-    given[name][(0,) * given[name].dim()] = value
-    with pytest.raises(ValueError, match=f"{name} must be finite; found {value} in 1 of"):
-        gaussian_cauchy_schwarz(**given)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), torch.tensor(float("nan")), 0.5])
 def test_constants_that_are_no_logarithm_of_a_mean_kernel(value):
     with pytest.raises(ValueError, match=r"within_y must be log V\(y, y\), a finite number <= 0; found"):
@@ -166,16 +141,28 @@ def test_constants_that_are_no_logarithm_of_a_mean_kernel(value):
         cauchy_schwarz_divergence(X, Y, bandwidth=0.5, within_y=torch.zeros(2))
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array])
-def test_numbers_of_numpy_are_numbers(kind):
-    for loss in SET_LOSSES.values():
-        assert loss(X, Y, bandwidth=kind(0.5)) == loss(X, Y, bandwidth=0.5)
-    assert loss(X, Y, bandwidth=np.array([0.5, 1.0])) == loss(X, Y, bandwidth=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"bandwidth must be a finite number > 0; found -0\.5"):
-        loss(X, Y, bandwidth=kind(-0.5))
+EYE = {"mean_x": torch.zeros(2), "cov_x": torch.eye(2), "mean_y": torch.zeros(2), "cov_y": torch.eye(2)}
 
 
-def test_other_numbers_of_numpy():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean_y": torch.zeros(3)}, r"expected mean_x \(d,\).*found \(2,\), \(2, 2\), \(3,\)"),
+        ({"cov_y": -torch.eye(2)}, "cov_y must be positive definite"),
+        ({"bandwidth": 0}, "bandwidth must be a finite number > 0"),
+        ({"mean_x": torch.tensor([0, float("nan")])}, "mean_x must be finite; found nan in 1 of"),
+        ({"cov_y": torch.full((2, 2), float("inf"))}, "cov_y must be finite; found inf in 4 of"),
+    ],
+)
+def test_gaussians(change, message):
+    with pytest.raises(ValueError, match=message):
+        gaussian_cauchy_schwarz(**{**EYE, **change})
+
+
+def test_numbers_of_numpy_are_numbers():
+    for kind in (np.float16, np.float32, np.float64, np.array):
+        assert squared_mmd(X, Y, bandwidth=kind(0.5)) == squared_mmd(X, Y, bandwidth=0.5)
+    assert squared_mmd(X, Y, bandwidth=np.array([0.5, 1.0])) == squared_mmd(X, Y, bandwidth=(0.5, 1.0))
     assert info_nce(X, X, temperature=np.float32(0.5)) == info_nce(X, X, temperature=0.5)
     assert build_objective("cs_aligner", cs_weight=np.float32(0.5), bandwidth=np.float32(0.5)).cs_weight == 0.5
     assert cauchy_schwarz_divergence(X, Y, bandwidth=0.5, block_size=np.int64(3)) > 0
