@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 from csdiff.app.config import AppConfig
-from csdiff.app.server import start
+from csdiff.app.server import serving
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -59,26 +59,22 @@ def main():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         parser.error(f"expected a browser ({', '.join(BROWSERS)}), found none")
-    server = start(AppConfig(port=0))
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport=DESKTOP)
-            page.set_default_timeout(PATIENCE)
-            page.goto(server.url)
-            create(page, options.prompt, options.pictures)
-            shoot(page, "create")
-            page.set_viewport_size(NARROW)
-            page.wait_for_timeout(1500)
-            shoot(page, "narrow")
-            page.set_viewport_size(DESKTOP)
-            blend(page)
-            shoot(page, "blend")
-            look_inside(page)
-            shoot(page, "inside")
-            browser.close()
-    finally:
-        server.close()
+    with serving(AppConfig(port=0)) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=DESKTOP)
+        page.set_default_timeout(PATIENCE)
+        page.goto(url)
+        create(page, options.prompt, options.pictures)
+        shoot(page, "create")
+        page.set_viewport_size(NARROW)
+        page.wait_for_timeout(1500)
+        shoot(page, "narrow")
+        page.set_viewport_size(DESKTOP)
+        blend(page)
+        shoot(page, "blend")
+        look_inside(page)
+        shoot(page, "inside")
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,101 +14,86 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from csdiff.app.models import Models
-from csdiff.app.work import Progress, Report
+from csdiff.app.models import SHIPPED, Models
+from csdiff.app.press import Note, Progress, Report
 from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import AdapterCard
+from csdiff.pipelines.decoders import AdapterCard, find_models
 from csdiff.pipelines.decoding import DrawingOptions
-from csdiff.pipelines.generate import (
-    check_config,
-    picture_name,
-    read_settings,
-    redraw_command,
-    sampling,
-    write_picture,
-)
+from csdiff.pipelines.generate import check_config, picture_name, redraw_command, sampling, write_picture
 
-MOST_STEPS = 200
-LONGEST_PROMPT = 2000
+LARGEST_SEED = 2**31 - 1
 LARGEST_SIDE = 1024
-WAY = (0.0, 0.25, 0.5, 0.75, 1.0)
+# What a PNG, a link and the browser's memory hold of the options.
+KEPT = {
+    "prompt": str, "num_images": int, "negative_prompt": str, "seed": int, "steps": int, "guidance": float,
+    "adapter": str, "decoder": str,
+}  # fmt: skip
 _OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one press of the button asks for; None leaves steps and guidance to the decoder."""
-
-    prompt: str = ""
-    negative: str = ""
-    seed: int = 0
-    count: int = 1
-    steps: int | None = None
-    guidance: float | None = None
-    adapter: str | None = None
-    decoder: str | None = None
-
-    def options(self, models: Models) -> GenerateConfig:
-        """The same as options of `csdiff generate`.
-
-        Raises:
-            CSDiffError: a number or a text that makes no image.
-        """
-        if not self.prompt.strip():
-            raise CSDiffError("Type what to draw first: the prompt is empty.")
-        if not 1 <= self.count <= models.config.max_images:
-            raise CSDiffError(f"Expected 1 to {models.config.max_images} images, found {self.count}.")
-        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
-            raise CSDiffError(f"Expected 1 to {MOST_STEPS} steps, found {self.steps}.")
-        if max(len(self.prompt), len(self.negative)) > LONGEST_PROMPT:
-            raise CSDiffError(f"Expected a text of at most {LONGEST_PROMPT} characters, found a longer one.")
-        config = GenerateConfig(
-            prompt=[well_formed(self.prompt.strip())],
-            negative_prompt=well_formed(self.negative.strip()) or None,
-            seed=self.seed,
-            num_images=self.count,
-            steps=self.steps,
-            guidance=self.guidance,
-            adapter=models.adapter_option(self.adapter),
-            decoder=models.decoder_option(self.decoder),
-            device=models.config.device,
-            dtype=models.config.dtype,
-        )
-        return check_config(config)
-
-
-@dataclass(frozen=True)
-class Started:
-    """The settings are good and the drawing begins; `command` does the same on the command line."""
-
-    command: str
-
-
-@dataclass(frozen=True)
 class Drawn:
-    """A finished image: where it is, what stands under it, and to which part of the page it belongs."""
+    """A finished image, what stands under it, and the part of the page it belongs to.
 
-    path: str
+    Without a path: why there is none.
+    """
+
+    path: str | None
     caption: str
     place: str = "images"
 
 
-@dataclass(frozen=True)
-class Missing:
-    """An image that cannot be drawn, and why."""
+def settings(models: Models, prompt, count, negative, seed, random, steps, guidance, adapter, decoder):
+    """The values of the fields as options of `csdiff generate`; a field that was emptied means its default."""
+    return models.options(
+        adapter,
+        decoder,
+        prompt=[well_formed((prompt or "").strip())],
+        negative_prompt=well_formed((negative or "").strip()) or None,
+        seed=secrets.randbelow(LARGEST_SEED) if random else int(seed or 0),
+        num_images=int(count or 1),
+        steps=int(steps) if steps else None,
+        guidance=float(guidance) if guidance else None,
+    )
 
-    reason: str
-    place: str
+
+def check(config: GenerateConfig) -> GenerateConfig:
+    """The same options, checked as far as that goes without loading models.
+
+    Raises:
+        CSDiffError: an empty prompt, an option out of range, or models that are not there or do not fit.
+    """
+    if not config.prompt[0]:
+        raise CSDiffError("Type what to draw first: the prompt is empty.")
+    find_models(config)
+    return check_config(config)
 
 
-@dataclass(frozen=True)
-class Note:
-    """Something to know about the result."""
+def to_record(config: GenerateConfig) -> dict[str, Any]:
+    """What a link or the browser's memory holds."""
+    record = {name: getattr(config, name) for name in KEPT}
+    return record | {"prompt": config.prompt[0], "adapter": config.adapter or SHIPPED}
 
-    text: str
+
+def from_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a PNG, a link or the browser's memory, all of which may hold anything: what does not fit is left.
+
+    Adapters and decoders that `csdiff generate` records by their folders are taken by these.
+    """
+    found: dict[str, Any] = {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 1}
+    for name, kind in KEPT.items():
+        value = record.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("folder") or value.get("source")
+        try:
+            if isinstance(value, (str, int, float)) and value != "":
+                found[name] = kind(value)
+        except (ValueError, OverflowError):
+            continue
+    return found
 
 
 def adapter_name(card: AdapterCard | None) -> str:
@@ -117,95 +104,64 @@ def adapter_name(card: AdapterCard | None) -> str:
     return _OBJECTIVES.get(objective, objective or card.kind)
 
 
-def create(models: Models, settings: Settings, compare: bool, report: Report) -> None:
+def create(models: Models, config: GenerateConfig, compare: bool, report: Report) -> None:
     """Draws the images of a prompt; then, to compare, its first seed without the adapter and with a ridge map."""
-    drawing = _Drawing(models, settings, report, settings.count + (2 if compare else 0))
-    prompt, config = settings.prompt.strip(), drawing.config
-    seeds = range(config.seed, config.seed + config.num_images)
-    report(Started(redraw_command(config, [prompt], [(prompt, seed) for seed in seeds])))
-    with drawing:
-        for seed in seeds:
+    (prompt,) = config.prompt
+    with models.turn(report):
+        drawing = _Drawing(models, config, config.num_images + 2 * bool(compare), report)
+        for seed in range(config.seed, config.seed + config.num_images):
+            # the noise of an adapter that samples, then the decoder's, from one generator
             generator = torch.Generator("cpu").manual_seed(seed)
-            embeds = drawing.embed(prompt, generator)
-            image = drawing.draw(prompt, embeds, generator)
-            path = drawing.write(image, prompt, seed, redraw_command(config, [prompt], [(prompt, seed)]))
+            image = drawing.draw(prompt, drawing.embed(prompt, generator), generator)
+            command = redraw_command(config, [prompt], [(prompt, seed)])
+            path = drawing.write(image, seed, {"command": command})
             report(Drawn(path, f"{prompt}, seed {seed}"))
             if compare and seed == config.seed:
                 report(Drawn(path, adapter_name(drawing.card), "adapter"))
         if compare:
-            for place, embed in (("raw", drawing.raw_text), ("ridge", drawing.ridge)):
-                drawing.other_map(place, embed, prompt)
+            drawing.other_map("raw", "Raw text", drawing.raw_text)
+            drawing.other_map("ridge", "Ridge", drawing.ridge)
 
 
 def blend(
-    models: Models, settings: Settings, second: str | Image.Image, weights: Sequence[float], report: Report
+    models: Models, config: GenerateConfig, second: str | Image.Image, weights: Sequence[float], report: Report
 ) -> None:
-    """Draws `(1 - w) a + w b` of raw image embeddings for every weight `w`, all from one seed.
-
-    Args:
-        models: where the models come from.
-        settings: with `prompt` the first of the two.
-        second: a prompt, or an image.
-        weights: the share of the second, from 0 to 1.
-        report: is told of progress and images.
-
-    Raises:
-        CSDiffError: an empty prompt.
-    """
-    if isinstance(second, str):
-        if not settings.prompt.strip() or not second.strip():
-            raise CSDiffError("A blend needs two prompts, or a prompt and an image: one of them is empty.")
-        replace(settings, prompt=second).options(models)
-    drawing = _Drawing(models, settings, report, len(weights))
-    first, seed = settings.prompt.strip(), drawing.config.seed
-    with drawing:
+    """Draws `(1 - w) a + w b` of raw image embeddings for every share `w` of the second, all from one seed."""
+    (first,), seed = config.prompt, config.seed
+    with models.turn(report):
+        drawing = _Drawing(models, config, len(weights), report)
         start = drawing.embed(first, torch.Generator("cpu").manual_seed(seed))
         if isinstance(second, str):
-            end = drawing.embed(second.strip(), torch.Generator("cpu").manual_seed(seed))
+            end, nearest, other = drawing.embed(second, torch.Generator("cpu").manual_seed(seed)), second, second
         else:
-            end = models.image_embeds(drawing.embedder, second)
+            end, nearest, other = models.image_embeds(drawing.embedder, second), "", "an image"
         for weight in weights:
             # some decoders read the prompt beside the embedding: the nearer one
-            nearer = first if weight <= 0.5 else second.strip() if isinstance(second, str) else ""
+            beside = first if weight <= 0.5 else nearest
             generator = torch.Generator("cpu").manual_seed(seed)
-            image = drawing.draw(nearer, torch.lerp(start, end, weight), generator)
-            other = second if isinstance(second, str) else "an image"
-            path = drawing.write(image, first, seed, None, {"blend": {"second": other, "share": weight}})
+            image = drawing.draw(beside, torch.lerp(start, end, weight), generator)
+            path = drawing.write(image, seed, {"blend": {"second": other, "share": weight}})
             report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
 
 
 class _Drawing:
-    """One press of the button: its models, its settings, its progress. Entering it waits for the models."""
+    """One press of the button: its models, its settings, its progress."""
 
-    def __init__(self, models: Models, settings: Settings, report: Report, total: int):
-        self.models, self.settings, self.report, self.total = models, settings, report, total
-        self.config = settings.options(models)
-        self.card, self.source = models.find(settings.adapter, settings.decoder)
-        self.steps, self.guidance = sampling(self.config, self.source)
-        self.drawn = 0
+    def __init__(self, models: Models, config: GenerateConfig, total: int, report: Report):
+        self.models, self.config, self.total, self.report = models, config, total, report
+        report(Progress("Loading the models"))
+        self.card, self.source = find_models(config)
+        self.steps, self.guidance = sampling(config, self.source)
+        self.embedder, self.decoder = models.embedder(self.card, self.source), models.decoder(self.source)
+        self.drawn, self.began = 0, time.monotonic()
 
-    def __enter__(self) -> _Drawing:
-        self._turn = self.models.line.turn(self.report, self.steps * self.total)
-        self._left = self._turn.__enter__()
-        try:
-            self.report(Progress("Loading the models"))
-            self.embedder = self.models.embedder(self.card, self.source)
-            self.decoder = self.models.decoder(self.source)
-        except BaseException:
-            self._turn.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._turn.__exit__(None, None, None)
-
-    def embed(self, prompt: str, generator: torch.Generator | None = None) -> Tensor:
+    def embed(self, prompt: str, generator: torch.Generator) -> Tensor:
         """A prompt through the adapter; the page is told when the text encoder does not read all of it."""
         encoder = self.embedder.encoder
         (count,) = encoder.caption_tokenizer.lengths([prompt])
         if count > encoder.max_length:
             self.report(Note(f"The prompt has {count} tokens; the text encoder reads the first {encoder.max_length}."))
-        return self.embedder.embed([prompt], [generator] if self.embedder.samples else None)
+        return self.embedder.embed([prompt], [generator])
 
     def draw(
         self, prompt: str, embeds: Tensor, generator: torch.Generator, negative: Tensor | None = None
@@ -218,19 +174,19 @@ class _Drawing:
         self.drawn += 1
         return image
 
-    def other_map(self, place: str, embed: Callable[[str], Tensor], prompt: str) -> None:
+    def other_map(self, place: str, name: str, embed: Callable[[str], Tensor]) -> None:
         """The first seed's image from another map than the adapter, or why there is none."""
-        text = self.config.negative_prompt
+        (prompt,), seed, text = self.config.prompt, self.config.seed, self.config.negative_prompt
         try:
             embeds = embed(prompt)
             # without a negative of its own every map shares the decoder's default
             negative = embed(text) if text and self.guidance > 1 else None
         except CSDiffError as error:
             self.drawn += 1
-            self.report(Missing(str(error), place))
+            self.report(Drawn(None, str(error), place))
             return
-        image = self.draw(prompt, embeds, torch.Generator("cpu").manual_seed(self.config.seed), negative)
-        self.report(Drawn(self.write(image, prompt, self.config.seed, None, {"map": place}), place, place))
+        image = self.draw(prompt, embeds, torch.Generator("cpu").manual_seed(seed), negative)
+        self.report(Drawn(self.write(image, seed, {"map": place}), name, place))
 
     def raw_text(self, prompt: str) -> Tensor:
         """The text embedding as it is; CSDiffError where the decoder takes another width."""
@@ -252,74 +208,34 @@ class _Drawing:
     def _text(self, prompt: str) -> Tensor:
         # an adapter inside the text encoder has changed that one
         inside = self.card is not None and self.card.kind == "LoRAAdapter"
-        encoder = (self.models.embedder(None, self.source) if inside else self.embedder).encoder
-        return encoder.encode([prompt]).embeds
+        embedder = self.models.embedder(None, self.source) if inside else self.embedder
+        return embedder.encoder.encode([prompt]).embeds
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
-        done = self.drawn * self.steps + step
+        done, of_all = self.drawn * self.steps + step, self.total * self.steps
+        seconds, left = (time.monotonic() - self.began) / done * (of_all - done), ""
+        # the first step of a model is slower than the rest
+        if done > 1 and seconds:
+            left = f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
         number = f"Image {self.drawn + 1} of {self.total}, step" if self.total > 1 else "Step"
-        text = f"{number} {step} of {total}{self._left(done)}"
+        text = f"{number} {step} of {total}" + (f", {left} left" if left else "")
         seen = preview() if step % max(2, total // 5) == 0 and step < total else None
-        self.report(Progress(text, done, self.total * self.steps, seen))
+        self.report(Progress(text, done, of_all, seen))
 
-    def write(
-        self, image: Image.Image, prompt: str, seed: int, command: str | None, more: Mapping[str, Any] | None = None
-    ) -> str:
+    def write(self, image: Image.Image, seed: int, more: Mapping[str, Any]) -> str:
         """Writes a PNG that holds its settings, under a name that says what it is; returns the path."""
-        record = asdict(replace(self.settings, prompt=prompt, seed=seed, count=1))
-        record |= {"steps": self.steps, "guidance": self.guidance, **(more or {})}
-        record |= {"command": command} if command else {}
+        config = replace(self.config, seed=seed, num_images=1, steps=self.steps, guidance=self.guidance)
         folder = Path(tempfile.mkdtemp(dir=self.models.folder))
-        return str(write_picture(folder, picture_name(prompt, seed), image, record))
-
-
-def settings_of(path: str) -> Settings:
-    """The settings with which a PNG was drawn, by the page or by `csdiff generate`.
-
-    Raises:
-        CSDiffError: no PNG, or one that holds none.
-    """
-    record = read_settings(path)
-    record.setdefault("negative", record.get("negative_prompt"))
-    return from_mapping(record)
-
-
-def from_mapping(record: Mapping[str, Any]) -> Settings:
-    """Settings from a PNG, a link or the browser's memory, all of which may hold anything: what does not fit is left.
-
-    Adapters and decoders that `csdiff generate` records by their folders are taken by these.
-    """
-
-    def value(name: str, kind: type, default: Any) -> Any:
-        found = record.get(name)
-        if isinstance(found, Mapping):
-            found = found.get("folder") or found.get("source")
-        try:
-            return default if found is None or isinstance(found, (list, dict)) else kind(found)
-        except (TypeError, ValueError, OverflowError):
-            return default
-
-    given = Settings(
-        prompt=value("prompt", str, "")[:LONGEST_PROMPT],
-        negative=value("negative", str, "")[:LONGEST_PROMPT],
-        seed=max(0, value("seed", int, 0)),
-        count=max(1, value("count", int, 1)),
-        steps=value("steps", int, None),
-        guidance=value("guidance", float, None),
-        adapter=value("adapter", str, None),
-        decoder=value("decoder", str, None),
-    )
-    return replace(given, adapter=given.adapter or None, decoder=given.decoder or None)
+        name = picture_name(config.prompt[0], seed)
+        return str(write_picture(folder, name, image, {**to_record(config), **more}))
 
 
 def read_upload(path: str | None) -> Image.Image:
     """An uploaded image, upright, in RGB, at most 1024 pixels a side.
 
     Raises:
-        CSDiffError: nothing uploaded, no image, or one whose decoding would take too much memory.
+        CSDiffError: no image, or one whose decoding would take too much memory.
     """
-    if path is None:
-        raise CSDiffError("Drop an image into the field first, or use a second prompt.")
     try:
         image = decode_image(Path(path))
     except (UnreadableImage, OSError) as error:

@@ -1,19 +1,22 @@
-"""A look inside an adapter or a store: facts, metrics beside the baselines, and plots of the modality gap."""
+"""The tab *Look inside*: facts on an adapter or a store, metrics beside the baselines, plots of the modality gap."""
 
 from __future__ import annotations
 
-import html
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gradio as gr
+
 from csdiff.app.drawing import adapter_name
-from csdiff.app.work import Line, Progress, Report
+from csdiff.app.models import Models
+from csdiff.app.press import Progress, Report, press, status, stream
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
+from csdiff.embeddings import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import cross_fitted_predictions
 from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, read_pairs
@@ -25,54 +28,40 @@ from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
 
 MOST_ROWS = 4000
-ADAPTERS = ("adapter", "run", "checkpoint")
+MOST_FILES = 200
+PLOTS = ("gap", "projection", "similarities", "retrieval")
 # What adapters and stores are made of; nothing else is of use here, and pickles are not even kept.
 SUFFIXES = frozenset((".json", ".safetensors", ".npy", ".parquet", ".md"))
 SHARD = re.compile(r"(?P<folder>img_emb|text_emb|text_states|text_mask|image_tokens|metadata)_\d+\.(npy|parquet)$")
-MOST_FILES = 200
+# Can be read on white and on black.
+GREY = "#7d8594"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Look:
-    """What the page shows.
-
-    Attributes:
-        title: What it is.
-        facts: As `csdiff info` prints them.
-        card: The model card, in Markdown; empty for a store.
-        table: Metrics as an HTML table; empty where there is nothing to measure on.
-        note: What the metrics and the plots were computed from, or why there are none.
-        figures: matplotlib figures: gap, projection, similarities, retrieval.
-    """
+    """What the page shows of a folder; `table` and `figures` stay empty where there is nothing to measure on."""
 
     title: str
     facts: str
     card: str = ""
-    table: str = ""
     note: str = ""
+    table: dict = field(default_factory=dict)
     figures: dict = field(default_factory=dict)
 
 
 class Inspector:
-    """Looks at folders one at a time; keeps the embedded held-out pictures of the shipped data.
+    """Looks at folders one at a time; keeps the embedded held-out images of the shipped data.
 
     Args:
-        device: Where adapters run.
-        held_out: Captioned pictures that adapters for the shipped encoders are measured on; by default the shipped
-            ones.
-        line: Where to wait for a turn: loading models is not safe in two threads at once.
+        models: The device, and the turn of whoever uses it.
+        held_out: Captioned images that adapters for the shipped encoders are measured on; by default the shipped ones.
     """
 
-    def __init__(self, device: str = "cpu", line: Line | None = None, held_out: Path | None = None):
-        self.device = device
+    def __init__(self, models: Models, held_out: Path | None = None):
+        self.models, self.device = models, str(models.device)
         self.held_out = held_out or assets_dir() / "data" / "combination.parquet"
-        self._resources = ExitStack()
-        self._held_out: dict[str, HeldOutPairs] = {}
-        self._line = line or Line()
-
-    def close(self) -> None:
-        """Removes the files of embedded pictures."""
-        self._resources.close()
+        self.resources = ExitStack()
+        self._pairs: dict[str, HeldOutPairs] = {}
 
     def look(self, path: str, files: Sequence[str] | None, store: str, report: Report) -> Look:
         """Looks at a folder, or at uploaded files.
@@ -80,116 +69,98 @@ class Inspector:
         Args:
             path: A folder; empty takes the files, and without any the shipped adapter.
             files: Uploaded files of an adapter or a store.
-            store: A store to measure an adapter on; empty takes the shipped held-out pictures where they fit.
+            store: A store to measure an adapter on; empty takes the shipped held-out images where they fit.
             report: Is told of progress.
 
         Raises:
             CSDiffError: Nothing there, damaged, or data that does not fit.
         """
-        path = path.strip()
-        folder, uploaded = None, False
-        try:
-            if path:
-                folder = Path(path).expanduser()
-            elif files:
-                folder, uploaded = gather(files), True
-            else:
-                folder = assets_dir() / "adapter"
+        path, store = path.strip(), store.strip()
+        with tempfile.TemporaryDirectory(prefix="csdiff-upload-") as uploaded, self.models.turn(report):
+            folder = Path(path).expanduser() if path else assets_dir() / "adapter"
+            if files and not path:
+                folder = gather(files, Path(uploaded))
             report(Progress("Reading"))
             facts = inspect_path(InfoConfig(path=str(folder)))
-            kind = facts["kind"]
-            text = as_text(facts).replace(str(folder), "uploaded files" if uploaded else str(folder))
-            with self._line.turn(report):
-                if kind in ADAPTERS and not facts["problems"]:
-                    return self._adapter(folder, kind, text, store.strip(), report)
-                if kind == "store" and not facts["problems"]:
-                    return self._store(folder, text, report)
-            return Look(kind.capitalize(), text, note="Plots and metrics are made of adapters and stores.")
-        finally:
-            if uploaded and folder:
-                shutil.rmtree(folder, ignore_errors=True)
+            kind = "adapter" if facts["kind"] in ("adapter", "run", "checkpoint") else facts["kind"]
+            seen = Look(facts["kind"].capitalize(), as_text(facts).replace(uploaded, "uploaded files"))
+            try:
+                if kind not in ("adapter", "store") or facts["problems"]:
+                    raise CSDiffError("Plots and metrics are made of adapters and stores.")
+                if kind == "adapter":
+                    self._adapter(seen, folder, store, report)
+                else:
+                    self._store(seen, folder, report)
+            except CSDiffError as error:
+                seen.note = str(error)
+            return seen
 
-    def _adapter(self, folder: Path, kind: str, facts: str, store: str, report: Report) -> Look:
+    def _adapter(self, seen: Look, folder: Path, store: str, report: Report) -> None:
         card = read_adapter_card(folder)
-        readme = folder / "README.md"
-        text = plain_markdown(readme.read_text("utf-8", errors="replace")) if readme.is_file() else ""
-        title = f"{kind.capitalize()}: {card.kind}, {adapter_name(card)}"
-        try:
-            pairs = self._pairs(card, store, report)
-        except CSDiffError as error:
-            return Look(title, facts, text, note=str(error))
+        name, readme = adapter_name(card), folder / "README.md"
+        seen.title += f": {card.kind}, {name}"
+        seen.card = plain_markdown(readme.read_text("utf-8", errors="replace")) if readme.is_file() else ""
+        pairs = self._held_out(card, store, report)
         report(Progress("Measuring", 1, 2))
-        name = adapter_name(card)
         prediction = predict(card, pairs, self.device)
-        table, baselines = _measure(pairs, {name: prediction})
-        report(Progress("Plotting", 3, 4))
-        note = f"Measured on {len(pairs.rows):,} captions of {pairs.pictures:,} pictures: {pairs.source}."
-        return Look(title, facts, text, table, note, _figures(pairs, prediction, {**baselines, name: prediction}))
+        _measure(seen, pairs, {name: prediction}, prediction, report)
+        seen.note = f"Measured on {len(pairs.rows):,} captions of {pairs.pictures:,} images: {pairs.source}."
 
-    def _store(self, folder: Path, facts: str, report: Report) -> Look:
-        from csdiff.embeddings import EmbeddingStore
-
-        try:
-            pairs = read_pairs("the store", EmbeddingStore.open(folder), "store", MOST_ROWS)
-        except CSDiffError as error:
-            return Look("Embedding store", facts, note=str(error))
+    def _store(self, seen: Look, folder: Path, report: Report) -> None:
+        seen.title = "Embedding store"
+        pairs = read_pairs("the store", EmbeddingStore.open(folder), "store", MOST_ROWS)
         report(Progress("Measuring", 1, 2))
-        table, baselines = _measure(pairs, {})
-        report(Progress("Plotting", 3, 4))
-        note = (
+        _measure(seen, pairs, {}, None, report)
+        seen.note = (
             f"Measured on {len(pairs.rows):,} of {len(pairs.store):,} rows. No adapter is involved: the predictions "
-            "are those of a ridge map, fitted to four fifths of the pictures and applied to the rest."
+            "are those of a ridge map, fitted to four fifths of the images and applied to the rest."
         )
-        return Look("Embedding store", facts, "", table, note, _figures(pairs, baselines["ridge"], baselines))
 
-    def _pairs(self, card: AdapterCard, store: str, report: Report) -> HeldOutPairs:
+    def _held_out(self, card: AdapterCard, store: str, report: Report) -> HeldOutPairs:
         if store:
-            from csdiff.embeddings import EmbeddingStore
-
             opened = EmbeddingStore.open(Path(store).expanduser())
             check_fits(card, opened, store, "store")
             return read_pairs(store, opened, "store", MOST_ROWS)
         if (card.metadata.get("image_encoder") or {}).get("id") != "tiny-clip":
             raise CSDiffError(
-                "No plots and metrics: this adapter belongs to other encoders than the shipped pictures; give a store."
+                "No plots and metrics: this adapter belongs to other encoders than the shipped images; give a store."
             )
         key = str(card.metadata.get("text_encoder"))
-        if key not in self._held_out:
-            report(Progress("Embedding the shipped held-out pictures, once"))
+        if key not in self._pairs:
+            report(Progress("Embedding the shipped held-out images, once"))
             opened = open_store(str(self.held_out), "data", card, self.device, progress=False, split="train")
-            opened = self._resources.enter_context(opened)
-            self._held_out[key] = read_pairs("the shipped held-out pictures", opened, "data", MOST_ROWS)
-        pairs = self._held_out[key]
+            opened = self.resources.enter_context(opened)
+            self._pairs[key] = read_pairs("the shipped held-out images", opened, "data", MOST_ROWS)
+        pairs = self._pairs[key]
         check_fits(card, pairs.store, pairs.source, "store")
         return pairs
 
 
-def _measure(pairs: HeldOutPairs, predictions: Mapping) -> tuple[str, dict]:
-    """The table, and the baselines' predictions by the names that plots know."""
+def _measure(seen: Look, pairs: HeldOutPairs, predictions: dict, shown, report: Report) -> None:
+    """The table beside the baselines, and plots of `shown` (by default, of the ridge map)."""
     fitted = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids)
     baselines = {BASELINES[name]: prediction for name, prediction in fitted.items()}
     columns = {
         name: embedding_metrics(prediction, pairs.image, pairs.text, pairs.image_ids)
         for name, prediction in {**predictions, **baselines}.items()
     }
-    return metrics_table(columns), baselines
-
-
-def _figures(pairs: HeldOutPairs, prediction, curves: Mapping) -> dict:
-    figures = {
-        "gap": plot_projection(pairs.text, pairs.image, prediction, "gap"),
-        "projection": plot_projection(pairs.text, pairs.image, prediction),
-        "similarities": plot_similarities(pairs.text, pairs.image, prediction, pairs.image_ids),
-        "retrieval": plot_retrieval(curves, pairs.image, pairs.image_ids),
-    }
-    for figure in figures.values():
+    seen.table = {"headers": ["metric", "better", *columns], "data": metric_rows(columns)}
+    report(Progress("Plotting", 3, 4))
+    shown = baselines["ridge"] if shown is None else shown
+    figures = (
+        plot_projection(pairs.text, pairs.image, shown, "gap"),
+        plot_projection(pairs.text, pairs.image, shown),
+        plot_similarities(pairs.text, pairs.image, shown, pairs.image_ids),
+        plot_retrieval({**baselines, **predictions}, pairs.image, pairs.image_ids),
+    )
+    for figure in figures:
         _for_page(figure)
-    return figures
+    seen.figures = dict(zip(PLOTS, figures, strict=True))
 
 
 def _for_page(figure) -> None:
     """Letters that can be read at the page's width, and a grey that can be read on white and on black."""
-    from matplotlib.patches import Patch
+    from matplotlib.legend import Legend
     from matplotlib.text import Text
 
     figure.set_size_inches(figure.get_size_inches() * 0.75)
@@ -197,46 +168,28 @@ def _for_page(figure) -> None:
     figure.patch.set_alpha(0)
     for axis in figure.axes:
         axis.patch.set_alpha(0)
-        axis.tick_params(colors=_GREY)
+        axis.tick_params(colors=GREY)
         for spine in axis.spines.values():
-            spine.set_edgecolor(_GREY)
+            spine.set_edgecolor(GREY)
     for text in figure.findobj(Text):
-        text.set_color(_GREY)
-    for legend in figure.findobj(lambda artist: type(artist).__name__ == "Legend"):
-        next(iter(legend.findobj(Patch))).set_alpha(0)
+        text.set_color(GREY)
+    for legend in figure.findobj(Legend):
+        legend.get_frame().set_alpha(0)
 
 
-_GREY = "#7d8594"
-
-
-def metrics_table(columns: Mapping[str, Mapping]) -> str:
-    """Metrics by column as an HTML table."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = [f"<thead><tr><th>metric</th><th>better</th>{head}</tr></thead>"]
-    for label, better, *values in metric_rows(columns):
-        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
-        lines.append(f"<tr><th>{html.escape(label)}</th><td>{better}</td>{cells}</tr>")
-    return f"<div class='metrics'><table>{''.join(lines)}</table></div>"
-
-
-def gather(files: Sequence[str]) -> Path:
-    """Copies uploaded files into a new folder, shards of a store into the folders of their names.
+def gather(files: Sequence[str], target: Path) -> Path:
+    """Copies uploaded files into a folder, shards of a store into the folders of their names.
 
     Raises:
         CSDiffError: too many files, or none that an adapter or a store is made of.
     """
-    if len(files) > MOST_FILES:
+    kept = [Path(file) for file in files if Path(file).suffix.lower() in SUFFIXES]
+    if not kept or len(files) > MOST_FILES:
         raise CSDiffError(
-            f"Expected the files of an adapter or a store, at most {MOST_FILES}, found {len(files)}; type the path of "
+            "Expected the files of an adapter or a store (*.json, *.safetensors, *.npy, *.parquet), at most "
+            f"{MOST_FILES}, found {len(files)}: {', '.join(Path(file).name for file in files[:4])}; type the path of "
             "a larger one."
         )
-    kept = [Path(file) for file in files if Path(file).suffix.lower() in SUFFIXES]
-    if not kept:
-        names = ", ".join(Path(file).name for file in files[:4])
-        raise CSDiffError(
-            f"Expected the files of an adapter or a store (*.json, *.safetensors, *.npy, *.parquet), found {names}."
-        )
-    target = Path(tempfile.mkdtemp(prefix="csdiff-upload-"))
     for file in kept:
         shard = SHARD.match(file.name)
         folder = target / shard["folder"] if shard else target
@@ -249,3 +202,45 @@ def plain_markdown(card: str) -> str:
     """A model card without its front matter, pictures and HTML: it may come from anywhere."""
     card = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
     return card.replace("![", "[").replace("<", "&lt;")
+
+
+def inside_tab(inspector: Inspector) -> None:
+    """Fields, and an adapter or a store in numbers and plots."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=320):
+            hint = "runs/mine; empty: the shipped adapter"
+            path = gr.Textbox(label="Folder of an adapter or a store", placeholder=hint, elem_id="path")
+            hint = "empty: the shipped held-out images"
+            store = gr.Textbox(label="Store to measure an adapter on", placeholder=hint)
+            with gr.Row():
+                look = gr.Button("Look", variant="primary", elem_id="look", min_width=120)
+                stop = gr.Button("Stop", min_width=80)
+            line = gr.HTML(status(), elem_id="look-status", padding=False)
+        with gr.Column(scale=2, min_width=320):
+            files = gr.File(label="... or drop its files here", file_count="multiple", height=180, elem_id="files")
+    with gr.Column(visible=False, elem_id="inside") as inside:
+        title = gr.Markdown()
+        plots = {name: gr.Plot(show_label=False, format="png", elem_id=f"plot-{name}") for name in PLOTS}
+        table = gr.Dataframe(interactive=False, elem_id="metrics", max_height=1200)
+        with gr.Accordion("Model card", open=False):
+            card = gr.Markdown()
+        with gr.Accordion("What is in the folder", open=False):
+            facts = gr.Textbox(show_label=False, lines=12, max_lines=40, elem_id="facts", buttons=["copy"])
+
+    def work(request: gr.Request, path: str, files: list[str] | None, store: str) -> Iterator:
+        for seen in stream(lambda report: report(inspector.look(path, files, store, report))):
+            if isinstance(seen, Progress):
+                yield seen
+                continue
+            yield {
+                inside: gr.Column(visible=True),
+                title: f"### {seen.title}\n\n{seen.note}",
+                **{plot: gr.Plot(seen.figures.get(name), visible=bool(seen.figures)) for name, plot in plots.items()},
+                table: gr.Dataframe(seen.table or None, visible=bool(seen.table)),
+                card: seen.card or "It has none.",
+                facts: seen.facts,
+            }
+        yield ""
+
+    outputs = [inside, title, *plots.values(), table, card, facts]
+    press([look.click, path.submit], stop, line, work, [path, files, store], outputs)

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import html
-
 import gradio as gr
-
-from csdiff.app.work import Progress
-
-FONTS = ("system-ui", "sans-serif")
-MONOSPACE = ("ui-monospace", "monospace")
 
 
 def theme() -> gr.themes.Base:
@@ -19,8 +12,8 @@ def theme() -> gr.themes.Base:
         secondary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
-        font=FONTS,
-        font_mono=MONOSPACE,
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
     ).set(
         body_text_color_subdued="*neutral_500",
         block_label_text_color="*neutral_600",
@@ -60,31 +53,4 @@ CSS = """
 /* All images at once: a second row would hide behind a scroll bar. */
 #images .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
-.metrics { overflow-x: auto; }
-.metrics table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
-.metrics th, .metrics td { padding: 0.25rem 0.7rem; text-align: right; border: 0;
-  border-bottom: 1px solid var(--border-color-primary);
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-.metrics th:first-child, .metrics td:nth-child(2) { text-align: left; font-weight: 400; }
-.metrics td:nth-child(2) { color: var(--body-text-color-subdued); }
-.metrics thead th { font-weight: 600 !important; }
-.metrics td:nth-child(3) { font-weight: 600; }
 """
-
-
-def status(progress: Progress | None = None, error: str = "", notes: tuple[str, ...] = (), done: str = "") -> str:
-    """The line under the button as HTML: progress with a bar, an error in a sentence, or what was done."""
-    parts = []
-    if error:
-        parts.append(f"<p class='error' role='alert'>{html.escape(error)}</p>")
-    elif progress is not None:
-        parts.append(f"<p>{html.escape(progress.text)}</p>")
-        if progress.total:
-            share = min(100, round(100 * progress.done / progress.total))
-            parts.append(f"<div class='bar'><div style='width:{share}%'></div></div>")
-        else:
-            parts.append("<div class='bar waiting'><div></div></div>")
-    elif done:
-        parts.append(f"<p>{html.escape(done)}</p>")
-    parts += [f"<p class='note'>{html.escape(note)}</p>" for note in notes]
-    return f"<div class='status' aria-live='polite'>{''.join(parts)}</div>"

@@ -74,7 +74,7 @@ def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, metho
         axis.scatter(*places[name].T, s=7, color=colour, label=name, alpha=0.6, linewidths=0)
         gap = np.linalg.norm(centroids["images"] - centroids[name])
         axis.set(xticks=[], yticks=[])
-        axis.set_title(f"{title}, centroid gap {gap:.2f}", fontsize=10)
+        axis.set_title(f"{title}\ncentroid gap {gap:.2f}", fontsize=10)
         axis.legend(loc="best", frameon=False, markerscale=2)
     figure.supxlabel(f"{PROJECTIONS[method]}, of unit vectors; lines join 40 of the pairs", fontsize=9)
     return figure

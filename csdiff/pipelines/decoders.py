@@ -13,6 +13,7 @@ from csdiff.embeddings.fingerprint import HUB_ID, check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json, read_safetensors_header
 from csdiff.hub import unreachable
+from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.presets import FLUX_IP_ADAPTER_V2, PRESETS, SD15_IP_ADAPTER, SDXL_IP_ADAPTER, DecoderPreset
 from csdiff.resources import assets_dir
 
@@ -243,6 +244,20 @@ def read_adapter_card(adapter: str | os.PathLike) -> AdapterCard:
     if not isinstance(config.get("embedding_dim"), int):
         raise CSDiffError(f"{path / folder.CONFIG} has no embedding_dim; it is not the configuration of an adapter.")
     return AdapterCard(path, config, folder.read_metadata(path))
+
+
+def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSource]:
+    """The adapter's card (None for the raw text embedding) and the decoder of a drawing, checked to fit.
+
+    Raises:
+        CSDiffError: nothing there, or the two do not fit.
+    """
+    decoder = resolve_decoder(config.decoder, config.ip_adapter)
+    if config.adapter == "none":
+        return None, decoder
+    card = read_adapter_card(config.adapter or assets_dir() / "adapter")
+    check_pairing(card, decoder)
+    return card, decoder
 
 
 def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:

@@ -26,9 +26,8 @@ from csdiff.errors import CSDiffError
 from csdiff.files import write_json, writing
 from csdiff.options import check_options
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import DecoderSource, check_pairing, read_adapter_card, resolve_decoder
+from csdiff.pipelines.decoders import DecoderSource, find_models
 from csdiff.pipelines.presets import PRESETS
-from csdiff.resources import assets_dir
 
 if TYPE_CHECKING:
     from csdiff.pipelines.decoding import OnStep
@@ -57,10 +56,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     config = check_config(config)
     prompts = read_prompts(config)
     folder = check_output_folder(config.output)
-    decoder = resolve_decoder(config.decoder, config.ip_adapter)
-    card = None if config.adapter == "none" else read_adapter_card(config.adapter or assets_dir() / "adapter")
-    if card is not None:
-        check_pairing(card, decoder)
+    card, decoder = find_models(config)
     steps, guidance = sampling(config, decoder)
     guided = (config.true_cfg if decoder.hand_over == "flux-ip-adapter" else guidance) > 1
     if decoder.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and not guided:

@@ -1,56 +1,63 @@
-"""What one press of the button does: the pictures of `csdiff generate`, alone or beside others, until stopped."""
+"""What one press of the button does: the images of `csdiff generate`, alone or beside others, until stopped."""
 
+import json
+import shutil
+import struct
 import threading
+import zlib
 
+import gradio as gr
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from csdiff.app.drawing import Drawn, Note, Settings, Started, blend, create, from_mapping, settings_of
-from csdiff.app.work import Line, Progress, Stopped, stream
+from csdiff.app.drawing import LARGEST_SIDE, Drawn, blend, check, create, from_record, read_upload, to_record
+from csdiff.app.fields import Fields, sampling_of
+from csdiff.app.press import Note, Progress, Stopped, status, stream
 from csdiff.errors import CSDiffError
-from csdiff.pipelines import GenerateConfig, generate
-from csdiff.pipelines.generate import read_settings
+from csdiff.pipelines import generate, read_settings
+from csdiff.resources import assets_dir
 
 
-def pictures(messages, place="images") -> list[bytes]:
-    return [Image.open(m.path).tobytes() for m in messages if isinstance(m, Drawn) and m.place == place]
+def asked(models, prompt="a red apple", *args, **settings):
+    return check(models.options(*args, prompt=[prompt], **settings))
 
 
-def run(models, settings, compare=False) -> list:
+def run(models, config, compare=False) -> list:
     messages: list = []
-    create(models, settings, compare, messages.append)
+    create(models, config, compare, messages.append)
     return messages
 
 
-def test_same_pictures_as_the_command_line(models, tmp_path):
-    settings = Settings("a red apple", negative="blue", seed=5, count=2, steps=2, guidance=2.0)
-    messages = run(models, settings, compare=True)
-    config = GenerateConfig(
-        prompt=["a red apple"], negative_prompt="blue", seed=5, num_images=2, steps=2, guidance=2.0, grid=False
-    )
+def images(messages, place="images") -> list[bytes]:
+    return [Image.open(m.path).tobytes() for m in messages if isinstance(m, Drawn) and m.place == place]
+
+
+def test_same_images_as_the_command_line(models, tmp_path):
+    config = asked(models, negative_prompt="blue", seed=5, num_images=2, steps=2, guidance=2.0)
+    messages = run(models, config, compare=True)
+    config.grid = config.progress = False
     for adapter, place in ((None, "images"), ("none", "raw")):
         config.adapter, config.output = adapter, str(tmp_path / place)
-        config.device, config.progress = "cpu", False
         expected = [Image.open(path).tobytes() for path in generate(config)]
-        assert pictures(messages, place) == (expected if place == "images" else expected[:1])
-    raw, ridge, adapter = (pictures(messages, place)[0] for place in ("raw", "ridge", "adapter"))
-    assert adapter == pictures(messages)[0]
+        assert images(messages, place) == (expected if place == "images" else expected[:1])
+    raw, ridge, adapter = (images(messages, place)[0] for place in ("raw", "ridge", "adapter"))
+    assert adapter == images(messages)[0]
     assert len({raw, ridge, adapter}) == 3
-    drawn = next(m for m in messages if isinstance(m, Drawn))
-    assert "--seed 5" in read_settings(drawn.path)["command"]
     shares = [m.done / m.total for m in messages if isinstance(m, Progress) and m.total]
     assert shares == sorted(shares)
     assert shares[-1] == 1
+    assert any("left" in m.text for m in messages if isinstance(m, Progress))
 
 
 def test_two_at_once_do_not_mix(models):
-    wanted = [Settings("a red apple", seed=1, steps=3), Settings("a yellow duck", seed=2, steps=4, guidance=1.0)]
-    alone = [pictures(run(models, settings)) for settings in wanted]
+    wanted = [asked(models, seed=1, steps=3), asked(models, "a yellow duck", seed=2, steps=4, guidance=1.0)]
+    alone = [images(run(models, config)) for config in wanted]
     together: list = [None, None]
 
     def work(index):
-        together[index] = pictures(run(models, wanted[index]))
+        together[index] = images(run(models, wanted[index]))
 
     threads = [threading.Thread(target=work, args=[index]) for index in range(2)]
     for thread in threads:
@@ -61,37 +68,19 @@ def test_two_at_once_do_not_mix(models):
 
 
 def test_stopping_ends_the_drawing_and_frees_the_models(models):
-    reached = []
+    ended = threading.Event()
 
     def work(report):
         try:
-            create(models, Settings("a red apple", steps=50), False, report)
+            create(models, asked(models, steps=50), False, report)
         except Stopped:
-            reached.append("stopped")
-            raise
+            ended.set()
 
     messages = stream(work)
-    for message in messages:
-        if isinstance(message, Progress) and message.done == 2:
-            break
+    assert any(isinstance(message, Progress) and message.done == 2 for message in messages)
     messages.close()
-    assert reached == ["stopped"]
-    assert len(pictures(run(models, Settings("a red apple", steps=1)))) == 1
-
-
-def test_work_ends_at_the_report_after_stop():
-    done = []
-
-    def work(report):
-        for number in range(5):
-            report(number)
-            done.append(number)
-
-    messages = stream(work, lambda: len(done) == 2)
-    assert [next(messages), next(messages)] == [0, 1]
-    with pytest.raises(Stopped):
-        next(messages)
-    assert done == [0, 1]
+    assert ended.wait(60)
+    assert len(images(run(models, asked(models, steps=1)))) == 1
 
 
 def test_errors_of_the_work_reach_the_page():
@@ -105,101 +94,105 @@ def test_errors_of_the_work_reach_the_page():
         next(messages)
 
 
+def test_what_stands_under_the_button_is_text():
+    assert "width:25%" in status(Progress("<b>", 1, 4))
+    for line in (status(Progress("<b>")), status("<b>", error=True), status("", ["<b>"])):
+        assert "&lt;b&gt;" in line
+
+
 def test_long_prompts_are_told_of(models):
-    notes = [m.text for m in run(models, Settings("red " * 100, steps=1)) if isinstance(m, Note)]
-    assert len(notes) == 1
-    assert "reads the first" in notes[0]
+    (note,) = [m.text for m in run(models, asked(models, "red " * 100, steps=1)) if isinstance(m, Note)]
+    assert "reads the first" in note
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("prompt", "options", "said"),
     [
-        (Settings(" "), "empty"),
-        (Settings("a", count=99), "1 to 8 images"),
-        (Settings("a", steps=100_000), "1 to 200 steps"),
-        (Settings("a", steps=0), "1 to 200 steps"),
-        (Settings("a" * 3000), "at most 2000 characters"),
-        (Settings("a", seed=-1), "seed"),
-        (Settings("a", adapter="/nowhere/at/all"), "/nowhere/at/all"),
-        (Settings("a", decoder="nothing"), "expected a preset"),
+        ("", {}, "empty"),
+        ("a", {"steps": 100_000}, "steps"),
+        ("a", {"seed": -1}, "seed"),
+        ("a", {"adapter": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ("a", {"decoder": "nothing"}, "expected a preset"),
     ],
 )
-def test_bad_settings_are_one_sentence_before_anything_is_drawn(models, settings, said):
-    messages: list = []
+def test_bad_settings_are_one_sentence(models, prompt, options, said):
     with pytest.raises(CSDiffError, match=said):
-        create(models, settings, False, messages.append)
-    assert not any(isinstance(m, (Drawn, Started)) for m in messages)
+        asked(models, prompt, **options)
 
 
-def test_blend_ends_are_the_prompts(models):
-    first, second = Settings("a red apple", seed=3, steps=2), Settings("a yellow duck", seed=3, steps=2)
-    messages: list = []
+def test_a_blend_goes_from_the_first_to_the_second(models):
+    first, messages = asked(models, seed=3, steps=2), []
     blend(models, first, "a yellow duck", (0.0, 0.5, 1.0), messages.append)
-    start, middle, end = pictures(messages)
-    assert [start] == pictures(run(models, first))
-    assert [end] == pictures(run(models, second))
+    start, middle, end = images(messages)
+    assert [start] == images(run(models, first))
+    assert [end] == images(run(models, asked(models, "a yellow duck", seed=3, steps=2)))
     assert middle not in (start, end)
+    messages.clear()
+    blend(models, first, Image.new("RGB", (64, 64), "blue"), (0.0, 1.0), messages.append)
+    blue = images(messages)
+    assert blue[0] == start
+    pixels = [torch.frombuffer(bytearray(image), dtype=torch.uint8).float() for image in blue]
+    assert (pixels[0] - pixels[1]).abs().mean() > 1
 
 
-def test_blend_with_a_picture_moves_towards_it(models, root):
-    picture = Image.new("RGB", (64, 64), "blue")
-    messages: list = []
-    blend(models, Settings("a red apple", steps=2), picture, (0.0, 1.0), messages.append)
-    start, end = (torch.frombuffer(bytearray(p), dtype=torch.uint8).view(-1, 3).float() for p in pictures(messages))
-    assert (start - end).abs().mean() > 1
-
-
-@pytest.mark.parametrize(("first", "second"), [("", "a duck"), ("a duck", " ")])
-def test_blend_needs_both(models, first, second):
-    with pytest.raises(CSDiffError, match="is empty"):
-        blend(models, Settings(first), second, (0.5,), print)
-
-
-def test_an_image_holds_the_settings_that_draw_it_again(models):
-    asked = Settings("a red apple", negative="blue", seed=7, steps=2, guidance=1.5, decoder="tiny")
-    (drawn,) = [m for m in run(models, asked) if isinstance(m, Drawn)]
-    assert settings_of(drawn.path) == asked
-
-
-def test_images_of_the_command_line_bring_their_settings(models, tmp_path):
-    config = GenerateConfig(
-        prompt=["a red apple"], negative_prompt="blue", seed=7, steps=2, device="cpu", progress=False
-    )
-    config.output = str(tmp_path)
+def test_images_of_page_and_command_line_hold_the_settings_that_draw_them_again(models, tmp_path):
+    config = asked(models, negative_prompt="blue", seed=7, steps=2, guidance=1.5)
+    (drawn,) = [m for m in run(models, config) if isinstance(m, Drawn)]
+    record = read_settings(drawn.path)
+    assert "--seed 7" in record["command"]
+    assert from_record(record) == to_record(config)
+    config.output, config.progress = str(tmp_path), False
     (path,) = generate(config)
-    found = settings_of(str(path))
-    assert (found.prompt, found.negative, found.seed, found.steps) == ("a red apple", "blue", 7, 2)
-
-
-def test_an_image_without_settings_is_a_sentence(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
-    with pytest.raises(CSDiffError, match=r"no settings in .*photo\.png"):
-        settings_of(str(tmp_path / "photo.png"))
+    places = {"adapter": str(assets_dir() / "adapter"), "decoder": str(assets_dir() / "decoder")}
+    assert from_record(read_settings(path)) == to_record(config) | places
 
 
 def test_settings_from_anywhere_may_hold_anything():
-    given = {"prompt": ["x"], "seed": "-4", "steps": "many", "guidance": "nan?", "count": 3.0, "adapter": {"a": 1}}
-    assert from_mapping(given) == Settings(count=3)
+    given = {
+        "prompt": ["x"],
+        "seed": "inf",
+        "steps": "many",
+        "guidance": "nan?",
+        "num_images": 3.0,
+        "adapter": {"a": 1},
+    }
+    assert from_record(given) == {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 3}
 
 
-def test_those_in_line_are_told_their_place_and_the_time_left():
-    line, said = Line(most=1), []
-    with line.turn(print, steps=10) as count:
-        assert count(1) == ""
-        assert "left" in count(4)
-
-        def hear(message):
-            said.append(message.text)
-            raise InterruptedError
-
-        with pytest.raises(InterruptedError), line.turn(hear, steps=3):
-            pass
-        assert said[0].startswith("Waiting: 1 before you, about ")
-    with line.turn(print):
-        pass
+@pytest.mark.parametrize(("steps", "guidance", "shown"), [(150, 20.0, (150, 20.0)), (900, 90.0, (200, 30.0))])
+def test_sliders_take_what_any_decoder_is_made_for(models, tmp_path, steps, guidance, shown):
+    """Gradio refuses a press of the button with a number beyond a slider's bounds."""
+    decoder = shutil.copytree(assets_dir() / "decoder", tmp_path / "decoder")
+    fingerprint = json.loads((decoder / "csdiff.json").read_text())
+    (decoder / "csdiff.json").write_text(
+        json.dumps({**fingerprint, "sampling": {"steps": steps, "guidance": guidance}})
+    )
+    with gr.Blocks():
+        fields = Fields(models)
+    assert sampling_of(models, str(decoder)) == shown
+    assert (fields.steps.preprocess(shown[0]), fields.guidance.preprocess(shown[1])) == shown
 
 
-def test_a_full_line_is_refused():
-    line = Line(most=0)
-    with line.turn(print), pytest.raises(CSDiffError, match="wait already"), line.turn(print):
-        pass
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b""))
+
+
+@pytest.mark.parametrize("content", [b"not an image", b"", png_header(60000, 60000), png_header(64, 64)])
+def test_bad_uploads_are_a_sentence_before_they_are_decoded(tmp_path, content):
+    path = tmp_path / "upload.png"
+    path.write_bytes(content)
+    with pytest.raises(CSDiffError, match=r"upload\.png cannot be read as an image") as error:
+        read_upload(path)
+    assert "\n" not in str(error.value)
+
+
+def test_uploads_are_made_small_and_rgb(tmp_path):
+    Image.fromarray(np.zeros((3000, 1500, 4), np.uint8)).save(tmp_path / "a.png")
+    image = read_upload(tmp_path / "a.png")
+    assert (image.mode, image.size) == ("RGB", (LARGEST_SIDE // 2, LARGEST_SIDE))

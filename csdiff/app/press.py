@@ -1,0 +1,124 @@
+"""What a press of a button starts: work in a thread that reports, a line that tells how it goes, and Stop."""
+
+from __future__ import annotations
+
+import html
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from csdiff.errors import CSDiffError
+
+logger = logging.getLogger(__name__)
+
+PRIVATE = {"api_visibility": "private"}
+ASIDE = {"queue": False, "show_progress": "hidden", **PRIVATE}
+"""Options of events that need no models, and no place in the line."""
+Report = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A few words on how far the work is, done of total, and perhaps the image as it is now."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about the result."""
+
+    text: str
+
+
+class Stopped(Exception):
+    """Raised inside the work when its listener has gone or wants no more."""
+
+
+def stream(work: Callable[[Report], None]) -> Iterator[Any]:
+    """Runs `work(report)` in a thread and yields what it reports; raises what it raises.
+
+    Closing the iterator (someone pressed Stop, or closed the page) makes the next `report` raise `Stopped`.
+    """
+    messages: SimpleQueue = SimpleQueue()
+    closed = threading.Event()
+
+    def report(message: Any) -> None:
+        if closed.is_set():
+            raise Stopped
+        messages.put(message)
+
+    def run() -> None:
+        try:
+            work(report)
+            messages.put(None)
+        except BaseException as error:
+            messages.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while (message := messages.get()) is not None:
+            if isinstance(message, BaseException):
+                raise message
+            yield message
+    finally:
+        closed.set()
+
+
+def press(
+    triggers: list, stop: gr.Button, line: gr.HTML, work: Callable[..., Iterator], inputs: list, outputs: list
+) -> None:
+    """Runs `work(request, *values)` when a button is pressed, one press after the other, until it ends or Stop.
+
+    Args:
+        triggers: Events, such as `button.click`.
+        stop: The button that ends it, also while it waits.
+        line: The component that tells how it goes, and the place of those who wait.
+        work: Yields `Progress`, `Note`, the last words as a string, and updates of `outputs` as dicts.
+        inputs: Components whose values `work` gets.
+        outputs: Components that it updates.
+    """
+
+    def run(request: gr.Request, *values) -> Iterator[dict]:
+        notes: list[str] = []
+        try:
+            yield {line: status(Progress("Starting"))}
+            for message in work(request, *values):
+                if isinstance(message, Note):
+                    notes.append(message.text)
+                else:
+                    yield {line: status(message, notes)} if isinstance(message, (Progress, str)) else message
+        except (CSDiffError, OSError) as error:
+            yield {line: status(" ".join(str(error).split()), notes, error=True)}
+        except Exception:
+            logger.exception("The page met a defect")
+            words = "Something went wrong that should not; the terminal of csdiff app says what."
+            yield {line: status(words, notes, error=True)}
+
+    started = gr.on(
+        triggers, run, inputs, [line, *outputs], concurrency_limit=1, concurrency_id="models", trigger_mode="once",
+        show_progress="minimal", show_progress_on=line, **PRIVATE,
+    )  # fmt: skip
+    stop.click(None, cancels=started, **ASIDE)
+    # The work itself fails in words: what Gradio calls a failure is a press that was cancelled.
+    started.failure(lambda: status("Stopped."), None, line, **ASIDE)
+
+
+def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = False) -> str:
+    """The line under a button as HTML: progress with a bar, what was done, or an error in a sentence."""
+    text = said.text if isinstance(said, Progress) else said
+    parts = [f"<p{' class=error role=alert' if error else ''}>{html.escape(text)}</p>"] if text else []
+    if isinstance(said, Progress):
+        share = f"style='width:{min(100, round(100 * said.done / said.total))}%'" if said.total else ""
+        parts.append(f"<div class='bar{'' if share else ' waiting'}'><div {share}></div></div>")
+    parts += [f"<p class='note'>{html.escape(note)}</p>" for note in notes]
+    return f"<div class='status' aria-live='polite'>{''.join(parts)}</div>"
