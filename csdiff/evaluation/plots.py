@@ -76,7 +76,7 @@ def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, metho
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{title}\ncentroid gap {gap:.2f}", fontsize=10)
         axis.legend(loc="best", frameon=False, markerscale=2)
-    figure.supxlabel(f"{PROJECTIONS[method]}, of unit vectors; lines join 40 of the pairs", fontsize=9)
+    figure.supxlabel(f"{PROJECTIONS[method]}\nof unit vectors; lines join 40 of the pairs", fontsize=9)
     return figure
 
 
