@@ -157,7 +157,7 @@ def plot_retrieval(predictions: Mapping[str, Tensor], image: Tensor, image_ids: 
         axis.set_xticks([k for k in (1, 5, 10, 50) if k <= ks[-1]])
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_formatter("")
-    axes[0].set_ylabel(f"recall at k, {len(first)} pictures")
+    axes[0].set_ylabel(f"recall at k, {len(first)} images")
     axes[1].legend(frameon=False, loc="lower right", fontsize=8)
     return figure
 
