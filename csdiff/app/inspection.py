@@ -19,11 +19,10 @@ from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.embeddings import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import cross_fitted_predictions
-from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, read_pairs
+from csdiff.evaluation.data import HeldOutPairs, check_fits, open_store, predict, read_pairs
 from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.metrics import BASELINES, metric_rows
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities
-from csdiff.evaluation.predictions import predict
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
 

@@ -11,18 +11,15 @@ from csdiff.evaluation.embedding_metrics import embedding_metrics
 
 @torch.no_grad()
 def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Predictions of the baselines.
+    """Predictions `(M, D)`, float32, by name of the baseline.
 
-    Raw text as it is; mean shift and ridge as `csdiff.adapters.LinearAdapter` fits them: the penalty is chosen on a
-    tenth of the rows, and the norms are calibrated.
+    `raw_text` as it is; `mean_shift` and `ridge` as `csdiff.adapters.LinearAdapter` fits them: the penalty is chosen
+    on a tenth of the rows, and the norms are calibrated. The first two are absent where dimensions differ.
 
     Args:
         train_text: `(N, Dt)` text embeddings to fit to; nothing is fitted to fewer than 4.
         train_image: `(N, D)` their images.
         text: `(M, Dt)` text embeddings to predict from.
-
-    Returns:
-        `raw_text`, `mean_shift` and `ridge`, each `(M, D)` float32; the first two are absent where dimensions differ.
     """
     same = text.shape[1] == train_image.shape[1]
     result = {"raw_text": text.float()} if same else {}
@@ -36,7 +33,7 @@ def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) 
 def cross_fitted_predictions(
     text: Tensor, image: Tensor, image_ids: Tensor, folds: int = 5, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Baselines without training data: each fold of the images is predicted from a fit to the others.
+    """The :func:`baseline_predictions` without training data: each fold is predicted from a fit to the others.
 
     Args:
         text: `(N, Dt)`.
@@ -44,9 +41,6 @@ def cross_fitted_predictions(
         image_ids: `(N,)` image of each row; captions of an image stay in one fold.
         folds: Parts, at most as many as there are images.
         seed: Of the split.
-
-    Returns:
-        As :func:`baseline_predictions`.
     """
     values, number = image_ids.unique(return_inverse=True)
     count = len(values)

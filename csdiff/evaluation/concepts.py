@@ -23,14 +23,8 @@ def group_agreement(
     One KMeans over the unit vectors of both together, with as many clusters as there are concepts, against the
     concepts: V-measure, the harmonic mean of homogeneity (a cluster holds one concept) and completeness (a concept is
     in one cluster), and the adjusted Rand index, 0 by chance and 1 for equal partitions. Compare sets of one size
-    only. Of more than 4,000 rows on a side, so many evenly spread ones are grouped.
-
-    Args:
-        prediction: `(N, D)`.
-        image: `(M, D)`.
-        concepts: N names.
-        image_concepts: M names.
-        seed: Of KMeans.
+    only. Of more than 4,000 rows on a side, so many evenly spread ones are grouped. Predictions are `(N, D)` with N
+    names of concepts, images `(M, D)` with M.
 
     Raises:
         CSDiffError: fewer than 2 concepts, or scikit-learn is not installed.
@@ -55,27 +49,22 @@ def group_agreement(
 
 @dataclass(frozen=True)
 class ConceptRate:
-    """Outcome of :func:`concept_rate`; errors are standard errors by bootstrap over the images.
-
-    Attributes:
-        rate: Share of the images whose own concept is among the k nearest.
-        error: Of the rate.
-        originals: The same share of the real images of the same concepts; None where there are none.
-        ratio: `rate / originals`.
-        ratio_error: Of the ratio; an image and its original are drawn together.
-        k: Nearest concepts that count.
-        concepts: Concepts there are to choose from.
-        count: Images.
-    """
+    """Outcome of :func:`concept_rate`; errors are standard errors by bootstrap over the images."""
 
     rate: float
+    """Share of the images whose own concept is among the k nearest."""
     error: float
     originals: float | None
+    """The same share of the real images of the same concepts; None where there are none."""
     ratio: float | None
+    """`rate / originals`."""
     ratio_error: float | None
+    """An image and its original are drawn together."""
     k: int
     concepts: int
+    """Concepts there are to choose from."""
     count: int
+    """Images."""
 
 
 def concept_rate(

@@ -1,4 +1,4 @@
-"""Pairs for an evaluation: opened, checked against the adapters, and read."""
+"""Pairs for an evaluation: opened, checked against the adapters, read, and what an adapter predicts for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csdiff.embeddings import load_caption_tokenizer, load_text_encoder
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
@@ -210,7 +211,49 @@ def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: st
         )
 
 
-def trained_on(card: AdapterCard, store: EmbeddingStore) -> bool:
-    """Whether the adapter says that it was trained on this very data, so that nothing here is held out."""
-    trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
-    return trained is not None and trained == ((store.fingerprint or {}).get("data") or {}).get("source")
+@torch.no_grad()
+def predict(card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device = "cpu", seed: int = 0) -> Tensor:
+    """Predicted raw image embeddings `(N, D)` of the rows of `pairs`, on the CPU.
+
+    Token states that the adapter reads and the store does not have are encoded from the captions, as are the captions
+    for an adapter inside the text encoder. Adapters that sample draw their noise from `seed`.
+
+    Raises:
+        CSDiffError: captions or an encoder are needed and not known, or predictions are not finite.
+    """
+    from csdiff.adapters import AutoAdapter
+
+    known = card.metadata.get("text_encoder") or {}
+    moved = {"text_encoder": known["id"]} if card.kind == "LoRAAdapter" and Path(known.get("id", "")).is_dir() else {}
+    adapter = AutoAdapter.from_pretrained(card.path, **moved).to(device).eval()
+    tokenize = encoder = None
+    size = 512
+    if adapter.uses_input_ids or (adapter.uses_text_states and "text_states" not in pairs.store.keys):
+        known = {"id": adapter.config.get("text_encoder"), **known}
+        known = find_encoder(known, "text", of=f"the adapter {card.path}")
+        if adapter.uses_input_ids:
+            tokenize = load_caption_tokenizer(known["id"])
+        else:
+            encoder, size = load_text_encoder(known["id"], device, **text_encoder_options(known, card)), 64
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for rows, text in zip(torch.from_numpy(pairs.rows).split(size), pairs.text.split(size), strict=True):
+        tokens = ()
+        if tokenize is not None:
+            ids, mask = tokenize(pairs.store.captions(rows))
+            parts.append(adapter.embed_input_ids(ids.to(device), mask.to(device)).float().cpu())
+            continue
+        if encoder is not None:
+            encoding = encoder.encode(pairs.store.captions(rows))
+            tokens = encoding.states.float(), encoding.mask
+        elif adapter.uses_text_states:
+            stored = pairs.store.read(rows, ["text_states", "text_mask"])
+            tokens = stored["text_states"].to(device), stored["text_mask"].to(device)
+        parts.append(adapter.embed(text.to(device), *tokens, generator=generator).float().cpu())
+    prediction = torch.cat(parts)
+    if not prediction.isfinite().all():
+        raise CSDiffError(
+            f"{card.path}: expected finite predictions, found NaN or infinity; the adapter has diverged, train it "
+            "again."
+        )
+    return prediction

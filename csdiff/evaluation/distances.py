@@ -32,7 +32,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def feature_frechet_distance(x: Tensor, y: Tensor) -> float:
-    """As :func:`frechet_distance` of the rows as they are, not normalised: FID, given features of pictures."""
+    """The same of the rows as they are, not normalised: FID, given features of pictures."""
     x, y = x.double(), y.double()
     return (x.mean(0) - y.mean(0)).square().sum().item() + _centred_frechet(x, y)
 
@@ -76,11 +76,7 @@ def frechet_extrapolated(
     of them, evenly in 1/n, and the fitted line is read at 1/n = 0. With fewer rows than a few times D the line is bent
     and the result too high, or below zero: real against real shows how far off it is.
 
-    Args:
-        x: `(N, D)`.
-        y: `(M, D)`.
-        seed: Of the subsets.
-        distance: What is extrapolated; `feature_frechet_distance` for features of pictures.
+    Of features of pictures `distance` is :func:`feature_frechet_distance`.
     """
     count = min(len(x), len(y))
     inverse = torch.linspace(1 / count, 5 / count, 6, dtype=torch.float64)
@@ -132,14 +128,8 @@ def mmd_test(
 
     `MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)`, means over different rows, with a Gaussian kernel. The
     p-value comes from permuting the union, which is exact when the rows are independent: give predictions and images
-    of *different* pictures. Of each set the first 1,000 rows are used.
-
-    Args:
-        x: `(N, D)`.
-        y: `(M, D)`.
-        bandwidth: By default the median distance between rows of the union.
-        permutations: Random relabellings.
-        seed: Of the relabellings.
+    of *different* pictures. Of each set the first 1,000 rows are used; the bandwidth is by default the median distance
+    between rows of the union.
     """
     _need_two_rows(x, y)
     x, y = unit(x)[:_TESTED], unit(y)[:_TESTED]

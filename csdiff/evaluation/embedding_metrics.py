@@ -42,13 +42,8 @@ def cosine_similarities(
     """Mean cosine of a prediction to its true image, to its own caption, and to unrelated captions.
 
     `paired` is high when the prediction lands near its picture; `text` and `unpaired` compare with raw text embeddings
-    (own caption; mean over all captions of other pictures) and are None where text has another dimension.
-
-    Args:
-        prediction: `(N, D)`.
-        image: `(N, D)`.
-        text: `(N, Dt)` or None.
-        image_ids: `(N,)` picture of each row.
+    (own caption; mean over all captions of other pictures) and are None where text has another dimension. Arguments
+    are those of :func:`embedding_metrics`.
     """
     p = unit(prediction)
     result = {"paired": (p * unit(image)).sum(1).mean().item(), "unpaired": None, "text": None}

@@ -25,14 +25,13 @@ from csdiff.evaluation.data import (
     check_fits,
     check_source,
     open_store,
+    predict,
     read_pairs,
-    trained_on,
     training_store,
 )
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.extras import require
 from csdiff.evaluation.metrics import BASELINES
-from csdiff.evaluation.predictions import check_encoder_is_known, predict
 from csdiff.files import write_json
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.plain import plain
@@ -84,7 +83,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     }
     if config.data is not None:
         pairs, predictions, baselines, fitted = _predictions(config, cards, device)
-        result = _embedding_result(config, cards, pairs, predictions, baselines, fitted)
+        trained_on = {name: _trained_on(card) for name, card in cards.items()}
+        result = _metrics(config, pairs, predictions, trained_on, baselines, fitted["words"])
         manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
         plots = {"pairs": pairs, "predictions": predictions, "baselines": baselines}
     if drawing is not None:
@@ -165,14 +165,16 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
             return stack.enter_context(store)
 
         store = opened(config.data, "data", config.split)
+        source = ((store.fingerprint or {}).get("data") or {}).get("source")
         for name, card in cards.items():
             check_fits(card, store, config.data, "data")
-            check_encoder_is_known(card, store)
-            if trained_on(card, store):
+            trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
+            if trained is not None and trained == source:
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
         split = None if is_store(config.data) else config.split
         most = None if config.full else config.max_rows
         pairs = read_pairs(config.data, store, "data", most, config.concepts, split)
+        predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:
             baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
             fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
@@ -183,42 +185,33 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
             baselines = baseline_predictions(train.text, train.image, pairs.text)
             words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
             fitted = {**train.describe(), "own_training_store": own is not None, "words": words}
-        predictions = {name: predict(card, pairs, device, seed=config.seed) for name, card in cards.items()}
     return pairs, predictions, baselines, fitted
 
 
-def _embedding_result(
+def _metrics(
     config: EvaluateConfig,
-    cards: dict[str, AdapterCard],
     pairs: HeldOutPairs,
     predictions: dict[str, Tensor],
+    fitted_on: dict[str, str],
     baselines: dict[str, Tensor],
-    fitted: dict,
+    words: str,
 ) -> dict:
-    limit, options = None if config.full else LIMIT, (config.bandwidths, config.seed)
-    parts = len(predictions) + len(baselines) + 1 + (len(predictions) > 1)
-    with tqdm(total=parts, desc="measuring", disable=not config.progress) as bar:
-
-        def measure(prediction: Tensor, fitted_on: str) -> dict:
-            known = (pairs.image, pairs.text, pairs.image_ids)
-            result = held_out_metrics(prediction, *known, *options, limit, pairs.concepts)
-            bar.update()
-            return {**result, "fitted_on": fitted_on}
-
-        adapters = {name: measure(prediction, _trained_on(cards[name])) for name, prediction in predictions.items()}
-        result = dict(next(iter(adapters.values())))
-        result["baselines"] = {
-            name: measure(prediction, "nothing" if name == "raw_text" else fitted["words"])
-            for name, prediction in baselines.items()
-        }
-        result["baselines"]["real"] = real_metrics(pairs.image, pairs.image_ids, *options, limit)
-        bar.update()
-        if len(adapters) > 1:
-            result["adapters"] = adapters
-            known = (pairs.image, pairs.text, pairs.image_ids)
-            most = None if config.full else IMAGES
-            result["comparison"] = compare(predictions, *known, config.bootstrap, config.seed, most)
-            bar.update()
+    """The numbers of adapters and baselines, and what each was `fitted_on`."""
+    rows, options = (pairs.image, pairs.text, pairs.image_ids), (config.bandwidths, config.seed)
+    limit, most = (None, None) if config.full else (LIMIT, IMAGES)
+    columns = [*predictions.items(), *baselines.items()]
+    measured = []
+    for name, prediction in tqdm(columns, "measuring", disable=not config.progress):
+        found = held_out_metrics(prediction, *rows, *options, limit, pairs.concepts)
+        baseline = "nothing" if name == "raw_text" else words
+        measured.append({**found, "fitted_on": fitted_on.get(name, baseline)})
+    adapters = dict(zip(predictions, measured, strict=False))
+    result = dict(measured[0])
+    result["baselines"] = dict(zip(baselines, measured[len(adapters) :], strict=True))
+    result["baselines"]["real"] = real_metrics(pairs.image, pairs.image_ids, *options, limit)
+    if len(adapters) > 1:
+        result["adapters"] = adapters
+        result["comparison"] = compare(predictions, *rows, config.bootstrap, config.seed, most)
     return result
 
 

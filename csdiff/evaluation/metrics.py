@@ -27,8 +27,7 @@ class Metric:
     def loss(self, value: float) -> float:
         """How bad a value is: the smaller the better, and 0 for the best of a metric that is near something.
 
-        Raises:
-            ValueError: of this metric neither more nor less is better.
+        Raises a ValueError where neither more nor less is better.
         """
         if not self.better:
             raise ValueError(f"{self.label}: neither more nor less is better")
@@ -107,11 +106,7 @@ _BY_KEY = {metric.key: metric for metric in (*METRICS, *IMAGE_METRICS)}
 
 
 def metric(key: str) -> Metric:
-    """The metric at a dotted key.
-
-    Raises:
-        KeyError: there is none.
-    """
+    """The metric at a dotted key; a KeyError where there is none."""
     if key.startswith("cs_divergence_at."):
         return Metric(f"CS divergence, width {key.partition('.')[2]}", key)
     return _BY_KEY[key]
@@ -132,11 +127,9 @@ def lookup(result: Mapping, key: str) -> float | None:
 
 
 def metric_rows(columns: Mapping[str, Mapping], metrics: Iterable[Metric] = METRICS) -> list[list[str]]:
-    """Rows of a table with one column a model: label, what is better, and the values as text.
+    """Rows of a table with one column a result: label, what is better, and the values as text, with their errors.
 
-    Args:
-        columns: Results by name of the column. Where one holds `errors` (a key -> standard error), they are shown.
-        metrics: Those that no column has are left out.
+    Metrics that no column has are left out.
     """
     rows = []
     for entry in metrics:

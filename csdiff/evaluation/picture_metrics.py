@@ -50,10 +50,6 @@ def cmmd(drawn: Tensor, real: Tensor) -> float:
     """CMMD (Jayasumana et al. 2024): unbiased MMD^2 of unit CLIP embeddings, times 1000.
 
     The kernel is `exp(-|x-y|^2 / (2 * 10^2))`, which on vectors of norm 1 sees little but the means.
-
-    Args:
-        drawn: `(N, D)` CLIP image embeddings, N >= 2.
-        real: `(M, D)`, M >= 2.
     """
     return 1000 * unbiased_mmd(drawn, real, lambda products: torch.exp((products - 1) / 100))
 
@@ -85,10 +81,8 @@ def space_metrics(drawn: Tensor, real: Tensor, seed: int = 0) -> dict[str, float
 def prompt_metrics(picture: Tensor, prompts: Tensor, prompt_ids: Tensor) -> dict:
     """`clip_score`, `picture_to_prompt` (`r@1`, ...) and `diversity`.
 
-    Args:
-        picture: `(N, Dc)` CLIP image embeddings of drawn pictures.
-        prompts: `(N, Dc)` CLIP text embeddings of their prompts; pictures of one prompt repeat it.
-        prompt_ids: `(N,)` prompt of each picture.
+    Of CLIP embeddings `(N, Dc)` of pictures and of their prompts, which pictures of one prompt repeat; `prompt_ids`
+    `(N,)` tells these.
     """
     first = first_rows(prompt_ids)
     return {

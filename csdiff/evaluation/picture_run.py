@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import DrawingOptions, load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
-from csdiff.pipelines.generate import check_output_folder, sampling
+from csdiff.pipelines.generate import check_output_folder, read_prompts, sampling
 
 SHOWN = 16
 """Prompts on the contact sheet."""
@@ -79,15 +77,18 @@ class PictureRun:
                 f"{self.option} {self.source}: expected at least 4 pictures with captions, found {len(self.captions)}."
             )
         self.own_prompts = config.prompts is None
-        prompts = self.captions if self.own_prompts else read_prompts(config.prompts)
+        prompts = self.captions if self.own_prompts else read_prompts(GenerateConfig(prompts_file=config.prompts))
         self.places = _spread(len(prompts), config.num_prompts or len(prompts))
         self.prompts = [prompts[place] for place in self.places]
+        if len(self.prompts) < 2:
+            raise CSDiffError(f"--prompts {config.prompts}: expected at least 2 prompts, found {len(self.prompts)}.")
         self.jobs = jobs(self.prompts, config.num_images, config.seed)
         self.baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
         if self.decoder.embedding_dim != self.first.text_dim:
             self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
         self.shown = _spread(len(self.prompts), SHOWN)
         self.references_sha256 = ""
+        self.decoder_record = decoder_record(self.decoder)
         self.sheet: dict[str, list[Image.Image]] = {}
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
@@ -245,11 +246,6 @@ class PictureRun:
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @cached_property
-    def decoder_record(self) -> dict:
-        """What the decoder is; its files are read once."""
-        return decoder_record(self.decoder)
-
     def _encoders(self) -> dict[str, dict]:
         """The encoders of the baselines, by side."""
         known = {
@@ -299,25 +295,6 @@ class PictureRun:
             "clip": self.clip.describe(),
             "folders": {name: str(folder.path) for name, folder in folders.items()},
         }
-
-
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a text file, one a line.
-
-    Raises:
-        CSDiffError: it cannot be read or holds fewer than two.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise CSDiffError(
-            f"--prompts: expected a text file with one prompt a line, cannot read {path} ({reason})."
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) < 2:
-        raise CSDiffError(f"--prompts {path}: expected at least 2 prompts, found {len(prompts)}.")
-    return prompts
 
 
 def _spread(count: int, most: int) -> list[int]:

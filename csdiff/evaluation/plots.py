@@ -30,7 +30,8 @@ POINTS = 600
 def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, method: str = "pca", seed: int = 0):
     """The modality gap before and after: unit vectors of text and images, and of predictions and images, in a plane.
 
-    Both panels show one projection, fitted to all sets together, so that places can be compared between them.
+    Both panels of the matplotlib figure show one projection, fitted to all sets together, so that places can be
+    compared between them.
 
     Args:
         text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
@@ -40,9 +41,6 @@ def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, metho
             predictions, where there is no text), in which the distance of two centroids is the part of the gap along
             it, and the first principal component at a right angle to it.
         seed: Of the points shown and of t-SNE.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         CSDiffError: scikit-learn or matplotlib is not installed, or another method.
@@ -93,16 +91,10 @@ def _project(rows: np.ndarray, method: str, seed: int) -> np.ndarray:
 
 
 def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, image_ids: Tensor | None = None):
-    """Histograms of cosine similarity to the true image and to other images, before and after.
+    """Histograms of cosine similarity to the true image and to other images, before and after: a matplotlib figure.
 
-    Args:
-        text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
-        image: `(N, D)` real image embeddings.
-        predicted: `(N, D)` predictions.
-        image_ids: `(N,)` picture of each row; by default equal image embeddings are one picture.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
+    Rows are those of :func:`plot_projection`; `image_ids` `(N,)` is the picture of each, by default equal image
+    embeddings are one picture.
     """
     ids = image_identities(image) if image_ids is None else image_ids
     panels = [("before: text", text, TEXT)] if text is not None and text.shape[1] == image.shape[1] else []
@@ -130,13 +122,8 @@ def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, ima
 def plot_retrieval(predictions: Mapping[str, Tensor], image: Tensor, image_ids: Tensor | None = None):
     """Recall at every k up to 50 (or the number of pictures), captions to pictures and pictures to captions.
 
-    Args:
-        predictions: `(N, D)` by name; one line each.
-        image: `(N, D)` real image embeddings.
-        image_ids: `(N,)` picture of each row; by default equal image embeddings are one picture.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
+    A line for each of the predictions `(N, D)`, by name; `image` and `image_ids` are those of
+    :func:`plot_similarities`. A matplotlib figure.
     """
     ids = image_identities(image) if image_ids is None else image_ids
     first = first_rows(ids)

@@ -98,13 +98,13 @@ def _images(result: Mapping) -> Table:
 
 
 def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predictions=None, baselines=None) -> None:
-    """Writes the report, whole or not at all.
+    """Writes the report of a result of `evaluate` into an HTML file, whole or not at all.
 
     Args:
-        path: HTML file.
-        result: Of `evaluate`.
+        path: The file.
+        result: The numbers.
         drawing: The `PictureRun` that made `result["pictures"]`, for the contact sheet.
-        pairs: The `HeldOutPairs` behind the numbers.
+        pairs: The `HeldOutPairs` behind the numbers, for the plots.
         predictions: `(N, D)` of each adapter.
         baselines: `(N, D)` of each baseline.
 

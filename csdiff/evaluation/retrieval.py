@@ -68,13 +68,9 @@ class Ranks:
 
 
 def retrieval_ranks(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Ranks:
-    """Ranks of the right items by cosine similarity, in blocks.
+    """Ranks of the right items of `(Q, D)` queries in a `(G, D)` gallery, by cosine similarity, in blocks.
 
-    Args:
-        query: `(Q, D)`.
-        gallery: `(G, D)`.
-        query_ids: `(Q,)` integers; a gallery item is right when its id is the query's.
-        gallery_ids: `(G,)` integers; several right items a query are allowed.
+    A gallery item is right when its id is the query's; several right items a query are allowed.
 
     Raises:
         ValueError: if a query has no right item in the gallery.

@@ -1,6 +1,7 @@
 """Adapters for a store of 64 pairs, one that fits it and one that does not, and a folder of captioned pictures."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -8,7 +9,45 @@ import pytest
 from PIL import Image
 
 from csdiff.adapters import LinearAdapter
+from csdiff.cli import run_command
 from csdiff.embeddings import EmbeddingStore, load_image_encoder, load_text_encoder
+
+
+@pytest.fixture
+def run(capsys):
+    """`csdiff evaluate` as users call it: the exit code and what it said on stderr; stdout is in `run.table`."""
+
+    def command(*arguments):
+        code = run_command("evaluate", [str(argument) for argument in arguments], "csdiff evaluate")
+        command.table, said = capsys.readouterr()
+        return code, said.strip()
+
+    return command
+
+
+@pytest.fixture
+def scores(run, tmp_path):
+    """What `csdiff evaluate` writes to --json."""
+
+    def command(*arguments):
+        assert run(*arguments, "--json", tmp_path / "scores.json")[0] == 0
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    return command
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A copy of an adapter with other metadata."""
+
+    def make(adapter, change):
+        copy = shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True)
+        metadata = json.loads((copy / "csdiff.json").read_text())
+        change(metadata)
+        (copy / "csdiff.json").write_text(json.dumps(metadata))
+        return copy
+
+    return make
 
 
 @pytest.fixture(scope="session")

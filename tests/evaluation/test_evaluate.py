@@ -1,6 +1,5 @@
 """`csdiff evaluate` on embeddings, as users call it."""
 
-import json
 import shutil
 import sys
 from importlib import import_module
@@ -11,237 +10,195 @@ import pytest
 import torch
 from tiny import make_plain_store
 
-from csdiff.cli import run_command
-from csdiff.embeddings import EmbeddingStore
+from csdiff.adapters import TransformerAdapter
+from csdiff.embeddings import EmbeddingStore, write_store
+from csdiff.errors import CSDiffError
+from csdiff.evaluation import EvaluateConfig, evaluate
 from csdiff.evaluation.comparison import compare
-from csdiff.evaluation.data import open_store, read_pairs
+from csdiff.evaluation.data import open_store, predict, read_pairs
 from csdiff.evaluation.evaluate import short_names
-from csdiff.evaluation.predictions import predict
 from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.tables import number
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*csdiff.json.*")
 
 
-def run(*arguments):
-    return run_command("evaluate", [str(argument) for argument in arguments], "csdiff evaluate")
+@pytest.fixture
+def copy_store(plain_store, tmp_path):
+    """Copies of the plain store that say what they were made from."""
+
+    def make(name, rows=64, **fingerprint):
+        values = {key: value[:rows] for key, value in EmbeddingStore.open(plain_store).read(slice(None)).items()}
+        write_store(tmp_path / name, **values, fingerprint={"normalized": False, **fingerprint})
+        return tmp_path / name
+
+    return make
 
 
-def test_json_and_table(adapters, plain_store, tmp_path, capsys):
-    file = tmp_path / "scores.json"
-    assert run("--adapter", adapters["good"], "--data", plain_store, "--json", file) == 0
-    scores = json.loads(file.read_text())
-    real = scores["baselines"].pop("real")
-    for found in (scores, *scores["baselines"].values()):
-        for direction in ("text_to_image", "image_to_text"):
-            assert {"r@1", "r@5", "r@10"} <= found[direction].keys()
-        for name in ("centroid_gap", "distribution_gap", "frechet_distance", "kernel_distance", "cs_divergence"):
-            assert isinstance(found[name], float)
-        assert {"paired", "unpaired", "text"} == found["cosine"].keys()
-        assert {"mean_ratio", "std_ratio"} == found["norm"].keys()
-    assert set(scores["baselines"]) == {"raw_text", "mean_shift", "ridge"}
-    assert scores["centroid_gap"] < 0.1 < scores["baselines"]["raw_text"]["centroid_gap"]
-    assert abs(real["kernel_distance"]) < 0.1 * scores["baselines"]["raw_text"]["kernel_distance"]
-    manifest = scores["manifest"]
+def test_json_and_table(adapters, plain_store, scores, run, tmp_path):
+    options = ("--adapter", adapters["good"], "--data", plain_store)
+    found = scores(*options)
+    first = (tmp_path / "scores.json").read_bytes()
+    real = found["baselines"].pop("real")
+    assert set(found["baselines"]) == {"raw_text", "mean_shift", "ridge"}
+    assert all(column.keys() >= real.keys() for column in (found, *found["baselines"].values()))
+    assert found["centroid_gap"] < 0.1 < found["baselines"]["raw_text"]["centroid_gap"]
+    assert abs(real["kernel_distance"]) < 0.1 * found["baselines"]["raw_text"]["kernel_distance"]
+    manifest = found["manifest"]
     assert len(manifest["adapters"]["good"]["sha256"]) == 64
     assert manifest["data"]["pictures"] == 64
     assert manifest["versions"]["torch"] == torch.__version__
-    table = capsys.readouterr().out
-    assert "real vs real" in table
-    assert number(scores["text_to_image"]["r@1"]) in table
+    assert "real vs real" in run.table
+    assert number(found["text_to_image"]["r@1"]) in run.table
+    scores(*options)
+    assert (tmp_path / "scores.json").read_bytes() == first
 
 
-def test_scores_repeat(adapters, plain_store, tmp_path):
-    for name in ("a", "b"):
-        assert run("--adapter", adapters["good"], "--data", plain_store, "--json", tmp_path / name) == 0
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_baselines_are_fitted_to_train(adapters, plain_store, tmp_path):
+def test_baselines_are_fitted_to_train(adapters, plain_store, scores):
     """With the held-out pairs themselves to fit to, the mean shift leaves no gap; cross-fitted it leaves some."""
-    whole = ("--adapter", adapters["good"], "--data", plain_store, "--json")
-    assert run(*whole, tmp_path / "crossed") == 0
-    assert run(*whole, tmp_path / "fitted", "--train", plain_store) == 0
-    crossed, fitted = (json.loads((tmp_path / name).read_text()) for name in ("crossed", "fitted"))
-    assert (
-        fitted["baselines"]["mean_shift"]["cosine"]["paired"] > crossed["baselines"]["mean_shift"]["cosine"]["paired"]
-    )
+    options = ("--adapter", adapters["good"], "--data", plain_store)
+    crossed, fitted = scores(*options), scores(*options, "--train", plain_store)
+    cosines = [found["baselines"]["mean_shift"]["cosine"]["paired"] for found in (crossed, fitted)]
+    assert cosines[0] < cosines[1]
     assert fitted["manifest"]["baselines_fitted_to"]["rows"] == 64
     assert crossed["manifest"]["baselines_fitted_to"]["folds"] == 5
 
 
-def test_baselines_are_fitted_to_the_adapters_own_training_store(adapters, plain_store, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("source", "more", "words", "manifest"),
+    [
+        ("mine", (), "mine", {"rows": 64, "own_training_store": True}),
+        ("mine", ("--train", "other"), "other", {"rows": 40, "own_training_store": False}),
+        ("changed", (), "cross-fitted", {"folds": 5}),
+    ],
+)
+def test_baselines_are_fitted_to_the_adapters_own_training_store(
+    source, more, words, manifest, adapters, plain_store, copy_store, changed, scores, run, tmp_path, monkeypatch
+):
     """Where `csdiff.json` names one, by any name; an explicit --train wins, and a store that has changed is not it."""
-    from csdiff.embeddings import write_store
-
     monkeypatch.chdir(tmp_path)
-    values = EmbeddingStore.open(plain_store).read(slice(None))
-    fewer = {name: value[:40] for name, value in values.items()}
-    write_store(tmp_path / "mine", **values, fingerprint={"data": {"source": "mine"}, "normalized": False})
-    write_store(tmp_path / "other", **fewer, fingerprint={"data": {"source": "other"}, "normalized": False})
-    adapter = shutil.copytree(adapters["good"], tmp_path / "adapter")
-    metadata = json.loads((adapter / "csdiff.json").read_text())
-
-    def fitted(*more, source):
-        metadata["data"] = {"train": "mine", "rows": 64, "source": {"source": source}}
-        (adapter / "csdiff.json").write_text(json.dumps(metadata))
-        assert run("--adapter", "adapter", "--data", plain_store, "--json", "s.json", *more) == 0
-        scores = json.loads((tmp_path / "s.json").read_text())
-        words = scores["baselines"]["ridge"]["fitted_on"]
-        assert words in capsys.readouterr().out
-        return words, scores["manifest"]["baselines_fitted_to"]
-
-    words, manifest = fitted(source="mine")
-    assert "mine" in words
-    assert (manifest["rows"], manifest["own_training_store"]) == (64, True)
-    words, manifest = fitted("--train", "other", source="mine")
-    assert "other" in words
-    assert (manifest["rows"], manifest["own_training_store"]) == (40, False)
-    words, manifest = fitted(source="changed")
-    assert "cross-fitted" in words
-    assert manifest["folds"] == 5
+    copy_store("mine", data={"source": "mine"})
+    copy_store("other", rows=40, data={"source": "other"})
+    trained = {"train": "mine", "rows": 64, "source": {"source": source}}
+    adapter = changed(adapters["good"], lambda metadata: metadata.update(data=trained))
+    found = scores("--adapter", adapter, "--data", plain_store, *more)
+    said = found["baselines"]["ridge"]["fitted_on"]
+    assert words in said
+    assert said in run.table
+    assert manifest.items() <= found["manifest"]["baselines_fitted_to"].items()
 
 
-def test_groups_follow_the_concepts_of_the_store(adapters, plain_store, tmp_path, capsys):
+def test_groups_follow_the_concepts_of_the_store(adapters, plain_store, scores, run, tmp_path):
     shutil.copytree(plain_store, tmp_path / "named")
     for file in (tmp_path / "named/metadata").glob("*.parquet"):
         table = pq.read_table(file)
         pq.write_table(table.append_column("concept", [[f"kind {row % 3}" for row in range(len(table))]]), file)
-    assert run("--adapter", adapters["good"], "--data", tmp_path / "named", "--json", tmp_path / "s.json") == 0
-    scores = json.loads((tmp_path / "s.json").read_text())
-    assert {"v_measure", "ari"} == scores["groups"].keys() == scores["baselines"]["ridge"]["groups"].keys()
-    assert "groups, V-measure" in capsys.readouterr().out
-    assert run("--data", plain_store, "--adapter", adapters["good"], "--concepts", "colour") == 2
-    assert "'colour'" in capsys.readouterr().err
+    found = scores("--adapter", adapters["good"], "--data", tmp_path / "named")
+    assert {"v_measure", "ari"} == found["groups"].keys() == found["baselines"]["ridge"]["groups"].keys()
+    assert "groups, V-measure" in run.table
+    code, said = run("--data", plain_store, "--adapter", adapters["good"], "--concepts", "colour")
+    assert (code, "'colour'" in said) == (2, True)
 
 
-def test_an_encoder_that_moved_is_named_by_the_user(picture_adapter, captioned_pictures, tiny_clip, tmp_path, capsys):
-    adapter = shutil.copytree(picture_adapter, tmp_path / "adapter")
-    metadata = json.loads((adapter / "csdiff.json").read_text())
-    for tower in ("text", "image"):
-        metadata[f"{tower}_encoder"]["id"] = str(tmp_path / "gone")
-    (adapter / "csdiff.json").write_text(json.dumps(metadata))
-    options = ("--adapter", adapter, "--data", captioned_pictures)
-    assert run(*options) == 2
-    assert "--text_encoder" in capsys.readouterr().err
-    assert run(*options, "--text_encoder", tiny_clip, "--image_encoder", tiny_clip) == 0
-    assert run(*options, "--text_encoder", "tiny-clip", "--image_encoder", tiny_clip) == 2
-    assert "gone" in capsys.readouterr().err
+def test_an_encoder_that_moved_is_named_by_the_user(picture_adapter, captioned_pictures, tiny_clip, changed, run):
+    def move(metadata):
+        for tower in ("text", "image"):
+            metadata[f"{tower}_encoder"]["id"] = "/no/longer/here"
+
+    options = ("--adapter", changed(picture_adapter, move), "--data", captioned_pictures)
+    code, said = run(*options)
+    assert (code, "--text_encoder" in said) == (2, True)
+    assert run(*options, "--text_encoder", tiny_clip, "--image_encoder", tiny_clip)[0] == 0
+    code, said = run(*options, "--text_encoder", "tiny-clip", "--image_encoder", tiny_clip)
+    assert (code, "/no/longer/here" in said) == (2, True)
 
 
-def test_compare_says_what_is_real(adapters, plain_store, tmp_path, capsys):
-    copy = shutil.copytree(adapters["good"], tmp_path / "copy")
-    folders = (adapters["good"], adapters["bad"], copy)
-    assert run("--compare", *folders, "--data", plain_store, "--json", tmp_path / "c.json", "--bootstrap", 200) == 0
-    scores = json.loads((tmp_path / "c.json").read_text())
-    assert list(scores["adapters"]) == ["good", "bad", "copy"]
-    assert scores["centroid_gap"] == scores["adapters"]["good"]["centroid_gap"]
-    found = {(d["first"], d["second"], d["metric"]): d for d in scores["comparison"]["differences"]}
-    gap = found["good", "bad", "centroid_gap"]
-    assert gap["real"]
-    assert gap["better"] == "good"
+def test_compare_says_what_is_real(adapters, plain_store, scores, tmp_path):
+    """Adapters called like a baseline get a column of their own."""
+    copy = shutil.copytree(adapters["good"], tmp_path / "runs" / "ridge")
+    found = scores("--compare", adapters["good"], adapters["bad"], copy, "--data", plain_store, "--bootstrap", 200)
+    assert list(found["adapters"]) == ["good", "bad", "runs/ridge"]
+    assert found["centroid_gap"] == found["adapters"]["good"]["centroid_gap"]
+    pairs = {(d["first"], d["second"], d["metric"]): d for d in found["comparison"]["differences"]}
+    gap = pairs["good", "bad", "centroid_gap"]
+    assert (gap["real"], gap["better"]) == (True, "good")
     assert gap["low"] <= gap["difference"] <= gap["high"] < 0
-    assert found["good", "bad", "kernel_distance"]["better"] == "good"
-    assert not any(d["real"] or d["difference"] for key, d in found.items() if key[:2] == ("good", "copy"))
-    low, high = scores["comparison"]["intervals"]["bad"]["centroid_gap"]
-    assert low < scores["adapters"]["bad"]["centroid_gap"] < high
-    assert "good" in capsys.readouterr().out
+    assert pairs["good", "bad", "kernel_distance"]["better"] == "good"
+    assert not any(d["real"] or d["difference"] for key, d in pairs.items() if key[:2] == ("good", "runs/ridge"))
+    low, high = found["comparison"]["intervals"]["bad"]["centroid_gap"]
+    assert low < found["adapters"]["bad"]["centroid_gap"] < high
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Two predictors of equal worth: the interval of their difference leaves 0 out in about one of twenty samples."""
     generator = torch.Generator().manual_seed(0)
     missed = {"cosine.paired": 0, "centroid_gap": 0, "kernel_distance": 0, "text_to_image.r@5": 0}
-    trials = 30
-    for _ in range(trials):
+    for _ in range(30):
         image = torch.randn(50, 6, generator=generator) + 0.5
         guesses = {name: image + torch.randn(50, 6, generator=generator) for name in "ab"}
-        result = compare(guesses, image, image, torch.arange(50), resamplings=100)
-        for entry in result["differences"]:
+        for entry in compare(guesses, image, image, torch.arange(50), resamplings=100)["differences"]:
             if entry["metric"] in missed:
                 missed[entry["metric"]] += entry["real"]
     # 1.5 of 30 are expected; 7 and more happen about once in a thousand.
     assert all(count < 7 for count in missed.values()), missed
 
 
-def differences(first, second, image, ids, **options):
+def differences(first, second, image, **options):
+    ids = torch.arange(len(image))
     found = compare({"a": first, "b": second}, image, image, ids, resamplings=200, **options)["differences"]
     assert all(entry["low"] <= entry["difference"] <= entry["high"] for entry in found)
+    assert all(entry["difference"] or not entry["real"] for entry in found)
     return {entry["metric"]: entry for entry in found}
 
 
 def test_a_zero_difference_is_never_real_and_every_interval_holds_its_estimate():
     """Identical adapters, predictions that are all tied, and medians, which jump by whole ranks between resamples."""
     generator = torch.Generator().manual_seed(3)
-    image, ids = torch.randn(41, 6, generator=generator), torch.arange(41)
+    image = torch.randn(41, 6, generator=generator)
     noisy, other = (image + torch.randn(41, 6, generator=generator) for _ in range(2))
-    assert not any(entry["real"] for entry in differences(noisy, noisy.clone(), image, ids).values())
-    tied = torch.ones(41, 6)
-    assert not any(
-        entry["real"] for entry in differences(tied, 2 * tied, image, ids).values() if "norm" not in entry["metric"]
-    )
+    assert not any(entry["real"] for entry in differences(noisy, noisy.clone(), image).values())
+    tied = differences(torch.ones(41, 6), 2 * torch.ones(41, 6), image)
+    assert not any(entry["real"] for key, entry in tied.items() if "norm" not in key)
     for seed in range(20):
-        for entry in differences(noisy, other, image, ids, seed=seed).values():
-            assert entry["difference"] or not entry["real"]
+        differences(noisy, other, image, seed=seed)
     # One caption of 41 in another place: the median of some resamples moves, that of the sample does not.
     moved = noisy.clone()
     moved[0] = -image[0]
-    assert not differences(noisy, moved, image, ids)["text_to_image.median_rank"]["real"]
+    assert not differences(noisy, moved, image)["text_to_image.median_rank"]["real"]
 
 
 def test_more_images_than_are_resampled_keep_the_whole_gallery():
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(60, 4, generator=generator)
     near, far = (image + s * torch.randn(60, 4, generator=generator) for s in (0.3, 3.0))
-    ids = torch.arange(60)
-    whole, part = (compare({"a": near, "b": far}, image, image, ids, 200, limit=n) for n in (None, 30))
-    assert (whole["images"], part["images"]) == (60, 30)
-    value = [next(d for d in r["differences"] if d["metric"] == "text_to_image.median_rank") for r in (whole, part)]
-    assert all(entry["better"] == "a" for entry in value)
+    part = differences(near, far, image, limit=30)["text_to_image.median_rank"]
+    assert part["better"] == "a"
     # Among 30 images no median rank could be as bad.
-    assert value[1]["difference"] < -15 / 2
-
-
-@pytest.fixture
-def stores(tmp_path):
-    """Stores that the adapters cannot be measured on, and what is said of them."""
-    return {
-        "narrow": make_plain_store(tmp_path / "narrow", image_dim=12),
-        "unit": make_plain_store(tmp_path / "unit", unit_norm=True),
-        "few": make_plain_store(tmp_path / "few", n=5),
-    }
+    assert part["difference"] < -15 / 2
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("options", "expected"),
     [
-        ("narrow", "expected image embeddings of 16 dimensions, as the adapter"),
-        ("unit", "expected raw embeddings, as the adapter"),
-        ("few", "at least 8 different images to evaluate on, found 5"),
+        ({"image_dim": 12}, "expected image embeddings of 16 dimensions, as the adapter"),
+        ({"unit_norm": True}, "expected raw embeddings, as the adapter"),
+        ({"n": 5}, "at least 8 different images to evaluate on, found 5"),
     ],
 )
-def test_refuses_stores_that_do_not_fit(name, expected, stores, adapters, tmp_path, capsys):
-    file = tmp_path / "scores.json"
-    assert run("--adapter", adapters["good"], "--data", stores[name], "--json", file) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert expected in message
-    assert not file.exists()
+def test_refuses_stores_that_do_not_fit(options, expected, adapters, run, tmp_path):
+    store = make_plain_store(tmp_path / "store", **options)
+    code, said = run("--adapter", adapters["good"], "--data", store, "--json", tmp_path / "scores.json")
+    assert (code, expected in said) == (2, True)
+    assert not (tmp_path / "scores.json").exists()
 
 
-def test_refuses_another_encoder(adapters, plain_store, tmp_path, capsys):
-    from csdiff.embeddings import write_store
-
-    rows = EmbeddingStore.open(plain_store).read(slice(None))
-    for name, digest in (("trained", "a" * 64), ("other", "b" * 64)):
-        fingerprint = {"text_encoder": {"id": name, "weights_sha256": digest, "dim": 16}}
-        write_store(tmp_path / name, **rows, fingerprint={**fingerprint, "normalized": False})
-    adapter = shutil.copytree(adapters["good"], tmp_path / "adapter")
-    metadata = json.loads((adapter / "csdiff.json").read_text())
-    metadata["text_encoder"] = {"id": "trained", "weights_sha256": "a" * 64, "dim": 16}
-    (adapter / "csdiff.json").write_text(json.dumps(metadata))
-    assert run("--adapter", adapter, "--data", tmp_path / "trained") == 0
-    assert run("--adapter", adapter, "--data", tmp_path / "other") == 2
-    assert "text encoder" in capsys.readouterr().err
+def test_refuses_another_encoder(adapters, copy_store, changed, run):
+    known = {name: {"id": name, "weights_sha256": name[0] * 64, "dim": 16} for name in ("trained", "other")}
+    stores = {name: copy_store(name, text_encoder=encoder) for name, encoder in known.items()}
+    adapter = changed(adapters["good"], lambda metadata: metadata.update(text_encoder=known["trained"]))
+    assert run("--adapter", adapter, "--data", stores["trained"])[0] == 0
+    code, said = run("--adapter", adapter, "--data", stores["other"])
+    assert (code, "text encoder" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -252,25 +209,34 @@ def test_refuses_another_encoder(adapters, plain_store, tmp_path, capsys):
         (("--data", "x", "--adapter", "nowhere/at/all"), "nowhere/at/all"),
         (("--data", "x", "--json", "nowhere/at/all.json"), "expected an existing folder for it"),
         (("--data", "x", "--compare", "a", "a"), "two or more different adapters"),
-        (("--data", "x", "--bootstrap", "3"), "bootstrap"),
         (("--data", "x", "--prompts", "p.txt"), "prompts: expected a decoder to draw them with"),
         (("--data", "x", "--picture_baselines", "magic"), "found magic"),
+        (("--data", "x", "--device", "foo"), "device 'foo': expected auto, cpu"),
     ],
 )
-def test_bad_options_are_one_sentence(arguments, expected, capsys):
-    assert run(*arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert expected in lines[0]
+def test_bad_options_are_one_sentence(arguments, expected, run):
+    code, said = run(*arguments)
+    assert (code, len(said.splitlines()), expected in said) == (2, 1, True)
 
 
-def test_refuses_numbers_that_are_not_finite(adapters, plain_store, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("steps", 0), ("steps", 1001), ("seed", -1), ("seed", 2**63), ("size", 12), ("max_rows", 3), ("bootstrap", 3)],
+)
+def test_numbers_out_of_range_are_named_on_the_command_line_and_in_python(option, value, run):
+    code, said = run("--data", "nowhere", f"--{option}", value)
+    assert (code, option in said, str(value) in said) == (2, True, True)
+    with pytest.raises(CSDiffError, match=option):
+        evaluate(EvaluateConfig(data="nowhere", **{option: value}))
+
+
+def test_refuses_numbers_that_are_not_finite(adapters, plain_store, run, tmp_path):
     store = shutil.copytree(plain_store, tmp_path / "store")
     rows = np.load(store / "text_emb/text_emb_0.npy")
     rows[3, 2] = np.nan
     np.save(store / "text_emb/text_emb_0.npy", rows)
-    assert run("--adapter", adapters["good"], "--data", store) == 2
-    assert "row 3 of text_emb/text_emb_0.npy is not finite" in capsys.readouterr().err
+    code, said = run("--adapter", adapters["good"], "--data", store)
+    assert (code, "row 3 of text_emb/text_emb_0.npy is not finite" in said) == (2, True)
 
 
 def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tmp_path):
@@ -283,28 +249,11 @@ def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tm
     assert list(short_names(["a/x", "./a/x"]).values()) == ["a/x", "./a/x"]
 
 
-def test_an_adapter_called_like_a_baseline_has_a_column_of_its_own(adapters, plain_store, tmp_path, capsys):
-    ridge = shutil.copytree(adapters["good"], tmp_path / "runs" / "ridge")
-    options = ("--compare", ridge, adapters["bad"], "--data", plain_store, "--bootstrap", 100)
-    assert run(*options, "--json", tmp_path / "s.json") == 0
-    scores = json.loads((tmp_path / "s.json").read_text())
-    assert list(scores["adapters"]) == ["runs/ridge", "bad"]
-    assert "runs/ridge" in capsys.readouterr().out
-
-
-def test_data_the_adapter_was_trained_on_is_told_of(adapters, plain_store, tmp_path, caplog):
-    from csdiff.embeddings import write_store
-
-    values = EmbeddingStore.open(plain_store).read(slice(None))
-    for name in ("seen", "unseen"):
-        write_store(tmp_path / name, **values, fingerprint={"data": {"source": name}, "normalized": False})
-    adapter = shutil.copytree(adapters["good"], tmp_path / "adapter")
-    metadata = json.loads((adapter / "csdiff.json").read_text())
-    metadata["data"] = {"source": {"source": "seen"}}
-    (adapter / "csdiff.json").write_text(json.dumps(metadata))
+def test_data_the_adapter_was_trained_on_is_told_of(adapters, copy_store, changed, run, caplog):
+    adapter = changed(adapters["good"], lambda metadata: metadata.update(data={"source": {"source": "seen"}}))
     for name in ("unseen", "seen"):
         caplog.clear()
-        assert run("--adapter", adapter, "--data", tmp_path / name) == 0
+        assert run("--adapter", adapter, "--data", copy_store(name, data={"source": name}))[0] == 0
         assert ("these numbers are not held out" in caplog.text) == (name == "seen")
 
 
@@ -314,74 +263,65 @@ def nothing_is_measured(*_, **__):
 
 @pytest.mark.parametrize("missing", ["train", "scikit-learn"])
 def test_what_is_missing_is_refused_before_data_is_embedded(
-    missing, picture_adapter, captioned_pictures, monkeypatch, capsys
+    missing, picture_adapter, captioned_pictures, monkeypatch, run
 ):
     monkeypatch.setattr("csdiff.embeddings.extraction.embed", nothing_is_measured)
-    more = ()
-    if missing == "train":
-        more = ("--train", "nowhere/at/all")
-    else:
+    if missing == "scikit-learn":
         # None in sys.modules is how Python itself marks a module that cannot be imported
         monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert run("--adapter", picture_adapter, "--data", captioned_pictures, *more) == 2
-    assert missing in capsys.readouterr().err
+    more = ("--train", "nowhere/at/all") if missing == "train" else ()
+    code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *more)
+    assert (code, missing in said) == (2, True)
 
 
-def test_encoder_of_every_adapter_is_asked_for_before_the_first_is_measured(
-    adapters, plain_store, tmp_path, monkeypatch, capsys
-):
-    from csdiff.adapters import TransformerAdapter
-
-    reads = TransformerAdapter(
-        embedding_dim=16, num_layers=1, num_attention_heads=1, attention_head_dim=8, states_dim=16
-    )
-    reads.save_pretrained(tmp_path / "reads")
-    monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "predict", nothing_is_measured)
-    assert run("--compare", adapters["good"], tmp_path / "reads", "--data", plain_store) == 2
-    assert "names no text encoder" in capsys.readouterr().err
-
-
-def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned_pictures, tmp_path, monkeypatch):
-    adapter = shutil.copytree(picture_adapter, tmp_path / "adapter")
-    metadata = json.loads((adapter / "csdiff.json").read_text())
-    metadata["text_encoder"] |= {"revision": "abc", "pooling": "mean"}
-    metadata["image_encoder"] |= {"revision": "def"}
-    metadata["tokenizer"] = {"max_length": 9}
-    (adapter / "csdiff.json").write_text(json.dumps(metadata))
-    asked = []
-
-    def embed(config):
-        asked.append(config)
-        raise InterruptedError
-
-    monkeypatch.setattr("csdiff.embeddings.extraction.embed", embed)
-    card = read_adapter_card(adapter)
-    with pytest.raises(InterruptedError), open_store(str(captioned_pictures), "data", card, None, False, "test"):
-        pass
-    config = asked[0]
-    assert (config.text_revision, config.pooling, config.max_length) == ("abc", "mean", 9)
-    assert config.image_revision == "def"
-
-
-def test_captions_are_encoded_as_the_adapter_was_trained(plain_store, tmp_path, monkeypatch):
-    from csdiff.adapters import TransformerAdapter
-
+@pytest.fixture
+def reader(tmp_path):
+    """An adapter that reads token states."""
     adapter = TransformerAdapter(
         embedding_dim=16, num_layers=1, num_attention_heads=1, attention_head_dim=8, states_dim=16
     )
-    adapter.metadata = {
-        "text_encoder": {"id": "somewhere", "revision": "abc", "pooling": "mean"},
-        "tokenizer": {"max_length": 9},
-    }
-    adapter.save_pretrained(tmp_path / "adapter")
-    asked = []
 
-    def load(*names, **options):
-        asked.append((names[0], options))
+    def make(**metadata):
+        adapter.metadata = metadata
+        adapter.save_pretrained(tmp_path / "reader")
+        return tmp_path / "reader"
+
+    return make
+
+
+def test_encoder_of_every_adapter_is_asked_for_before_the_first_is_measured(
+    adapters, plain_store, reader, monkeypatch, run
+):
+    monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "held_out_metrics", nothing_is_measured)
+    code, said = run("--compare", adapters["good"], reader(), "--data", plain_store)
+    assert (code, "names no text encoder" in said) == (2, True)
+
+
+def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned_pictures, changed, monkeypatch):
+    def change(metadata):
+        metadata["text_encoder"] |= {"revision": "abc", "pooling": "mean"}
+        metadata["image_encoder"] |= {"revision": "def"}
+        metadata["tokenizer"] = {"max_length": 9}
+
+    def embed(config):
+        assert (config.text_revision, config.pooling, config.max_length) == ("abc", "mean", 9)
+        assert config.image_revision == "def"
         raise InterruptedError
 
-    monkeypatch.setattr("csdiff.embeddings.load_text_encoder", load)
+    monkeypatch.setattr("csdiff.embeddings.extraction.embed", embed)
+    card = read_adapter_card(changed(picture_adapter, change))
+    with pytest.raises(InterruptedError), open_store(str(captioned_pictures), "data", card, None, False, "test"):
+        pass
+
+
+def test_captions_are_encoded_as_the_adapter_was_trained(plain_store, tiny_clip, reader, monkeypatch):
+    encoder = {"id": str(tiny_clip), "revision": "abc", "pooling": "mean"}
+
+    def load(id, device, **options):
+        assert (id, options) == (str(tiny_clip), {"revision": "abc", "pooling": "mean", "max_length": 9})
+        raise InterruptedError
+
+    monkeypatch.setattr("csdiff.evaluation.data.load_text_encoder", load)
     pairs = read_pairs(str(plain_store), EmbeddingStore.open(plain_store), "data", 64)
     with pytest.raises(InterruptedError):
-        predict(read_adapter_card(tmp_path / "adapter"), pairs)
-    assert asked == [("somewhere", {"revision": "abc", "pooling": "mean", "max_length": 9})]
+        predict(read_adapter_card(reader(text_encoder=encoder, tokenizer={"max_length": 9})), pairs)
