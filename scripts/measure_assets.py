@@ -42,16 +42,19 @@ JUDGES = {"tiny-clip": 5, "efficientnet-lite0": 10, "efficientnet-lite1": 10}
 COLUMNS = 12
 
 
+def weights_sha256(*folders: str) -> str:
+    """Of the weights in folders of `assets/`."""
+    digest = hashlib.sha256()
+    for path in sorted(path for name in folders for path in (ASSETS / name).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 class Kept:
-    """Tensors in a folder, forgotten when the shipped models change."""
+    """Tensors in a folder, forgotten when the shipped encoder or decoder changes."""
 
     def __init__(self, folder: Path) -> None:
-        digest = hashlib.sha256()
-        for path in sorted(
-            p for name in ("clip", "decoder", "adapter") for p in (ASSETS / name).rglob("*.safetensors")
-        ):
-            digest.update(path.read_bytes())
-        self.folder = folder / digest.hexdigest()[:12]
+        self.folder = folder / weights_sha256("clip", "decoder")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> Tensor | None:
@@ -206,7 +209,7 @@ def measure_text(splits: dict[str, Images], chosen: dict[str, list[int]], judges
     for split, rows in chosen.items():
         images = splits[split]
         prompts = [f"{images.labels[i]}, {images.styles[i]} style" for i in rows]
-        drawn = draw(adapter.embed(encode_text(prompts)), f"from-text-{split}", kept)
+        drawn = draw(adapter.embed(encode_text(prompts)), f"from-text-{split}-{weights_sha256('adapter')}", kept)
         figures[split] = judges(drawn, images, rows)
     return figures
 

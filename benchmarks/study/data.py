@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ASSETS, COCO = ROOT / "assets", ROOT.parent / "shared/data/coco500"
 SPLITS = ("train", "combination", "concept")
 COCO_DEVELOPMENT = 400
+FEW = 512
+HELD_OUT = 600
 
 
 @dataclass
@@ -106,16 +108,19 @@ class Study:
         fit: Rows that methods are fitted to.
         held_out: Rows that they are measured on.
         config: Configuration file whose recipe and budget all methods get.
+        gallery: Images among which validation rows find theirs; None for their own. The tiny CLIP was trained on the
+            validation rows of the shipped data, so that they find theirs too easily among few.
     """
 
     fit: Rows
     held_out: dict[str, Rows]
     config: str
+    gallery: Rows | None = None
 
 
 def available() -> list[str]:
     """Names of the data sets that are on this machine."""
-    return ["shipped", *(["coco500"] if COCO.is_dir() else [])]
+    return ["shipped", "few", *(["coco500"] if COCO.is_dir() else [])]
 
 
 @cache
@@ -131,8 +136,8 @@ def load(name: str, seed: int, folder: Path, validation: bool = False) -> Study:
     """A data set.
 
     Args:
-        name: "shipped", "coco500", or "random" (small random pairs, for the test of the script).
-        seed: Of the subsample of coco500 that is fitted to.
+        name: "shipped", "few" (512 images of it), "coco500", or "random" (small random pairs, to test the script).
+        seed: Of the subsample that is fitted to, where it is one.
         folder: Folder that keeps the stores.
         validation: Measure on a part held out of the *fitted* rows, as the sweeps do; otherwise on the test splits.
     """
@@ -148,14 +153,24 @@ def load(name: str, seed: int, folder: Path, validation: bool = False) -> Study:
         # Nine tenths of the development part: seeds differ by their data too, and so do the error bars.
         test = np.arange(COCO_DEVELOPMENT, 500)
         return Study(Rows(path, order[: COCO_DEVELOPMENT * 9 // 10]), {"test": Rows(path, test)}, "embeddings.yaml")
-    splits = {split: Rows(shipped(split, folder)) for split in SPLITS}
-    if not validation:
-        held_out = {split: splits[split].first_captions() for split in SPLITS[1:]}
-        return Study(splits["train"], held_out, "tiny.yaml")
-    train = splits["train"]
-    out = torch.tensor([zlib.crc32(concept.encode()) % 8 == 0 for concept in train.concepts])
-    held_out = train.images(train.ids[out].unique()).first_captions()
-    return Study(train.images(train.ids[~out].unique()), {"validation": held_out}, "tiny.yaml")
+    config = "tiny.yaml" if name == "shipped" else "embeddings.yaml"
+    train = Rows(shipped("train", folder))
+    held_out = {split: Rows(shipped(split, folder)).first_captions() for split in SPLITS[1:]}
+    fitted = train
+    if validation:
+        out = torch.tensor([(zlib.crc32(concept.encode()) + seed) % 8 == 0 for concept in train.concepts])
+        fitted, order = train.images(train.ids[~out].unique()), _shuffled(train.ids[~out], seed)
+        held_out = {"concept": train.images(train.ids[out].unique()), "combination": fitted.images(order[:HELD_OUT])}
+        held_out = {split: rows.first_captions() for split, rows in held_out.items()}
+        fitted = fitted.images(order[HELD_OUT:])
+    if name == "few":
+        fitted = fitted.images(_shuffled(fitted.ids, seed)[:FEW])
+    return Study(fitted, held_out, config, train.first_captions() if validation else None)
+
+
+def _shuffled(ids: Tensor, seed: int) -> Tensor:
+    known = ids.unique()
+    return known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
 
 
 def shipped(split: str, folder: Path) -> Path:

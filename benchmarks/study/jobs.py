@@ -64,7 +64,7 @@ def sweep_jobs(data: list[str], parts: list[str], seeds: int, steps: int | None 
         for part in parts
         for name in data
         for method in SWEEPS[part]
-        if not (name != "shipped" and part in ("batch", "unpaired"))
+        if name == "shipped" or part == "choice" or (name == "coco500" and part not in ("batch", "unpaired"))
     ]
 
 
@@ -86,14 +86,16 @@ def commit() -> str:
 def run_job(job: Job, folder: str) -> dict:
     """Fit and measure; a record for the results file."""
     import torch
+    import torch.nn.functional as F
 
     from csdiff.evaluation import embedding_metrics, group_agreement
 
     from .fit import fit, predict, recipe
 
     torch.set_num_threads(1)
-    # Only coco500 draws its rows by the seed.
-    study = _study(job.data, job.seed if job.data == "coco500" else 0, folder, job.part != "table")
+    validation = job.part != "table"
+    drawn = job.data in ("coco500", "few") or validation  # whether the seed chooses the rows
+    study = _study(job.data, job.seed if drawn else 0, folder, validation)
     config = recipe(study.config)
     config.max_steps = job.steps or config.max_steps
     record = {**asdict(job), "commit": commit(), "assets": assets_sha256(), "held_out": {}}
@@ -116,6 +118,10 @@ def run_job(job: Job, folder: str) -> dict:
             prediction = predict(fitted.adapter, rows)
         seconds = time.process_time() - start
         metrics = embedding_metrics(prediction, rows.image, rows.text, rows.ids)
+        if study.gallery is not None:
+            likeness = F.normalize(prediction, dim=1) @ F.normalize(study.gallery.image, dim=1).T
+            right = study.gallery.ids[likeness.argmax(1)] == rows.ids
+            metrics["text_to_image"] = {"r@1": right.float().mean().item()}
         if rows.concepts and job.spec.adapter != "real":
             metrics["groups"] = group_agreement(prediction, rows.image, rows.concepts, rows.concepts)
         record["held_out"][split] = {**metrics, "inference_ms": 1e6 * seconds / len(rows.index)}

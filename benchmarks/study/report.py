@@ -86,9 +86,9 @@ def sweep_table(records: list[dict], part: str) -> str:
     for data in dict.fromkeys(r["data"] for r in records if r["part"] == part):
         for key in SWEEPS[part]:
             mine = [r for r in records if (r["part"], r["data"], r["method"]) == (part, data, key)]
-            if mine:
-                cells = [spread([value(r, "validation", metric) for r in mine]) for metric in SHORT]
-                rows.append([data, key, *cells, len(mine)])
+            for split in splits(mine, data):
+                cells = [spread([value(r, split, metric) for r in mine]) for metric in SHORT]
+                rows.append([f"{data}, {split}", key, *cells, len(mine)])
     return markdown_table(["data", "setting", *map(label, SHORT), "seeds"], rows)
 
 
