@@ -23,7 +23,7 @@ class CSAlignerLoss(Objective):
     added when tokens are given.
 
     ```python
-    objective = CSAlignerLoss(cs_weight=2.0, bandwidth=0.5)
+    objective = CSAlignerLoss(cs_weight=8.0, bandwidth=[0.35, 0.5, 1.0])
     output = objective(adapter.embed(text), image)
     output.loss.backward()
     ```
@@ -53,13 +53,14 @@ class CSAlignerLoss(Objective):
             one of `text_tokens` and `image_tokens` without the other.
 
     Source:
-        Yin et al., "CS-Aligner", arXiv 2502.17028. The paper does not state weights, bandwidth or temperature.
+        Yin et al., "CS-Aligner", arXiv 2502.17028. The paper does not state weights, bandwidth or
+        temperature; the defaults were chosen on validation rows, see `docs/results.md`.
     """
 
     info_nce_weight: float = 1.0
-    cs_weight: float = 2.0
+    cs_weight: float = 8.0
     token_weight: float = 1.0
-    bandwidth: float | Sequence[float] | str = 0.5
+    bandwidth: float | Sequence[float] | str = (0.35, 0.5, 1.0)
     diagonal: bool = True
     temperature: float = 0.07
     learnable_temperature: bool = False
@@ -283,7 +284,8 @@ def objective_options(name: str) -> dict[str, object]:
     """The options of the objective `name` with their defaults; all of them are fit for JSON."""
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
-    return {option.name: option.default for option in fields(OBJECTIVES[name]) if option.name != "group"}
+    options = {option.name: option.default for option in fields(OBJECTIVES[name]) if option.name != "group"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def build_objective(name: str, *, group: torch.distributed.ProcessGroup | None = None, **options: object) -> Objective:

@@ -226,7 +226,7 @@ def test_the_default_is_the_recipe_of_the_documentation():
     inputs = {**batch(), "text_tokens": None, "image_tokens": None, "unpaired_text": None, "unpaired_image": None}
     text, image = inputs["prediction"], inputs["image"]
     contrast = info_nce(text, image, temperature=0.07, normalize=True)
-    expected = contrast + 2 * cauchy_schwarz_divergence(text, image, bandwidth=0.5, normalize=True)
+    expected = contrast + 8 * cauchy_schwarz_divergence(text, image, bandwidth=(0.35, 0.5, 1.0), normalize=True)
     for objective in (CSAlignerLoss(), build_objective("cs_aligner")):
         torch.testing.assert_close(call(objective, inputs).loss, expected)
 
