@@ -14,7 +14,7 @@ import typing
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import (
+from jsonargparse.typing import (  # noqa: F401  for the configurations
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,22 +25,6 @@ from jsonargparse.typing import (
 )
 
 from csdiff.errors import CSDiffError
-
-__all__ = [
-    "ClosedUnitInterval",
-    "Decay",
-    "NonEmpty",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "Port",
-    "PositiveFloat",
-    "PositiveInt",
-    "Seed",
-    "Steps",
-    "check_options",
-    "explain",
-    "option_types",
-]
 
 Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)], docstring="A number from 0 to below 1.")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)], docstring="A whole number from 0 to 2^63 - 1.")

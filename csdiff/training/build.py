@@ -15,7 +15,7 @@ from csdiff.errors import CSDiffError
 from csdiff.losses.presets import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData, wants_tokens
-from csdiff.training.encoders import TextSide
+from csdiff.training.inputs import Inputs
 from csdiff.training.task import AlignmentTask, DenoisingObjective, Embedder
 
 DIFFUSION = "diffusion"
@@ -62,13 +62,13 @@ def all_objective_options(config: TrainConfig) -> dict:
     return options | ({"token_weight": 0.0} if "token_weight" in options and not wants_tokens(config) else {})
 
 
-def build_embedder(config: TrainConfig, data: TrainingData, text: TextSide) -> Embedder:
+def build_embedder(config: TrainConfig, data: TrainingData, inputs: Inputs) -> Embedder:
     """Adapter (and image adapter) with the statistics of the training data, at its starting point."""
     torch.manual_seed(config.seed)
     image, captions = (data.train.statistics(f"{side}_embeds") for side in ("image", "text"))
-    options = {"text_encoder": text.inside}
-    if text.shape is not None:
-        options |= {"num_embeddings": text.shape[0], "states_dim": text.shape[1]}
+    options = {"text_encoder": inputs.inside}
+    if inputs.states_shape is not None:
+        options |= dict(zip(("num_embeddings", "states_dim"), inputs.states_shape, strict=True))
     accepted = inspect.signature(ADAPTERS[config.adapter].__init__).parameters
     options = {name: value for name, value in options.items() if name in accepted and value is not None}
     dims = data.store.image_dim, data.store.text_dim
@@ -80,6 +80,8 @@ def build_embedder(config: TrainConfig, data: TrainingData, text: TextSide) -> E
         image_adapter = _build(config, config.image_adapter, "image_adapter_options", dims[0], dims[0], {})
         image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
     embedder = Embedder(adapter, image_adapter)
+    if wants_tokens(config):
+        embedder.project_text = inputs.project_text or adapter.text_encoder.text_projection.forward
     for parameter in embedder.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

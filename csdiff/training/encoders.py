@@ -1,7 +1,6 @@
 """Which frozen encoders are in the loop and which columns are read: it follows from adapter, objective and store."""
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 
@@ -9,46 +8,48 @@ from csdiff.adapters.registry import ADAPTERS
 from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.fingerprint import check_same_encoder, weights_sha256
-from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.embeddings.text_encoder import TextEncoder
 from csdiff.embeddings.tokenizer import load_caption_tokenizer
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData, reads_states, wants_tokens
 from csdiff.training.inputs import DatasetImages, Inputs
-from csdiff.training.task import Embedder
 
 
-@dataclass
-class TextSide:
-    """How text reaches the adapter.
-
-    Attributes:
-        online: Captions are encoded at every step.
-        encoder: Frozen text encoder, where it is in the loop or its projection is needed.
-        inside: Text encoder by name, where the adapter lives inside it.
-        shape: Tokens and width of the token states that are read, or None.
-    """
-
-    online: bool
-    encoder: TextEncoder | None = None
-    inside: str | None = None
-    shape: tuple[int, int] | None = None
-
-
-def open_text_side(config: TrainConfig, data: TrainingData, device: torch.device) -> TextSide:
-    """Decide between cached and online text, and load the encoder that needs.
+def open_inputs(config: TrainConfig, data: TrainingData, device: torch.device) -> Inputs:
+    """Decide between cached and online text and images, and load the encoders that needs.
 
     Raises:
-        CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states that
-            are neither cached nor encoded, captions that are not there, another encoder than the store's.
+        CSDiffError: a combination that cannot be: an adapter inside the text encoder on cached text, token states or
+            image tokens that are neither cached nor encoded, captions that are not there, another encoder than the
+            store's, a second store that lacks what is read.
     """
     for side in ("text", "image"):
         name = getattr(config.data, f"{side}_encoder")
         if name is not None and is_store(config.data.train):
             _check_named(data, side, name)
+    inputs = Inputs(device)
+    _open_text(inputs, config, data)
+    if wants_tokens(config):
+        _open_image_tokens(inputs, config, data)
+    unpaired = data.unpaired.get("unpaired_text")
+    for name, group, pairs in (("validation", "pairs", data.validation), ("unpaired_text", "unpaired_text", unpaired)):
+        if pairs is None:
+            continue
+        # Held-out rows are measured on pooled embeddings: tokens are for the objective.
+        missing = [key for key in inputs.keys[group] if key not in (*pairs.store.keys, "image_tokens")]
+        if inputs.captions and not _has_captions(pairs.store):
+            missing.append("captions")
+        if missing:
+            raise CSDiffError(
+                f"--data.{name} {pairs.store.path} has no {missing[0]}, which the run reads: embed it like the "
+                "training data."
+            )
+    return inputs
+
+
+def _open_text(inputs: Inputs, config: TrainConfig, data: TrainingData) -> None:
     store, inside, states = data.store, bool(ADAPTERS[config.adapter].uses_input_ids), reads_states(config)
     cached = not inside and (not states or "text_states" in store.keys)
     if config.data.text == "cached" and not cached:
@@ -67,7 +68,9 @@ def open_text_side(config: TrainConfig, data: TrainingData, device: torch.device
         )
     if inside:
         _check_named(data, "text", name)
-        return TextSide(online, inside=name)
+        inputs.inside = name
+        inputs.tokenize = load_caption_tokenizer(config.adapter_options.get("text_encoder", name))
+        return
     if online and config.data.text == "auto":
         warnings.warn(
             f"Steps are slow: {store.path} has no token states, so {name} encodes {config.batch_size:,} captions at "
@@ -75,54 +78,39 @@ def open_text_side(config: TrainConfig, data: TrainingData, device: torch.device
             "or choose an adapter for pooled text such as mlp.",
             stacklevel=2,
         )
-    text = TextSide(online)
     if name is not None:
-        text.encoder = load_text_encoder(name, device)
-        check_same_encoder(data.encoder("text"), text.encoder.describe(), "text", str(store.path), name)
-    if states and online:
-        text.shape = text.encoder.max_length, text.encoder.states_dim
+        encoder = load_text_encoder(name, inputs.device)
+        check_same_encoder(data.encoder("text"), encoder.describe(), "text", str(store.path), name)
+        inputs.project_text = encoder.project
+    if online:
+        inputs.text_encoder = encoder
+        inputs.states_shape = (encoder.max_length, encoder.states_dim) if states else None
     elif states:
-        text.shape = tuple(store.read([0], ["text_states"])["text_states"].shape[1:])
-    return text
+        inputs.states_shape = tuple(store.read([0], ["text_states"])["text_states"].shape[1:])
+        for group in ("pairs", "unpaired_text"):
+            inputs.keys[group] += ("text_states", "text_mask")
 
 
-def open_inputs(
-    config: TrainConfig, data: TrainingData, text: TextSide, embedder: Embedder, device: torch.device
-) -> Inputs:
-    """What is read and encoded at every step; gives the embedder its projection of tokens.
-
-    Raises:
-        CSDiffError: image tokens that are neither cached nor encoded, a second store that lacks what is read.
-    """
-    tokenize = None if text.inside is None else load_caption_tokenizer(embedder.adapter.config.text_encoder)
-    image_encoder = images = None
-    image_keys: tuple[str, ...] = ("image_embeds",)
-    if wants_tokens(config):
-        image_encoder, images = _open_image_tokens(config, data, device)
-        image_keys = ("image_embeds",) if images else ("image_embeds", "image_tokens")
-        if text.encoder is not None:
-            embedder.project_text = text.encoder.project
-        else:
-            embedder.project_text = embedder.adapter.text_encoder.text_projection.forward
-    cached_states = text.shape is not None and not text.online
-    text_keys = ("text_embeds", "text_states", "text_mask") if cached_states else ("text_embeds",)
-    encoder = text.encoder if text.online else None
-    inputs = Inputs(device, text_keys, image_keys, encoder, tokenize, image_encoder, images)
-    unpaired_text = data.unpaired.get("unpaired_text")
-    others = {"pairs": ("validation", data.validation), "unpaired_text": ("unpaired_text", unpaired_text)}
-    for group, (name, pairs) in others.items():
-        if pairs is None:
-            continue
-        # Held-out rows are measured on pooled embeddings: tokens are for the objective.
-        missing = [key for key in inputs.keys[group] if key not in (*pairs.store.keys, "image_tokens")]
-        if inputs.captions and not _has_captions(pairs.store):
-            missing.append("captions")
-        if missing:
-            raise CSDiffError(
-                f"--data.{name} {pairs.store.path} has no {missing[0]}, which the run reads: embed it like the "
-                "training data."
-            )
-    return inputs
+def _open_image_tokens(inputs: Inputs, config: TrainConfig, data: TrainingData) -> None:
+    """The image encoder that projects tokens, and the images it is to see where tokens are not cached."""
+    store = data.store
+    if config.image_adapter is not None:
+        raise CSDiffError(
+            "--image_adapter maps pooled embeddings only: leave it or --objective_options.token_weight out."
+        )
+    name, cached = _encoder_name(config, data, "image"), "image_tokens" in store.keys
+    dataset = config.data.images or (None if is_store(config.data.train) else config.data.train)
+    if not cached and (config.data.image == "cached" or dataset is None):
+        raise CSDiffError(
+            f"--objective_options.token_weight: the token term needs image tokens, and {store.path} has none: embed "
+            "again with --image_tokens true, or name the dataset with the images with --data.images."
+        )
+    inputs.image_encoder = load_image_encoder(name, inputs.device)
+    check_same_encoder(data.encoder("image"), inputs.image_encoder.describe(), "image", str(store.path), name)
+    if cached and config.data.image != "online":
+        inputs.keys["pairs"] += ("image_tokens",)
+    else:
+        inputs.images = DatasetImages(dataset, store, config.data.allow_outside)
 
 
 def _check_named(data: TrainingData, side: str, name: str) -> None:
@@ -144,26 +132,3 @@ def _encoder_name(config: TrainConfig, data: TrainingData, side: str) -> str:
 
 def _has_captions(store: EmbeddingStore) -> bool:
     return store.metadata is not None and "caption" in store.metadata.names
-
-
-def _open_image_tokens(
-    config: TrainConfig, data: TrainingData, device: torch.device
-) -> tuple[ImageEncoder, DatasetImages | None]:
-    """The image encoder that projects tokens, and the images it is to see where tokens are not cached."""
-    store = data.store
-    if config.image_adapter is not None:
-        raise CSDiffError(
-            "--image_adapter maps pooled embeddings only: leave it or --objective_options.token_weight out."
-        )
-    name, cached = _encoder_name(config, data, "image"), "image_tokens" in store.keys
-    dataset = config.data.images or (None if is_store(config.data.train) else config.data.train)
-    if not cached and (config.data.image == "cached" or dataset is None):
-        raise CSDiffError(
-            f"--objective_options.token_weight: the token term needs image tokens, and {store.path} has none: embed "
-            "again with --image_tokens true, or name the dataset with the images with --data.images."
-        )
-    encoder = load_image_encoder(name, device)
-    check_same_encoder(data.encoder("image"), encoder.describe(), "image", str(store.path), name)
-    if cached and config.data.image != "online":
-        return encoder, None
-    return encoder, DatasetImages(dataset, store, config.data.allow_outside)

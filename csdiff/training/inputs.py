@@ -1,6 +1,7 @@
 """From rows of a store to what the embedder takes: on its device, with the frozen encoders that are in the loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,38 +23,42 @@ from csdiff.training.gradient_cache import Rows
 _CHUNK = 256
 
 
+@dataclass
 class Inputs:
     """Prepares batches.
 
-    Args:
+    Attributes:
         device: Of the embedder.
-        text_keys: Columns read of the text side.
-        image_keys: Columns read of the image side.
+        keys: Columns that are read, by group of rows.
         text_encoder: Frozen text encoder in the loop, or None.
         tokenize: For an adapter inside the text encoder, or None.
         image_encoder: Frozen image encoder whose projection maps image tokens, or None without a token-level term.
         images: Images by row for that encoder in the loop, or None where its tokens are cached.
+        inside: Name of the text encoder that the adapter lives in, or None.
+        states_shape: Tokens and width of the token states of text that are read, or None.
+        project_text: Projection of token states by a frozen text encoder, where one is loaded.
     """
 
-    def __init__(
-        self,
-        device: str | torch.device,
-        text_keys: tuple[str, ...] = ("text_embeds",),
-        image_keys: tuple[str, ...] = ("image_embeds",),
-        text_encoder: TextEncoder | None = None,
-        tokenize: CaptionTokenizer | None = None,
-        image_encoder: ImageEncoder | None = None,
-        images: "DatasetImages | None" = None,
-    ):
-        self.device = torch.device(device)
-        self.keys = {
-            "pairs": (*text_keys, *image_keys),
-            "unpaired_text": text_keys,
+    device: str | torch.device
+    keys: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "pairs": ("text_embeds", "image_embeds"),
+            "unpaired_text": ("text_embeds",),
             "unpaired_image": ("image_embeds",),
         }
-        self.text_encoder, self.tokenize = text_encoder, tokenize
-        self.image_encoder, self.images = image_encoder, images
-        self.captions = text_encoder is not None or tokenize is not None
+    )
+    text_encoder: TextEncoder | None = None
+    tokenize: CaptionTokenizer | None = None
+    image_encoder: ImageEncoder | None = None
+    images: "DatasetImages | None" = None
+    inside: str | None = None
+    states_shape: tuple[int, int] | None = None
+    project_text: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def captions(self) -> bool:
+        """Whether captions are read."""
+        return self.text_encoder is not None or self.tokenize is not None
 
     def batches(
         self, group: str, pairs: Pairs, batch_size: int, seed: int = 0, place: tuple[int, int, int] = (0, 1, 0)

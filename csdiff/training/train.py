@@ -23,7 +23,7 @@ from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
 from csdiff.training.data import open_data
-from csdiff.training.encoders import open_inputs, open_text_side
+from csdiff.training.encoders import open_inputs
 from csdiff.training.loop import Loop
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
@@ -98,9 +98,8 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
                 "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
                 "--data.validation_fraction, or --export last."
             )
-        text = open_text_side(config, data, device)
-        embedder = build_embedder(config, data, text)
-        inputs = open_inputs(config, data, text, embedder, device)
+        inputs = open_inputs(config, data, device)
+        embedder = build_embedder(config, data, inputs)
     loop = Loop(config, build_task(config, embedder, accelerator), accelerator.process_index)
     if start is not None:
         loop.progress = loop.load(start)

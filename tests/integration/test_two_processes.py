@@ -17,16 +17,14 @@ def gradients_of_a_batch(store, output, micro, changes):
 
     from csdiff.training.build import build_embedder, build_task
     from csdiff.training.data import open_data
-    from csdiff.training.encoders import open_inputs, open_text_side
+    from csdiff.training.encoders import open_inputs
 
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
     made.adapter_options["dropout"] = 0.0
     data = open_data(made)
-    text = open_text_side(made, data, accelerator.device)
-    embedder = build_embedder(made, data, text)
-    inputs = open_inputs(made, data, text, embedder, accelerator.device)
-    task = build_task(made, embedder, accelerator)
+    inputs = open_inputs(made, data, accelerator.device)
+    task = build_task(made, build_embedder(made, data, inputs), accelerator)
     size = accelerator.num_processes
     batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, (accelerator.process_index, size, 0)))}
     output_of = task.backward(inputs.prepare(batch), micro)
