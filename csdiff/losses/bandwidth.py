@@ -51,32 +51,21 @@ def resolve_bandwidth(bandwidth: Bandwidth, *sets: Tensor) -> tuple[float, ...]:
     check_bandwidth(bandwidth)
     if not isinstance(bandwidth, str):
         return as_widths(bandwidth)
-    sets = [rows.detach() for rows in sets]
-    width = _median_distance(sets) if bandwidth == "median" else math.sqrt(2) * _silverman_width(sets)
+    pooled = torch.cat([rows.detach() for rows in sets])
+    pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+    width = _median_distance(pooled) if bandwidth == "median" else _silverman_width(pooled)
     return (width if width > 0 else 1.0,)
 
 
-def _median_distance(sets: list[Tensor]) -> float:
-    count = sum(len(rows) for rows in sets)
-    picked = torch.arange(count)
-    if count > MEDIAN_ROWS:
-        picked = torch.linspace(0, count - 1, MEDIAN_ROWS, dtype=torch.float64).round().long()
-    parts, start = [], 0
-    for rows in sets:
-        mine = picked[(picked >= start) & (picked < start + len(rows))] - start
-        parts.append(_wide(rows[mine.to(rows.device)]))
-        start += len(rows)
-    distances = torch.pdist(torch.cat(parts))
+def _median_distance(rows: Tensor) -> float:
+    if len(rows) > MEDIAN_ROWS:
+        rows = rows[torch.linspace(0, len(rows) - 1, MEDIAN_ROWS, dtype=torch.float64).round().long().to(rows.device)]
+    distances = torch.pdist(rows)
     distances = distances[distances > 0]
     return float(distances.median()) if len(distances) else 0.0
 
 
-def _silverman_width(sets: list[Tensor]) -> float:
-    dim, count = sets[0].shape[1], sum(len(rows) for rows in sets)
-    centre = sum(_wide(rows).sum(dim=0) for rows in sets) / count
-    variance = sum(float((_wide(rows) - centre).square().sum()) for rows in sets) / (count * dim)
-    return math.sqrt(variance) * (4 / ((dim + 2) * count)) ** (1 / (dim + 4))
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+def _silverman_width(rows: Tensor) -> float:
+    count, dim = rows.shape
+    variance = float(rows.var(dim=0, correction=0).mean())
+    return math.sqrt(2 * variance) * (4 / ((dim + 2) * count)) ** (1 / (dim + 4))

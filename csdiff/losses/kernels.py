@@ -14,7 +14,6 @@ evaluated once and counted twice.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from csdiff.losses.tiles import add_product, compute_dtype, default_block, facto
 
 
 class KernelOptions(NamedTuple):
-    """How the mean kernel is taken; see `cauchy_schwarz_divergence`."""
+    """Options of `cauchy_schwarz_divergence`."""
 
     bandwidth: Bandwidth
     diagonal: bool
@@ -41,15 +40,10 @@ Combine = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor | float]]]
 
 
 def combine_log_means(x: Tensor, y: Tensor | None, terms: str, combine: Combine, options: KernelOptions) -> Tensor:
-    """A function of some of `log V(x, x)`, `log V(y, y)`, `log V(x, y)`, differentiable by x and y.
+    """A function of some of `log V(x, x)`, `log V(y, y)`, `log V(x, y)`, differentiable by x `(N, D)` and y `(M, D)`.
 
-    Args:
-        x: `(N, D)` rows.
-        y: `(M, D)` rows, or None.
-        terms: those wanted, of "xx", "yy" and "xy", separated by spaces.
-        combine: from their values, 0-d tensors in float64 (float32 where the device has no other), to the value of the
-            function and its derivatives by each of them.
-        options: of the kernel.
+    `terms` are those wanted, of "xx", "yy" and "xy", separated by spaces; `combine` takes their values, 0-d tensors in
+    float64 (float32 where the device has no other), to the value of the function and its derivatives by each of them.
     """
     check_bandwidth(options.bandwidth)
     check_block_size(options.block_size)
@@ -128,8 +122,7 @@ def _log_mean(
     def sums(a: _Set, b: _Set, **wanted) -> tuple[KernelSums, Tensor, Tensor]:
         local = Points(*(part[a.share.start : a.share.stop] for part in a.points))
         found = kernel_sums(local, b.points, widths, block=block, **wanted)
-        total, shift = found.total, found.shift
-        scale = world / (widths[0] ** 2)
+        total, shift, scale = found.total, found.shift, world / widths[0] ** 2
         if options.group is not None:
             totals, shifts = gather_numbers(torch.stack([total, shift]), options.group).unbind(dim=1)
             shift = shifts.max()
@@ -155,8 +148,7 @@ def _log_mean(
     return log_total - math.log(count * other_count), pulls
 
 
-@dataclass
-class KernelSums:
+class KernelSums(NamedTuple):
     """What a pass leaves; all but the shift is to be multiplied by `exp(shift)`; pulls are `mix_i - weight_i a_i`."""
 
     total: Tensor
@@ -176,18 +168,10 @@ def kernel_sums(
     row_pull: bool = False,
     col_pull: bool = False,
 ) -> KernelSums:
-    """One pass over all pairs of `a` and `b`.
+    """One pass over all pairs of `a` and `b` in tiles of `block` rows and columns, with the widest width first.
 
-    Args:
-        a: one set.
-        b: the other.
-        widths: of the kernel, the widest first.
-        block: rows and columns of a tile.
-        own: where `a` is a part of `b`, the index in `b` of its first row. Where it is all of `b`, tiles are used for
-            both of their places.
-        diagonal: with `own`, whether the pairs of a point with itself are counted.
-        row_pull: whether the pull on the rows of `a` is wanted.
-        col_pull: whether that on the rows of `b` is.
+    Where `a` is a part of `b`, `own` is the index in `b` of its first row, and `diagonal` says whether the pairs of a
+    point with itself are counted; where it is all of `b`, tiles are used for both of their places.
     """
     base = 1 / (2 * widths[0] ** 2)
     count, like, wide = len(a.square), a.square, wide_dtype(a.square.device)

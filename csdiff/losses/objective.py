@@ -63,21 +63,18 @@ class Batch:
             shapes = f"{tuple(self.prediction.shape)} and {tuple(rows.shape)}"
             raise ValueError(f"prediction and {name} must be pairs of one shape; found {shapes}")
 
-    def pooled(self) -> tuple[Tensor, Tensor]:
+    def pooled(self) -> list[Tensor]:
         """All predictions and all images, those without a partner too."""
-        return (
-            self._pool(self.prediction, "unpaired_text", self.unpaired_text),
-            self._pool(self.image, "unpaired_image", self.unpaired_image),
-        )
-
-    def _pool(self, paired: Tensor, name: str, unpaired: Tensor | None) -> Tensor:
-        if unpaired is None:
-            return paired
-        check_matrix(name, unpaired)
-        width = paired.shape[1]
-        if unpaired.shape[1] != width:
-            raise ValueError(f"{name} must have D = {width} as the pairs do; found shape {tuple(unpaired.shape)}")
-        return torch.cat([paired, unpaired])
+        sides, width = [], self.image.shape[1]
+        for paired, name in ((self.prediction, "unpaired_text"), (self.image, "unpaired_image")):
+            unpaired = getattr(self, name)
+            if unpaired is not None:
+                check_matrix(name, unpaired)
+                if unpaired.shape[1] != width:
+                    found = tuple(unpaired.shape)
+                    raise ValueError(f"{name} must have D = {width} as the pairs do; found shape {found}")
+            sides.append(paired if unpaired is None else torch.cat([paired, unpaired]))
+        return sides
 
 
 class Term(NamedTuple):

@@ -2,10 +2,8 @@
 
 Every process of a group evaluates the same global loss on its share of rows. DDP averages gradients over the `W`
 processes, so the gradient handed back for the local rows is `W` times the derivative of the global loss by them: its
-average is then the gradient one process would find for the whole batch.
-
-Bytes: gathering sends each process's rows, padded to the longest share, once to every other process; beyond that a
-loss sends a few numbers. No gradient is sent.
+average is then the gradient one process would find for the whole batch. Gathering sends each process's rows, padded to
+the longest share, once to every other process; no gradient is sent.
 """
 
 from dataclasses import dataclass
@@ -77,38 +75,22 @@ def raise_together(error: ValueError | None, group: dist.ProcessGroup | None, de
         raise ValueError(f"the processes {failed} of the group found bad input; see their messages")
 
 
-class _GlobalRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, name, group):
-        rows, ctx.share = gather_rows(name, local, group)
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.share.start : ctx.share.stop] * ctx.share.world, None, None
-
-
 def global_rows(name: str, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows of all processes, differentiable: for losses that every process evaluates whole.
 
     The gradient that reaches the gathered rows is the same on every process; each keeps its own part, times `W`.
     """
-    return local if group is None else _GlobalRows.apply(local, name, group)
-
-
-class _GlobalSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, group):
-        ctx.world = dist.get_world_size(group)
-        total = local.detach().clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.world, None
+    if group is None:
+        return local
+    rows, share = gather_rows(name, local, group)
+    own = rows[share.start : share.stop] + share.world * (local - local.detach())
+    return torch.cat([rows[: share.start], own, rows[share.stop :]])
 
 
 def global_sum(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over processes of a local tensor, differentiable: for losses that are sums over rows."""
-    return local if group is None else _GlobalSum.apply(local, group)
+    """The sum over processes of a local tensor, differentiable, with `W` times its gradient: for sums over rows."""
+    if group is None:
+        return local
+    total = local.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total + dist.get_world_size(group) * (local - local.detach())

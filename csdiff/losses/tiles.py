@@ -50,16 +50,10 @@ def tiles(
     own: int | None = None,
     upper: bool = False,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and values of the tiles of `scale a_i . b_j + bias_j`; they share one buffer.
+    """Rows, columns and values of the tiles of `scale a_i . b_j + bias_j`, `a` (N, D), `b` (M, D), in one buffer.
 
-    Args:
-        a: `(N, D)`.
-        b: `(M, D)`.
-        scale: of the products.
-        block: rows and columns of a tile.
-        bias: `(M,)`, of the columns.
-        own: where a is a part of b, the index in b of its first row; a pair of a row with itself gets -inf.
-        upper: leave out the tiles below the diagonal.
+    Where a is a part of b, `own` is the index in b of its first row: a pair of a row with itself gets -inf. `upper`
+    leaves out the tiles below the diagonal.
     """
     dtype = compute_dtype(a.dtype)
     buffer = torch.empty(min(block, len(a)) * min(block, len(b)), dtype=dtype, device=a.device)

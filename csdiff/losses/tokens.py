@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csdiff.losses.arguments import NonFiniteRows, check_block_size, check_same_width
 from csdiff.losses.autograd import apart_from_autocast
-from csdiff.losses.bandwidth import Bandwidth, as_widths, resolve_bandwidth
+from csdiff.losses.bandwidth import Bandwidth, resolve_bandwidth
 from csdiff.losses.process_group import gather_rows, global_sum, raise_together
 from csdiff.losses.tiles import compute_dtype, unit_rows
 
@@ -71,19 +71,18 @@ def token_cauchy_schwarz_divergence(
     raise_together(error, group, x_tokens.device if isinstance(x_tokens, Tensor) else torch.device("cpu"))
     dtype = compute_dtype(x_tokens.dtype, y_tokens.dtype)
     prepare = unit_rows if normalize else Tensor.to
+    pooled = []
     if isinstance(bandwidth, str):
         pooled = [prepare(t.detach()[mask], dtype) for t, mask in ((x_tokens, x_mask), (y_tokens, y_mask))]
-        widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
-    else:
-        widths = as_widths(bandwidth)
+    widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
 
     def divergences(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor) -> Tensor:
         # What masked tokens hold may be anything; zeros have no gradient.
         x, y = (prepare(t.masked_fill(~mask[..., None], 0), dtype) for t, mask in ((x, x_mask), (y, y_mask)))
-        sides = (x, x_mask), (y, y_mask)
-        centre = sum((t.detach() * m[..., None]).sum(1) / m.sum(1, keepdim=True) for t, m in sides)[:, None] / 2
+        means = (t.detach().sum(1) / mask.sum(1, keepdim=True) for t, mask in ((x, x_mask), (y, y_mask)))
+        centre = sum(means)[:, None] / 2
         x, y = x - centre, y - centre
-        within = [_log_mean_kernels(t, m, t, m, widths, diagonal) for t, m in ((x, x_mask), (y, y_mask))]
+        within = [_log_mean_kernels(t, mask, t, mask, widths, diagonal) for t, mask in ((x, x_mask), (y, y_mask))]
         found = within[0] + within[1] - 2 * _log_mean_kernels(x, x_mask, y, y_mask, widths, diagonal)
         return (found.clamp_min(0) if diagonal else found).sum()
 
