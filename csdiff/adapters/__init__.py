@@ -6,13 +6,13 @@ from csdiff.adapters.registry import PLACES
 
 _NAMES = {module: [cls] for module, cls in (place.split(":") for place in PLACES.values())}
 _NAMES["transformer"].append("TRANSFORMER_PRESETS")
+_NAMES["linear"].append("PairedMoments")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         **_NAMES,
         "base": ["Adapter"],
-        "moments": ["PairedMoments"],
         "registry": ["ADAPTERS", "AutoAdapter", "build_adapter"],
     },
 )

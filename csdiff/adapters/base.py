@@ -46,16 +46,11 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     Source: the calling convention is that of diffusers' `PriorTransformer` (DALL-E 2, arXiv 2204.06125, section 2.2).
     """
 
-    uses_text_states = False
-    """Whether `text_states` must be given."""
-    uses_input_ids = False
-    """Whether training feeds token ids through the adapter's own text encoder."""
-    one_shot = True
-    """Whether one forward pass gives the image embedding."""
-
+    # Whether `text_states` must be given, whether training feeds token ids through the adapter's own text encoder, and
+    # whether one forward pass gives the image embedding.
+    uses_text_states, uses_input_ids, one_shot = False, False, True
     # What `forward` answered last, outside of training: see `post_process_latents`.
     _answer: Tensor | None = None
-
     _STATISTICS = ("clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift")
 
     def _init_contract(self, embedding_dim: int, text_dim: int | None) -> int:
@@ -103,13 +98,10 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     ) -> PriorTransformerOutput | tuple[Tensor]:
         """Whitened image embeddings (B, embedding_dim), as diffusers' `PriorTransformer.forward` gives them.
 
-        Args:
-            hidden_states (`Tensor` of shape `(B, embedding_dim)`, or `None`): Latents; ignored without a noise token.
-            timestep: Ignored by one-shot adapters.
-            proj_embedding (`Tensor` of shape `(B, text_dim)`): Raw projected text embeddings, whose dtype is kept.
-            encoder_hidden_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): The text encoder's last states.
-            attention_mask (`Tensor` of shape `(B, L)`, *optional*): True (or 1) where there is a token.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+        `proj_embedding` (B, text_dim) are raw projected text embeddings, whose dtype is kept; `encoder_hidden_states`
+        (B, L, states_dim) the text encoder's last states; `attention_mask` (B, L) is True (or 1) where there is a
+        token. `hidden_states` (B, embedding_dim), the latents, are for adapters with a noise token, and `timestep` for
+        those that are not one-shot.
         """
         text = self._whiten_text(proj_embedding)
         whitened = self.predict(text, encoder_hidden_states, attention_mask, hidden_states)
@@ -326,11 +318,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         self.norm_shift.fill_(0.0)
 
     def init_from(self, linear: "Adapter") -> None:
-        """Starts this adapter at a fitted `LinearAdapter`: `embed` then returns what the linear map returns.
-
-        Raises:
-            CSDiffError: The adapter has no linear part, or the dimensions differ.
-        """
+        """Starts this adapter at a fitted `LinearAdapter`: `embed` then returns what the linear map returns."""
         raise CSDiffError(f"{type(self).__name__} cannot start from a linear map; mlp and transformer adapters can.")
 
     @torch.no_grad()

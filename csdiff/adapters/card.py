@@ -83,7 +83,6 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
 
 
 def _inputs(adapter: Any) -> list[str]:
-    """Lines of code that make an input and call the adapter."""
     config = adapter.config
     if adapter.uses_input_ids:
         length = adapter.text_encoder.config.max_position_embeddings

@@ -1,6 +1,6 @@
 """Closed-form maps, fitted in one streaming pass: mean shift, ridge, orthogonal Procrustes, whiten-recolour."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,59 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from csdiff.adapters.base import Adapter, start_as_identity
-from csdiff.adapters.moments import PairedMoments, paired_batches
 from csdiff.errors import CSDiffError
 
 METHODS = ("mean_shift", "whiten", "ridge", "procrustes", "coral")
 _PENALTIES = tuple(10.0**power for power in range(-6, 3))
 _SAMPLE_ROWS = 4096
+
+
+class PairedMoments:
+    r"""Count, means and covariances of text `x` (N, Dt) and image `y` (N, D) rows, added batch by batch in float64.
+
+    Sums are kept about a fixed origin near the data, which avoids the cancellation of `E[x^2] - E[x]^2`. Memory is
+    `Dt^2 + Dt*D + D^2` numbers whatever N is. Moments with the same origins add.
+    """
+
+    def __init__(self, origin_x: Tensor, origin_y: Tensor):
+        self.origin_x, self.origin_y = origin_x.double(), origin_y.double()
+        text_dim, image_dim = self.origin_x.numel(), self.origin_y.numel()
+        self.count = 0
+        self.sum_x, self.sum_y = torch.zeros(text_dim).double(), torch.zeros(image_dim).double()
+        self.sum_xx = torch.zeros(text_dim, text_dim).double()
+        self.sum_xy = torch.zeros(text_dim, image_dim).double()
+        self.sum_yy = torch.zeros(image_dim, image_dim).double()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds rows `x` (B, Dt) and `y` (B, D)."""
+        x, y = x.double() - self.origin_x, y.double() - self.origin_y
+        self.count += len(x)
+        self.sum_x += x.sum(0)
+        self.sum_y += y.sum(0)
+        self.sum_xx += x.T @ x
+        self.sum_xy += x.T @ y
+        self.sum_yy += y.T @ y
+
+    def __add__(self, other: "PairedMoments") -> "PairedMoments":
+        total = PairedMoments(self.origin_x, self.origin_y)
+        for name in ("count", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    mean_x = property(lambda self: self.origin_x + self.sum_x / self.count)
+    mean_y = property(lambda self: self.origin_y + self.sum_y / self.count)
+    cov_xx = property(lambda self: self._covariance(self.sum_xx, self.sum_x, self.sum_x))
+    cov_xy = property(lambda self: self._covariance(self.sum_xy, self.sum_x, self.sum_y))
+    cov_yy = property(lambda self: self._covariance(self.sum_yy, self.sum_y, self.sum_y))
+
+    def _covariance(self, products: Tensor, sum_a: Tensor, sum_b: Tensor) -> Tensor:
+        return products / self.count - torch.outer(sum_a, sum_b) / self.count**2
+
+    def squared_error(self, weight: Tensor, bias: Tensor) -> float:
+        """`mean ||y - weight x - bias||^2` over the rows, from the moments alone (`weight` is (D, Dt))."""
+        offset = self.mean_y - weight @ self.mean_x - bias
+        error = self.cov_yy.trace() - 2 * (weight * self.cov_xy.T).sum() + (weight @ self.cov_xx * weight).sum()
+        return float(error + offset @ offset)
 
 
 class LinearAdapter(Adapter):
@@ -79,9 +126,8 @@ class LinearAdapter(Adapter):
     ) -> "LinearAdapter":
         """Fits the map in one pass over `data`, with memory independent of the number of rows.
 
-        Every `1/holdout`-th row is held out. Ridge is solved for each penalty on the other rows, the penalty with the
-        least squared error on the held-out ones (computed from their moments) is kept, and the map is solved again on
-        all rows. Held-out rows (at most 4096) also calibrate the norms, of a map fitted without them.
+        Ridge takes the penalty with the least squared error on the rows held out (from their moments), and is solved
+        again on all rows. Held-out rows (at most 4096) also calibrate the norms, of a map fitted without them.
 
         Args:
             data: A store (`read(indices)` giving `text_embeds` and `image_embeds`, and a length), or an iterable of
@@ -122,11 +168,36 @@ class LinearAdapter(Adapter):
         nn.init.zeros_(self.linear.bias)
 
 
+def _paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float batches (text, image) from what `LinearAdapter.fit` takes."""
+    if hasattr(data, "read"):
+        store, starts = data, range(0, len(data), batch_size)
+        data = (store.read(torch.arange(at, min(at + batch_size, len(store))).numpy()) for at in starts)
+    seen = 0
+    for batch in data:
+        if isinstance(batch, dict):
+            missing = [name for name in ("text_embeds", "image_embeds") if name not in batch]
+            if missing:
+                raise CSDiffError(f"A closed-form map needs pairs; {missing[0]!r} is missing, found {sorted(batch)}.")
+            batch = batch["text_embeds"], batch["image_embeds"]
+        text, image = (torch.as_tensor(part).detach().float().cpu() for part in batch)
+        if text.ndim != 2 or image.ndim != 2 or len(text) != len(image):
+            raise CSDiffError(
+                f"Batches must be text (B, Dt) and image (B, D) rows; found {tuple(text.shape)} and "
+                f"{tuple(image.shape)} after {seen} rows."
+            )
+        finite = text.isfinite().all(1) & image.isfinite().all(1)
+        if not finite.all():
+            raise CSDiffError(f"Row {seen + int((~finite).nonzero()[0])} holds a value that is NaN or infinite.")
+        seen += len(text)
+        yield text, image
+
+
 def _accumulate(data, holdout, batch_size):
     fitted = held = None
     sample, position = [], 0
     stride = max(2, round(1 / holdout))
-    for text, image in paired_batches(data, batch_size):
+    for text, image in _paired_batches(data, batch_size):
         if fitted is None:
             origins = text.double().mean(0), image.double().mean(0)
             fitted, held = PairedMoments(*origins), PairedMoments(*origins)

@@ -31,13 +31,10 @@ class LoRAAdapter(Adapter):
         W x + (alpha / rank) B A x      in each target of the frozen encoder,
         r = (t' - text_mean) / text_std * clip_std + clip_mean,    t' the adapted projected text embedding
 
-    It takes token ids rather than embeddings: train with `embed_input_ids`. For pipelines it is two parts, the text
-    encoder (`text_encoder`, or `merged_text_encoder()` free of PEFT) and a prior (`as_prior()`); as a prior itself
-    (`forward`, `embed`) it takes embeddings of its own text encoder.
-
-    Saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`, which plain PEFT loads onto the same
-    encoder) beside `config.json` and a small safetensors file with the statistics; the frozen encoder is not saved,
-    nor is it in `state_dict()`.
+    It takes token ids: train with `embed_input_ids`. For pipelines it is two parts, the text encoder (`text_encoder`,
+    or `merged_text_encoder()` free of PEFT) and a prior (`as_prior()`); as a prior itself it takes embeddings of its
+    own text encoder. Saved as a PEFT adapter, which plain PEFT loads onto the same encoder, beside a
+    small safetensors file with the statistics; the frozen encoder is neither saved nor in `state_dict()`.
 
     Args:
         embedding_dim (`int`): Width of the image embeddings; the encoder's projection has the same.

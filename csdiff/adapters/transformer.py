@@ -63,9 +63,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     The sequence is `[text states (L), pooled text, start, query]`, each projected to the inner width, plus learned
     positions; attention is causal and sees no padding; the query's last state is projected to the image embedding.
     `start` holds the place of the diffusion prior's noisy image: the whitened text embedding, or, with
-    `noise_token=True`, Gaussian latents, so that one prompt has many outputs (in a pipeline the latents come from its
-    `generator`). Where the dimensions agree the output is added to the whitened text embedding and the last
-    projection starts at zero: training begins at the map that gives text the image embeddings' mean and spread.
+    `noise_token=True`, Gaussian latents, so that one prompt has many outputs. Where the dimensions agree the output is
+    added to the whitened text embedding, and training begins at that.
 
     Args:
         embedding_dim (`int`): Width of the image embeddings.
@@ -132,11 +131,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
 
     @classmethod
     def from_preset(cls, preset: str, **options) -> "TransformerAdapter":
-        """Builds a preset (`eclipse-768`, `eclipse-1280`, `tiny`); `options` override or complete its values.
-
-        Raises:
-            CSDiffError: An unknown preset, or an `embedding_dim` other than the preset's.
-        """
+        """Builds a preset (`eclipse-768`, `eclipse-1280`, `tiny`); `options` override or complete its values."""
         if preset not in TRANSFORMER_PRESETS:
             raise CSDiffError(f"Unknown transformer preset {preset!r}; known: {', '.join(TRANSFORMER_PRESETS)}.")
         values = TRANSFORMER_PRESETS[preset]
@@ -157,9 +152,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     ) -> Tensor:
         return self._read(self._last_states(text, text_states, text_mask, latents)[:, -1], text)
 
-    def _last_states(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def _last_states(self, text, text_states, text_mask, latents) -> Tensor:
         """The last block's output (B, l + 3, width), for the l text states that are not padding in every row."""
         text_states = self._check_states(text_states)
         if text_states.shape[1] > self.config.num_embeddings:
@@ -193,7 +186,6 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         return hidden_states
 
     def _read(self, hidden_states: Tensor, text: Tensor) -> Tensor:
-        """Whitened image embeddings of places of the sequence, beside the whitened text that the skip adds there."""
         whitened = self.proj_to_clip_embeddings(self.norm_out(hidden_states))
         if self.skip is not None:
             return whitened + self.skip(text)
