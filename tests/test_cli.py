@@ -145,20 +145,21 @@ def test_help_names_every_option_and_imports_no_model_library(command):
         assert f"--{name}" in text
 
 
-def test_a_damaged_file_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (OSError("unet is damaged:\n  download it again"), 2, "test: unet is damaged: download it again"),
+        (RuntimeError("two plus two is five"), 1, "test: stopped by a defect; please report it with the lines above"),
+    ],
+)
+def test_errors_by_their_exit_code(capsys, error, code, last):
     def action() -> None:
-        raise OSError("unet is damaged:\n  download it again")
+        raise error
 
-    assert cli.run(action, "test") == 2
-    assert capsys.readouterr().err == "test: unet is damaged: download it again\n"
-
-
-def test_a_defect_has_a_traceback_and_exit_code_1(capsys):
-    def action() -> None:
-        raise RuntimeError("two plus two is five")
-
-    assert cli.run(action, "test") == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert cli.run(action, "test") == code
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == last
+    assert ("Traceback" in said) == (code == 1)
 
 
 def test_overview_says_what_a_newcomer_asks(capsys):
