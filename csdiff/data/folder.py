@@ -73,14 +73,11 @@ def table_source(
     """Captions of tables, with the images that they name relative to themselves.
 
     Args:
-        folder: Of the images.
-        tables: Relative to the folder; the file names in one elsewhere are relative to the folder.
+        folder: Of the images; the file names in a table elsewhere are relative to it.
+        tables: Relative to the folder.
         options: Of the source.
         names: Of the files in the folder, where they are known.
-        images: The captions are of images.
-
-    Raises:
-        CSDiffError: No rows, captions that cannot be matched to the images, or images that are not there.
+        images: Captions alone are refused.
     """
     first, rows = folder / tables[0], []
     for table in tables:
@@ -111,13 +108,7 @@ def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
     """Images with the captions that lie in files beside them.
 
     `a.txt`, `a.caption` or `a.png.txt` beside `a.png` holds its captions, one a line; else the caption of `a.json`.
-
-    Args:
-        folder: Of the images.
-        names: Of all its files.
-
-    Raises:
-        CSDiffError: Not one image, or none with a caption although another file of the folder has them.
+    Refused are a folder without images, and one without captions in which another file names its images.
     """
     # What is read as text or data anyway is not opened as an image.
     texts = (*_CAPTION_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md")

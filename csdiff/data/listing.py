@@ -67,18 +67,10 @@ def by_ending(names: Iterable[str]) -> dict[str, dict]:
 
 
 def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> list[str]:
-    """Files of a split: as the README of a hub data set declares them, else by `train`, `test`, ... in their names.
+    """Those of a folder's files that belong to a split, all where none names one; refuses a split that is not there.
 
-    Args:
-        folder: Of the data set.
-        names: Of the files that are asked about, relative to it.
-        options: Its `subset` is a configuration that the README declares, or a folder.
-
-    Returns:
-        Some of the names; all of them where none names a split.
-
-    Raises:
-        CSDiffError: No such subset or split.
+    The README of a hub data set declares the splits, else `train`, `test`, ... in the names do. `options.subset` is a
+    configuration of the README, or a folder.
     """
     splits = _declared(folder, names, options.subset)
     if splits is None:
@@ -103,17 +95,7 @@ def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> li
 
 
 def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], split: str) -> list[str]:
-    """Names of the files in the folder of a split, where nothing but folders of splits has content; else all of them.
-
-    Args:
-        folder: For the message.
-        content: Names of images and tables.
-        names: Of all files.
-        split: "train", ...; "all" for every file.
-
-    Raises:
-        CSDiffError: There is no such split.
-    """
+    """Names of the files in the folder of a split, where nothing but such folders has images or tables; else all."""
     # data/train/a.png as well as train/a.png
     base = "data/" if all(name.startswith("data/") for name in content) else ""
     tops = {top: _keyword(top) for top in (name.removeprefix(base).partition("/")[0] for name in content)}

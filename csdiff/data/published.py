@@ -32,11 +32,7 @@ Entry = tuple[str, list[str], str | None]
 
 
 def image_folder(source: Path, names: Sequence[str]) -> Path:
-    """Where the images of a caption file lie: the first usual place around it that has one of them.
-
-    Raises:
-        CSDiffError: None of the first thousand is there.
-    """
+    """Where the images of a caption file lie: the first usual place around it that has one of the first thousand."""
     # captions_val2017.json belongs to val2017.
     own, places = source.stem.removeprefix("captions_"), (source.parent, source.parent.parent)
     inner = (place / name for place in places for name in _FOLDERS)
@@ -51,11 +47,7 @@ def image_folder(source: Path, names: Sequence[str]) -> Path:
 
 
 def of_split(path: Path, entries: Iterable[Entry], split: str) -> list[Entry]:
-    """Entries of a split; all of them where none states one. COCO's "restval" belongs to "train", as everyone trains.
-
-    Raises:
-        CSDiffError: There is no such split.
-    """
+    """Entries of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
     entries = list(entries)
     splits = {entry[2] for entry in entries if entry[2]}
     if not splits or split == "all":

@@ -24,9 +24,6 @@ class RowSource(Source):
         options: Of the source; by default the captions are the first of the usual names.
         where: Of the data, for messages.
         folders: Images that a row names are relative to one of these, and lie below it.
-
-    Raises:
-        CSDiffError: A column is not there.
     """
 
     def __init__(
@@ -64,17 +61,7 @@ class RowSource(Source):
 
 
 class ParquetSource(RowSource):
-    """Parquet files with a column of encoded images, as Hugging Face `datasets` writes them.
-
-    Only the row groups of a unit are read.
-
-    Args:
-        files: In order; all with the same columns.
-        options: Of the source.
-
-    Raises:
-        CSDiffError: A file is not parquet, or a column is not there.
-    """
+    """Parquet files with a column of encoded images, all with the same columns; a unit reads its row groups only."""
 
     def __init__(self, files: Sequence[Path], options: SourceOptions):
         self.files = list(files)
@@ -111,17 +98,7 @@ class ParquetSource(RowSource):
 
 
 class HuggingFaceSource(RowSource):
-    """A `datasets.Dataset` with captions, images, or both; images are kept encoded until they are needed.
-
-    Args:
-        dataset: The split.
-        name: What it is called, for messages and for the fingerprint.
-        options: Of the source; by default the image is the first column of images.
-        folders: As for `RowSource`.
-
-    Raises:
-        CSDiffError: A column is not there.
-    """
+    """A `datasets.Dataset` with captions, images, or both; images are kept encoded until they are needed."""
 
     def __init__(self, dataset, name: str, options: SourceOptions, folders: Sequence[Path]):
         from datasets import Image
@@ -150,11 +127,7 @@ class HuggingFaceSource(RowSource):
 
 
 def parquet_footer(file: Path):
-    """Metadata of a parquet file.
-
-    Raises:
-        CSDiffError: It is not one.
-    """
+    """Metadata of a parquet file, refused in one sentence if it is none."""
     try:
         return pq.read_metadata(file)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ class Row:
 
 
 def read_table(path: Path, options: SourceOptions) -> list[Row]:
-    """Read a caption table.
+    """Rows of a caption table; those that name one file are one, at the place of the first.
 
     Args:
         path: `.csv`, `.tsv` (separated by commas, tabs, semicolons or bars: what makes columns of the names known),
@@ -45,12 +45,8 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
             first line names its columns); or a published caption file, unless columns are named.
         options: Names of the columns, and the split of formats that state it for every image.
 
-    Returns:
-        Rows that name one file are one, at the place of the first.
-
     Raises:
-        CSDiffError: Not readable as what its name says, a column or split is not there, or a text of captions that
-            begin with the names of images.
+        CSDiffError: Not readable as what its name says, or a column or split is not there.
     """
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}) or .tar, found {path.suffix!r}.")
@@ -111,11 +107,7 @@ def sha256(rows: Iterable[Row]) -> str:
 def find_column(
     columns: Sequence[str] | dict, asked: str | None, usual: Sequence[str], where: object, option: str
 ) -> str | None:
-    """The column asked for, or the first of the usual names that is there, or None.
-
-    Raises:
-        CSDiffError: The column asked for is not there.
-    """
+    """The column asked for, which must be there, or the first of the usual names that is, or None."""
     if asked is not None:
         if asked not in columns:
             raise CSDiffError(

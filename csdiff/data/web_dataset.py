@@ -29,11 +29,9 @@ class WebDatasetSource(Source):
     an entry of their own. Captions are the lines of `key.txt`, or the caption field of `key.json`. A damaged archive
     gives the items before the damage, then a problem.
 
-    Args:
-        files: In order.
-        options: Its `image_column` is the suffix of the images (by default any image suffix), its `caption_column` the
-            suffix of the captions, or the field of `key.json` that holds them (by default `txt`, else the usual names
-            of the field), its `metadata_columns` are fields of `key.json`.
+    Of the options `image_column` is the suffix of the images (by default any image suffix), `caption_column` that of
+    the captions or the field of `key.json` that holds them (by default `txt`, else the usual names of the field), and
+    `metadata_columns` are fields of `key.json`.
     """
 
     count = None

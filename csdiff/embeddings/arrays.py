@@ -21,9 +21,6 @@ class Shard:
         path: The npy file.
         key: Its column, as `EmbeddingStore.read` names it.
         bfloat16: npy has no bfloat16: such a shard holds its bits as uint16.
-
-    Raises:
-        CSDiffError: Not a whole npy file, or an array of another kind than the column's.
     """
 
     def __init__(self, path: Path, key: str, bfloat16: bool = False):
@@ -72,14 +69,7 @@ class Shard:
 
 
 class Column:
-    """Several shards as one array (N, ...) with random access, given as float32, or bool for masks.
-
-    Args:
-        shards: In row order.
-
-    Raises:
-        CSDiffError: Their rows differ in shape or dtype.
-    """
+    """Several shards as one array (N, ...) with random access, given as float32, or bool for masks."""
 
     def __init__(self, shards: list[Shard]):
         first = shards[0]
@@ -93,11 +83,7 @@ class Column:
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
 
     def gather(self, rows: np.ndarray) -> Tensor:
-        """These rows (int64, in range), in that order.
-
-        Raises:
-            CSDiffError: One is not finite.
-        """
+        """These rows (int64, in range), in that order; refused if one is not finite."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
         gathered = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)

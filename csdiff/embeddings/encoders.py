@@ -29,16 +29,10 @@ _HUB_PATTERNS = {
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """Local folders of one encoder.
+    """Local folders of one encoder, and its commit on the hub."""
 
-    Attributes:
-        model: Folder of `config.json` and the safetensors.
-        processor: Folder of the tokenizer or of the image processor.
-        revision: Commit of the hub repository; None for a local folder.
-    """
-
-    model: Path
-    processor: Path
+    model: Path  # config.json and the safetensors
+    processor: Path  # tokenizer or image processor
     revision: str | None
 
 
@@ -214,11 +208,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def load_config(id: str | Path, files: EncoderFiles):
-    """The model's `config.json`.
-
-    Raises:
-        CSDiffError: It is damaged, or of a model that transformers does not know.
-    """
+    """The model's `config.json`; refused if transformers does not know it."""
     from transformers import AutoConfig
 
     try:

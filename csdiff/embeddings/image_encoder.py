@@ -142,11 +142,7 @@ def load_image_encoder(
 
 
 def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, object]:
-    """Everything about an image encoder but its weights: model class and image processor.
-
-    Raises:
-        CSDiffError: No image processor.
-    """
+    """Everything about an image encoder but its weights: model class and image processor."""
     import transformers
 
     kind = load_config(id, files).model_type

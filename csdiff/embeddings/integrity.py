@@ -27,11 +27,7 @@ _FIELDS = {
 
 
 def read_fingerprint(path: Path) -> dict | None:
-    """Content of a store's `csdiff.json`; None without one.
-
-    Raises:
-        CSDiffError: Not JSON, not that of a store, or a part of it is of the wrong type.
-    """
+    """Content of a store's `csdiff.json`, its types checked; None without one."""
     file = path / FINGERPRINT_FILE
     if not file.exists():
         return None
@@ -60,15 +56,12 @@ def read_fingerprint(path: Path) -> dict | None:
 
 
 def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
-    """Compare the files of a store with what its `csdiff.json` states.
+    """Refuse a store of which a file is missing or differs from the `bytes` and the `sha256` that are stated of it.
 
     Args:
         path: Folder of the store.
-        files: `bytes` and `sha256` of each file, by its name in the folder.
+        files: What is stated, by the name of the file.
         checksums: Compare the checksums too, not only the sizes.
-
-    Raises:
-        CSDiffError: A file is missing or differs; named, with the expected and the found checksum.
     """
     for name, stated in files.items():
         file, cure = path / name, "restore it, or delete the store and embed again"
@@ -85,15 +78,12 @@ def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
 def open_shards(
     path: Path, fingerprint: dict, files: dict[str, dict]
 ) -> tuple[dict[str, list[Shard]], ShardedMetadata | None]:
-    """Shards of every column in order, and the metadata if there is some; their row counts are checked.
+    """Shards of every column in order, and the metadata if there is some; all must have the same rows.
 
     Args:
         path: Folder of the store.
         fingerprint: Content of its `csdiff.json`; empty for a foreign folder.
         files: The files that belong to the store; empty for a foreign folder, where all do.
-
-    Raises:
-        CSDiffError: No embeddings, a damaged shard, or columns of different lengths.
     """
 
     def own(folder: str, stem: str, suffix: str) -> dict[int, Path]:
@@ -132,15 +122,9 @@ def open_shards(
 class ShardedMetadata:
     """Columns of `metadata/metadata_{k}.parquet`, each loaded whole on first use.
 
-    Args:
-        files: In row order.
-
     Attributes:
         lengths: Rows of each file.
         names: Columns that every file has.
-
-    Raises:
-        CSDiffError: A file is not a parquet file.
     """
 
     def __init__(self, files: list[Path]):

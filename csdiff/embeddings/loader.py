@@ -80,12 +80,11 @@ class StoreBatches:
         self.store, self.batch_size, self.seed, self.step = store, batch_size, seed, start_step
         self.epoch_size = count // batch_size
         self.keys, self.with_captions, self.prefetch = keys, captions, prefetch
-        self._rows = None if rows is None else np.asarray(rows, dtype=np.int64)
+        self._rows = np.arange(count) if rows is None or groups is not None else np.asarray(rows, np.int64)
         self._groups = groups
-        self._count = count
         # The parts of an uneven batch differ by one row at most.
         self._part = slice(*(batch_size * (rank + i) // world_size for i in (0, 1)))
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray] = (-1, self._rows)
 
     @property
     def epoch(self) -> int:
@@ -95,20 +94,16 @@ class StoreBatches:
     def indices(self, step: int) -> np.ndarray:
         """Row numbers (int64) that this process reads at a step."""
         epoch, batch = divmod(step, self.epoch_size)
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = self._order = (epoch, row_order(self._count, self.seed, epoch))
-        start = batch * self.batch_size
-        rows = order[1][start + self._part.start : start + self._part.stop]
-        if self._groups is not None:
-            return self._groups.pick(rows, self.seed, epoch)
-        return rows if self._rows is None else self._rows[rows]
+        if self._order[0] != epoch:
+            self._order = (epoch, row_order(len(self._rows), self.seed, epoch))
+        places = self._order[1][batch * self.batch_size :][self._part]
+        return self._rows[places] if self._groups is None else self._groups.pick(places, self.seed, epoch)
 
     def read(self, step: int) -> dict:
         """The batch of a step: the store's columns, and `index` (B,) int64, the rows they stand in."""
         rows = self.indices(step)
         batch = self.store.read(rows, self.keys)
-        batch["index"] = torch.from_numpy(rows.copy())
+        batch["index"] = torch.from_numpy(rows)
         if self.with_captions:
             batch["captions"] = self.store.captions(rows)
         return batch

@@ -17,15 +17,10 @@ LISTED_TRUNCATIONS = 20
 
 
 class ShardRows:
-    """Collects the rows of one shard.
-
-    Args:
-        config: Which captions of an item are kept, and what becomes of long ones.
-        tokenizer: Of the text encoder; None keeps items without captions.
+    """Collects the rows of one shard; without the tokenizer of a text encoder, items without captions are kept.
 
     Attributes:
-        captions: Of the rows that have one, in order.
-        lengths: Their tokens, with a tokenizer.
+        captions: Of the rows that have one, in order; `lengths` are their tokens, with a tokenizer.
         items: Items seen.
         problems: What was left out.
     """

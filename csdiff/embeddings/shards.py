@@ -169,11 +169,7 @@ class Extraction:
 
 
 def check_limit(config: EmbedConfig, problems: int, items: int, example: Problem) -> None:
-    """Refuse to go on when too much was left out.
-
-    Raises:
-        CSDiffError: More than `max_skipped` of the items, and more than ten of them.
-    """
+    """Refuse to go on when more than `max_skipped` of the items, and more than ten, were left out."""
     if problems <= (max(config.max_skipped * items, ALWAYS_ALLOWED) if config.max_skipped > 0 else 0):
         return
     raise CSDiffError(

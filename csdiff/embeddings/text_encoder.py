@@ -140,11 +140,7 @@ def load_text_encoder(
 def inspect_text_encoder(
     id: str | Path, files: EncoderFiles, pooling: str | None = None, max_length: int | None = None
 ) -> tuple[type, CaptionTokenizer, str]:
-    """Everything about a text encoder but its weights: model class, tokenizer and pooling.
-
-    Raises:
-        CSDiffError: No tokenizer, or a pooling or length that the encoder does not have.
-    """
+    """Everything about a text encoder but its weights: model class, tokenizer and pooling."""
     import transformers
 
     config = load_config(id, files)

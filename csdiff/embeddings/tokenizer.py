@@ -113,11 +113,7 @@ def load_caption_tokenizer(
 
 
 def read_tokenizer(id: str | Path, files: EncoderFiles, name: str = "AutoTokenizer"):
-    """The transformers tokenizer of a folder, by the name of its class where the folder does not tell.
-
-    Raises:
-        CSDiffError: No tokenizer there.
-    """
+    """The transformers tokenizer of a folder, by the name of its class where the folder does not tell."""
     import transformers
 
     # Without its files transformers makes an empty tokenizer of the model's type.

@@ -49,13 +49,10 @@ class StoreWriter:
             self._lock.__exit__(*error)
 
     def begin(self, plan: dict) -> bool:
-        """Start a store, or go on with one that was started with the same plan.
+        """Start a store, or go on with one that was started with the same plan; whether it is finished already.
 
         Args:
             plan: Everything that decides the content of the store.
-
-        Returns:
-            Whether the store is finished already.
 
         Raises:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
@@ -94,12 +91,7 @@ class StoreWriter:
 
     @contextmanager
     def shard(self, number: int, keys: Sequence[str]) -> Iterator[ShardWriter]:
-        """Writes one shard; at the end it is whole, after an error it is not there.
-
-        Args:
-            number: Of the shard.
-            keys: Its columns.
-        """
+        """Writes the columns of one shard; at the end it is whole, after an error it is not there."""
         # Padded with zeros, so that names sort in shard order.
         suffix = f"{number:0{len(str(max(self.shards - 1, 0)))}d}"
         with writing_folder(self._folder(number)) as folder:
@@ -187,11 +179,7 @@ class ShardWriter:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def append(self, columns: dict[str, Tensor]) -> None:
-        """Add rows (B, ...) to some of the columns; B may be 0, which tells the width of a shard without rows.
-
-        Raises:
-            CSDiffError: A value is not finite, or beyond the range of the dtype.
-        """
+        """Add rows (B, ...) to some of the columns; B may be 0, which tells the width of a shard without rows."""
         for key, rows in columns.items():
             stored = rows.detach().to("cpu", getattr(torch, self._dtypes[key])).contiguous()
             if key not in self._shapes:

@@ -15,7 +15,10 @@ from csdiff.embeddings import embed
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen pictures: 3 is no image, 5 is missing, 7 has an empty caption beside a good one, 2 a very long one."""
+    """Thirteen pictures: 3 is no image, 5 is missing, 7 has an empty caption beside a good one, 2 a very long one.
+
+    Beside them lie two files that are no images, and two that systems leave.
+    """
     folder = tmp_path_factory.mktemp("dataset")
     draw = np.random.default_rng(0)
     rows = []
@@ -27,6 +30,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[7]["text"] = ["  ", "thing 7"]
     (folder / "03.png").write_bytes(b"no image")
     (folder / "05.png").unlink()
+    for name in ("a.heic", "b.heic", "._00.png", "Thumbs.db"):
+        (folder / name).write_bytes(b"\x00\x01 no image")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 

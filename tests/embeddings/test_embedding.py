@@ -73,6 +73,7 @@ def test_what_was_left_out_is_counted_and_listed(store: Path, dataset: Path):
     assert [problem["id"] for problem in report["problems"]] == ["03.png", "05.png", "07.png"]
     assert "UnidentifiedImageError" in report["problems"][0]["detail"]
     assert report["truncated"][0].startswith("02.png: caption 0 has")
+    assert report["not_read"] == {".heic": {"count": 2, "first": ["a.heic", "b.heic"]}}
 
 
 @pytest.mark.parametrize(
@@ -142,10 +143,12 @@ def test_tar_files_and_further_columns(dataset: Path, tiny_clip: Path, tmp_path:
     assert len(list((tmp_path / "s/img_emb").iterdir())) == 2
 
 
-def test_a_finished_store_is_left_alone_and_another_one_refused(store: Path, dataset: Path, tiny_clip: Path):
+def test_a_finished_store_is_left_alone_and_another_one_refused(store: Path, dataset: Path, tiny_clip: Path, capsys):
     before = content(store)
     embed(config(dataset, tiny_clip, store, max_skipped=0.5, workers=1))
     assert content(store) == before
+    said = capsys.readouterr().err
+    assert all(fact in said for fact in ("20 rows of 13 items", "complete already", "1 missing image", "2 .heic"))
     with pytest.raises(CSDiffError, match="dtype is 'float16' there and 'float32' now; choose another output"):
         embed(config(dataset, tiny_clip, store, dtype="float32"))
     assert content(store) == before
@@ -220,10 +223,11 @@ def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tin
 
 
 def test_half_surrogates_are_replaced_and_counted(tiny_clip: Path, tmp_path: Path):
-    texts = ["cut emoji \ud83d", "whole \ud83d\ude00", "a<|endoftext|>b"]
+    texts = ["cut emoji \ud83d", "whole \ud83d\ude00", "a<|endoftext|>b", "x" * 200_000]
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     report = embed(config(tmp_path / "captions.jsonl", tiny_clip, tmp_path / "s", image_encoder=None))
     assert report.replaced_captions == json.loads((tmp_path / "s/report.json").read_text())["replaced_captions"] == 1
+    assert report.skipped == {"huge_caption": 1}
     opened = EmbeddingStore.open(tmp_path / "s")
     kept = ["cut emoji \ufffd", "whole \U0001f600", "a<|endoftext|>b"]
     assert opened.captions(slice(None)) == kept
