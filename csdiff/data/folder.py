@@ -99,7 +99,7 @@ def table_source(
         return TableSource(rows)
     files = [row.file for row in rows]
     if not names and not images:
-        folder = image_folder(first, files)
+        folder = image_folder(folder, first, files)
     known = {*files, *tables}
     return TableSource(rows, folder, [name for name in names if name not in known], options.allow_outside)
 
@@ -160,7 +160,7 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
                 f"{folder}: expected captions beside their images, found {name}, which has the name of an image in "
                 "another folder; put the texts beside the images, or write metadata.csv (file_name,caption)."
             )
-        if suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".token", ".caption"):
+        if suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".jsonlines", ".token", ".caption"):
             with (folder / name).open("rb") as file:
                 start = file.read(65536)
             try:

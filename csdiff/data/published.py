@@ -31,12 +31,12 @@ Entry = tuple[str, list[str], str | None]
 """File name, captions, and split of one image."""
 
 
-def image_folder(source: Path, names: Sequence[str]) -> Path:
-    """Where the images of a caption file lie: the first usual place around it that has one of the first thousand."""
+def image_folder(folder: Path, source: Path, names: Sequence[str]) -> Path:
+    """Where the images of a caption file lie: the folder or a usual place, where one of the first thousand is."""
     # captions_val2017.json belongs to val2017.
     own, places = source.stem.removeprefix("captions_"), (source.parent, source.parent.parent)
     inner = (place / name for place in places for name in _FOLDERS)
-    for place in (source.parent, *(place / own for place in places), source.parent.parent, *inner):
+    for place in (folder, *(place / own for place in places), *places, *inner):
         # A few may be missing.
         if any(inside(place, name, allow_outside=True).exists() for name in names[:_FIRST]):
             return place

@@ -131,7 +131,8 @@ def _read(path: Path, options: SourceOptions) -> dict[str, list] | Iterable[publ
         return published.tokens(text)
     if suffix in (".jsonl", ".jsonlines"):
         rows = _json_lines(text)
-        return published.docci(rows) if suffix == ".jsonlines" and not asked else _columns(rows)
+        docci = suffix == ".jsonlines" and not asked and {"image_file", "description"} <= set(rows[0] if rows else ())
+        return published.docci(rows) if docci else _columns(rows)
     if suffix == ".json":
         content = json.loads(text)
         found = published.coco(content) if isinstance(content, dict) and not asked else None

@@ -238,7 +238,11 @@ class EmbeddingStore:
         if bool((norms == 0).any()):
             warn(norms == 0, "hold only zeros; images or captions failed where they were made.")
         elif len(rows) > 1 and bool((values == values[0]).all()):
-            warn(norms > 0, "are the same: nothing can be learned from them; look at how they were made.")
+            warnings.warn(
+                f"{self.path}: all {side} rows looked at are the same: nothing can be learned from them; look at how "
+                "they were made.",
+                stacklevel=4,
+            )
         deviation = (norms - 1).abs()
         if bool((deviation < UNIT_NORM_TOLERANCE).all()):
             return True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from tiny import make_plain_store
 
-from csdiff.embeddings import EmbeddingStore, write_store
+from csdiff.embeddings import EmbedConfig, EmbeddingStore, write_store
 from csdiff.errors import CSDiffError
 
 FILE = "img_emb/img_emb_1.npy"
@@ -270,7 +272,7 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
     cases = {
         "zeros": (without, r"10\.0% .*row 3 of img_emb/img_emb_0\.npy.*zeros"),
         "mixed": (mixed, r"40\.\d% .*row 0 of .*_1\.npy.*norm 1"),
-        "constant": (torch.ones(1000, 16), "of the image rows looked at.* are the same"),
+        "constant": (torch.ones(1000, 16), "all image rows looked at are the same"),
     }
     for name, (values, message) in cases.items():
         write_store(tmp_path / name, image_embeds=values, shard_size=600)
@@ -341,3 +343,17 @@ def test_a_fingerprint_of_another_store_does_not_change_what_is_measured(tmp_pat
     known = EmbeddingStore.open(tmp_path / "whole").fingerprint
     write_store(tmp_path / "part", text_embeds=values[:3], image_embeds=values[:3], fingerprint=known, dtype="float32")
     assert len(EmbeddingStore.open(tmp_path / "part")) == 3
+
+
+def test_the_python_of_the_page_runs_and_its_options_are_options(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (root / "docs/store.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    store = names["store"]
+    assert (len(store), store.text_dim, store.image_dim, store.normalized) == (1000, 32, 48, False)
+    assert names["batch"]["image_embeds"].shape == (128, 48)
+    named = set(re.findall(r"--(\w+)", (root / "docs/store.md").read_text())) - {"module", "config"}
+    assert named <= asdict(EmbedConfig()).keys()
