@@ -88,18 +88,15 @@ class EvaluateConfig:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Every option against its type, and what crosses two of them.
-
-    Raises:
-        CSDiffError: naming the option.
-    """
+    """Every option against its type, and what crosses two of them; a CSDiffError names the option."""
     # As the command line hands on the empty list.
     config.picture_baselines = [name for name in config.picture_baselines if name != "[]"]
     check_options(config)
-    if config.data is None and config.decoder is None:
-        raise CSDiffError("data: expected held-out pairs (a store, or captions with images), found nothing.")
-    if config.decoder is not None and config.pictures is None and config.data is None:
-        raise CSDiffError("pictures: expected reference pictures to measure the drawn ones by, found nothing.")
+    if config.data is None and (config.decoder is None or config.pictures is None):
+        raise CSDiffError(
+            "data: expected held-out pairs (a store, or captions with images), or --decoder and reference --pictures, "
+            "found neither."
+        )
     if config.prompts is not None and config.decoder is None:
         raise CSDiffError("prompts: expected a decoder to draw them with, found none; give --decoder.")
     names = config.compare

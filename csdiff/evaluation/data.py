@@ -75,11 +75,7 @@ class HeldOutPairs:
 
 
 def check_source(path: str, option: str, card: AdapterCard) -> None:
-    """Refuses what :func:`open_store` cannot open; embeds nothing.
-
-    Raises:
-        CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
-    """
+    """A CSDiffError where nothing is there, or the adapter does not say which encoders to embed it with."""
     if is_store(path):
         return
     if not Path(path).exists():
@@ -96,8 +92,7 @@ def open_store(
 ) -> Iterator[EmbeddingStore]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
-    Raises:
-        CSDiffError: nothing there, or the adapter does not say which encoders it belongs to.
+    Raises what :func:`check_source` raises.
     """
     check_source(path, option, card)
     if is_store(path):
@@ -146,15 +141,10 @@ def read_pairs(
     concepts: str | None = None,
     split: str | None = None,
 ) -> HeldOutPairs:
-    """Pairs of a store, evenly spread.
+    """At most `max_rows` pairs of a store, evenly spread.
 
-    Args:
-        source: What was asked for, for messages and the manifest.
-        store: Where the rows are.
-        option: It was asked for by, for messages.
-        max_rows: At most; None reads all.
-        concepts: Metadata column of what an image shows; by default concept or label, where there is one.
-        split: Of a source that is no store.
+    `source` (with its `split`) and `option` are what was asked for, for messages and the manifest; `concepts` is the
+    metadata column of what an image shows, by default concept or label, where there is one.
 
     Raises:
         CSDiffError: one side or the column is missing, there are too few images, or a row is not finite.
@@ -187,11 +177,7 @@ def training_store(card: AdapterCard) -> str | None:
 
 
 def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: str) -> None:
-    """Refuses a store that an adapter cannot be measured on.
-
-    Raises:
-        CSDiffError: other dimensions, other encoders, or rows without their norms.
-    """
+    """A CSDiffError for a store of other dimensions, of other encoders, or of rows without their norms."""
     named, fingerprint = f"as the adapter {card.path} was trained on", store.fingerprint or {}
     for side, expected in (("text", card.text_dim), ("image", card.embedding_dim)):
         found = getattr(store, f"{side}_dim")

@@ -22,17 +22,13 @@ from csdiff.pipelines.decoding import Decoder, DrawingOptions
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw.
-
-    Attributes:
-        prompt: Its text.
-        row: Number of the prompt in the list.
-        key: Names the picture; follows from the prompt, its repetition and the seed.
-    """
+    """One picture to draw."""
 
     prompt: str
     row: int
+    """Number of the prompt in the list."""
     key: str
+    """Names the picture; follows from the prompt, its repetition and the seed."""
 
     @property
     def noise_seed(self) -> int:
@@ -55,13 +51,8 @@ def jobs(prompts: list[str], num_images: int, seed: int) -> list[Job]:
 class PictureFolder:
     """Pictures of one source of embeddings, drawn with one decoder and one setting.
 
-    The name of the folder is a hash of everything that decides the pictures, so that pictures of another adapter,
-    decoder or setting are never taken for these.
-
-    Args:
-        output: Folder of all such folders.
-        name: Of the adapter or baseline, for people.
-        settings: Everything that decides the pictures but prompt and seed, JSON-able.
+    The name of the folder, for people the name of the adapter or baseline, ends with a hash of everything that decides
+    the pictures but prompt and seed, so that those of another adapter, decoder or setting are never taken for these.
     """
 
     def __init__(self, output: str | Path, name: str, settings: dict):

@@ -100,19 +100,16 @@ def linear_separability(x: Tensor, y: Tensor) -> float:
     """
     require("sklearn", "linear separability")
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import PredefinedSplit, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     sets = [unit(z)[:2000].cpu().numpy() for z in (x, y)]
-    halves = [np.concatenate([z[start::2] for z in sets]) for start in (0, 1)]
-    labels = [np.repeat([0, 1], [len(z[start::2]) for z in sets]) for start in (0, 1)]
-    accuracies = []
-    for fitted, tested in ((0, 1), (1, 0)):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, class_weight="balanced"))
-        predicted = classifier.fit(halves[fitted], labels[fitted]).predict(halves[tested])
-        accuracies.append(balanced_accuracy_score(labels[tested], predicted))
-    return float(sum(accuracies) / 2)
+    labels = np.repeat([0, 1], [len(z) for z in sets])
+    halves = PredefinedSplit(np.concatenate([np.arange(len(z)) % 2 for z in sets]))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, class_weight="balanced"))
+    scores = cross_val_score(classifier, np.concatenate(sets), labels, scoring="balanced_accuracy", cv=halves)
+    return float(scores.mean())
 
 
 def divergence(x: Tensor, y: Tensor, bandwidth: float) -> float:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from csdiff.devices import choose_device
@@ -83,8 +82,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     }
     if config.data is not None:
         pairs, predictions, baselines, fitted = _predictions(config, cards, device)
-        trained_on = {name: _trained_on(card) for name, card in cards.items()}
-        result = _metrics(config, pairs, predictions, trained_on, baselines, fitted["words"])
+        fitted_on = {**dict.fromkeys(baselines, fitted["words"]), "raw_text": "nothing"}
+        fitted_on |= {name: _trained_on(card) for name, card in cards.items()}
+        result = _metrics(config, pairs, predictions, baselines, fitted_on)
         manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
         plots = {"pairs": pairs, "predictions": predictions, "baselines": baselines}
     if drawing is not None:
@@ -189,22 +189,16 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
 
 
 def _metrics(
-    config: EvaluateConfig,
-    pairs: HeldOutPairs,
-    predictions: dict[str, Tensor],
-    fitted_on: dict[str, str],
-    baselines: dict[str, Tensor],
-    words: str,
+    config: EvaluateConfig, pairs: HeldOutPairs, predictions: dict, baselines: dict, fitted_on: dict[str, str]
 ) -> dict:
-    """The numbers of adapters and baselines, and what each was `fitted_on`."""
+    """The numbers of adapters and baselines, and what each was fitted on."""
     rows, options = (pairs.image, pairs.text, pairs.image_ids), (config.bandwidths, config.seed)
     limit, most = (None, None) if config.full else (LIMIT, IMAGES)
     columns = [*predictions.items(), *baselines.items()]
-    measured = []
-    for name, prediction in tqdm(columns, "measuring", disable=not config.progress):
-        found = held_out_metrics(prediction, *rows, *options, limit, pairs.concepts)
-        baseline = "nothing" if name == "raw_text" else words
-        measured.append({**found, "fitted_on": fitted_on.get(name, baseline)})
+    measured = [
+        {**held_out_metrics(prediction, *rows, *options, limit, pairs.concepts), "fitted_on": fitted_on[name]}
+        for name, prediction in tqdm(columns, "measuring", disable=not config.progress)
+    ]
     adapters = dict(zip(predictions, measured, strict=False))
     result = dict(measured[0])
     result["baselines"] = dict(zip(baselines, measured[len(adapters) :], strict=True))

@@ -42,18 +42,11 @@ class PictureRun:
     """Draws and measures pictures.
 
     Options, pairing and sources are checked here, networks that measure are loaded by :meth:`prepare`, and those that
-    draw by :meth:`measure`.
-
-    Args:
-        config: Every option.
-        cards: Adapters by name.
+    draw by :meth:`measure`. Bad input is a CSDiffError.
 
     Attributes:
         sheet: After :meth:`measure`, pictures by name of their source, `reference` first, prompt by prompt.
         sheet_prompts: Prompts of the sheet.
-
-    Raises:
-        CSDiffError: bad input.
     """
 
     def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard]):
@@ -88,16 +81,13 @@ class PictureRun:
             self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
         self.shown = _spread(len(self.prompts), SHOWN)
         self.references_sha256 = ""
-        self.decoder_record = decoder_record(self.decoder)
+        decoder = decoder_record(self.decoder)
+        self.sampling = {"decoder": decoder, "steps": self.steps, "guidance": self.guidance, "size": config.size}
         self.sheet: dict[str, list[Image.Image]] = {}
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
     def prepare(self, device: str) -> None:
-        """Load what measures pictures, and see that the encoders are there: nothing is drawn in vain.
-
-        Raises:
-            CSDiffError: a package, an extractor or an encoder is missing.
-        """
+        """Load what measures pictures, and see that the encoders are there: nothing is drawn in vain."""
         needed = [("text", known_text_encoder(card, self.decoder)) for card in self.cards.values()]
         for side, known in [*needed, *(self._encoders().items() if self.baselines else ())]:
             encoder_files(known["id"], side, known.get("revision"))
@@ -236,15 +226,7 @@ class PictureRun:
             # The image encoder behind the default negative.
             known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
             negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        return {
-            **made_by,
-            "decoder": self.decoder_record,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "negative": negative,
-            "size": self.config.size,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        return {**made_by, **self.sampling, "negative": negative, "dtype": str(dtype).removeprefix("torch.")}
 
     def _encoders(self) -> dict[str, dict]:
         """The encoders of the baselines, by side."""
@@ -286,10 +268,7 @@ class PictureRun:
             "seeds": [config.seed + image for image in range(config.num_images)],
             "noise": "one torch generator a picture, on the CPU, seeded with the first 12 hexadecimal digits of "
             "sha256(prompt, number of equal prompts before it, seed)",
-            "decoder": self.decoder_record,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "size": config.size,
+            **self.sampling,
             "batch_size": config.batch_size,
             "extractors": {name: extractor.describe() for name, extractor in self.extractors.items()},
             "clip": self.clip.describe(),

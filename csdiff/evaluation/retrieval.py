@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +20,8 @@ def image_identities(image: Tensor) -> Tensor:
 
 def first_rows(ids: Tensor) -> Tensor:
     """Row of the first appearance of every id, ascending."""
-    values, inverse = ids.unique(return_inverse=True)
-    rows = torch.arange(len(ids), device=ids.device)
-    first = torch.full((len(values),), len(ids), dtype=torch.long, device=ids.device)
-    return first.scatter_reduce_(0, inverse, rows, reduce="amin").sort().values
+    first = np.unique(ids.cpu().numpy(), return_index=True)[1]
+    return torch.from_numpy(np.sort(first)).to(ids.device)
 
 
 @dataclass(frozen=True)
