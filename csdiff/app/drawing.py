@@ -134,7 +134,7 @@ def blend(
         if isinstance(second, str):
             end, nearest, other = drawing.embed(second, torch.Generator("cpu").manual_seed(seed)), second, second
         else:
-            end, nearest, other = models.image_embeds(drawing.embedder, second), "", "an image"
+            end, nearest, other = drawing.embedder.image_tower.encode([second]).embeds.to(start), "", "an image"
         for weight in weights:
             # some decoders read the prompt beside the embedding: the nearer one
             beside = first if weight <= 0.5 else nearest

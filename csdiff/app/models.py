@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.app.config import AppConfig
 from csdiff.app.press import Progress, Report
 from csdiff.devices import choose_device
-from csdiff.embeddings import load_image_encoder
 from csdiff.embeddings.fingerprint import compare_encoders
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
@@ -96,22 +93,6 @@ class Models:
             CSDiffError: that store is not on this machine.
         """
         return self._keep("ridge", (_state(card), source), lambda: _ridge(card, source).to(self.device))
-
-    @torch.no_grad()
-    def image_embeds(self, embedder: PromptEmbedder, image) -> Tensor:
-        """An image as a raw image embedding `(1, D)`.
-
-        Raises:
-            CSDiffError: neither decoder nor adapter names the image encoder.
-        """
-        known = embedder.image_encoder or {}
-        if not known.get("id"):
-            raise CSDiffError("Neither the decoder nor the adapter names an image encoder, which an upload needs.")
-        place = {"revision": known.get("revision")}
-        encoder = self._keep(
-            "image encoder", known, lambda: load_image_encoder(known["id"], self.device, embedder.dtype, **place)
-        )
-        return encoder.encode([image]).embeds.to(embedder.dtype)
 
     def _keep(self, kind: str, key: Any, load: Callable[[], Any]) -> Any:
         """The two last used of a kind, oldest first."""

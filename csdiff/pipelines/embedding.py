@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from csdiff.adapters import AutoAdapter
 from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
+from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource
 
@@ -137,7 +139,7 @@ class PromptEmbedder:
         others take zeros, their own default, for which this is None. FLUX.1 reads a negative only with `true_cfg`.
 
         Raises:
-            CSDiffError: no image encoder is known for it, or its embedding is not finite.
+            CSDiffError: as `image_tower`; its embedding is not finite.
         """
         if self.decoder.hand_over == "flux-ip-adapter" and true_cfg <= 1:
             return None
@@ -145,18 +147,27 @@ class PromptEmbedder:
             return self.embed([prompt])
         if self.decoder.hand_over not in ("kandinsky", "flux-ip-adapter"):
             return None
+        black = self.image_tower.blank()[None]
+        embeds = self.image_tower.forward(torch.zeros_like(black) if self.decoder.hand_over == "kandinsky" else black)
+        cure = f"copy {self.image_tower.id} again, or give --negative_prompt"
+        _check_finite(embeds.embeds, "a black image", cure)
+        return embeds.embeds.to(self.dtype)
+
+    @cached_property
+    def image_tower(self) -> ImageEncoder:
+        """The image encoder whose embeddings the decoder takes.
+
+        Raises:
+            CSDiffError: neither decoder nor adapter names it, or it is not there.
+        """
+        where = f"the decoder {self.decoder.source}"
         if not (self.image_encoder or {}).get("id"):
             raise CSDiffError(
-                f"Neither the decoder {self.decoder.source} nor the adapter names an image encoder, which guidance "
-                "needs for its default negative; give --negative_prompt, or --guidance 1."
+                f"Neither {where} nor the adapter names an image encoder, which guidance needs for its default "
+                "negative, and an upload for its embedding; give --negative_prompt, or --guidance 1."
             )
-        known = find_encoder(self.image_encoder, "image", None, f"the decoder {self.decoder.source}")
-        encoder = load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
-        black = encoder.blank()[None]
-        pixels = torch.zeros_like(black) if self.decoder.hand_over == "kandinsky" else black
-        embeds = encoder.forward(pixels).embeds
-        _check_finite(embeds, "a black image", f"copy {known['id']} again, or give --negative_prompt")
-        return embeds.to(self.dtype)
+        known = find_encoder(self.image_encoder, "image", None, where)
+        return load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
 
     def _warn_of_cut(self, prompt: str) -> None:
         limit = self.encoder.max_length

@@ -47,6 +47,15 @@ def lora(metadata, tiny_clip):
     return adapter
 
 
+@pytest.fixture
+def diffusion(metadata, encoders):
+    size = {"states_dim": encoders["text"].states_dim, "num_embeddings": encoders["text"].max_length}
+    size |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    adapter = DiffusionAdapter(embedding_dim=DIM, **size).eval()
+    adapter.metadata = dict(metadata)
+    return adapter
+
+
 def lora_embeds(adapter, tokenizer, prompt):
     tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
@@ -117,17 +126,8 @@ def clip_parts_of(pipe):
     return {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "image_encoder", "image_processor")}
 
 
-def test_a_diffusion_adapter_gets_its_scheduler_and_many_steps(pipe, encoders, metadata, tiny_clip):
-    text = encoders["text"]
-    adapter = DiffusionAdapter(
-        embedding_dim=DIM,
-        states_dim=text.states_dim,
-        num_embeddings=text.max_length,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-    ).eval()
-    adapter.metadata = dict(metadata)
+def test_a_diffusion_adapter_gets_its_scheduler_and_many_steps(pipe, encoders, diffusion, tiny_clip):
+    adapter, text = diffusion, encoders["text"]
     load_adapter(pipe, adapter)
     assert isinstance(pipe.scheduler, UnCLIPScheduler)
     encoded = text.encode([PROMPT])
@@ -147,23 +147,13 @@ def test_a_diffusion_adapter_gets_its_scheduler_and_many_steps(pipe, encoders, m
     assert len(stable.prior_scheduler.timesteps) == 3
 
 
-def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, encoders, metadata):
+def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, diffusion):
     prior = prior_transformer(tiny_clip, DIM)
     scheduler = UnCLIPScheduler(prediction_type="sample")
     pipe = KandinskyV22PriorEmb2EmbPipeline(prior=prior, scheduler=scheduler, **clip_parts(tiny_clip))
     with pytest.raises(CSDiffError, match=r"starts denoising at a picture.* CSDiffPriorPipeline\.interpolate"):
         load_adapter(pipe, adapter)
     assert pipe.prior is prior
-    text = encoders["text"]
-    diffusion = DiffusionAdapter(
-        embedding_dim=DIM,
-        states_dim=text.states_dim,
-        num_embeddings=text.max_length,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-    )
-    diffusion.metadata = dict(metadata)
     load_adapter(pipe, diffusion).set_progress_bar_config(disable=True)
     picture = Image.new("RGB", (32, 32), "red")
     output = pipe(PROMPT, image=picture, num_inference_steps=4, strength=0.5, guidance_scale=1.0)
