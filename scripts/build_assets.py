@@ -57,7 +57,16 @@ def install_adapter(folder: Path) -> None:
     shutil.rmtree(ASSETS / "adapter", ignore_errors=True)
     (ASSETS / "adapter").mkdir()
     for path in (folder / "README.md", folder / "config.json", folder / "csdiff.json", *folder.glob("*.safetensors")):
-        shutil.copy(path, ASSETS / "adapter")
+        # A run writes down where its data and its store lie on this machine.
+        if path.suffix in (".json", ".md"):
+            text = path.read_text().replace(f"{ROOT}/", "")
+            if path.name == "csdiff.json":
+                record = json.loads(text)
+                record["data"].pop("store", None)
+                text = json.dumps(record, indent=2) + "\n"
+            (ASSETS / "adapter" / path.name).write_text(text)
+        else:
+            shutil.copy(path, ASSETS / "adapter")
 
 
 def main() -> None:
