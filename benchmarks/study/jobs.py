@@ -64,7 +64,7 @@ def sweep_jobs(data: list[str], parts: list[str], seeds: int, steps: int | None 
         for part in parts
         for name in data
         for method in SWEEPS[part]
-        if name == "shipped" or part == "choice" or (name == "coco500" and part not in ("batch", "unpaired"))
+        if name == "shipped" or part == "choice"
     ]
 
 

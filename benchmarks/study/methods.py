@@ -144,19 +144,8 @@ CHOICE = {
 """Between which the default was chosen, on validation rows."""
 
 
-def _swept(title: str, option: str, values) -> dict[str, Method]:
-    return {f"{title}={value}": Method(title, options={option: value}) for value in values}
-
-
 SWEEPS: dict[str, dict[str, Method]] = {
     "choice": CHOICE,
-    "lambda": _swept("lambda", "cs_weight", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
-    "bandwidth": {
-        **_swept("bandwidth", "bandwidth", (0.25, 0.35, 0.5, 0.7, 1.0)),
-        "mixed=0": Method("mixed", options={"bandwidth": [0.35, 0.5, 1.0], "diagonal": False}),
-    },
-    "temperature": _swept("temperature", "temperature", (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)),
-    "batch": {f"batch={n}": Method("batch", changes={"batch_size": n}) for n in (64, 256, 1024)},
-    "pairs": {f"pairs={part}": Method("pairs", pairs=part) for part in (0.1, 0.25, 0.5, 1.0)},
-    "unpaired": {f"unpaired={part}": Method("unpaired", pairs=0.1, unpaired=part) for part in (0.0, 0.3, 1.0)},
+    "lambda": {f"lambda={w}": Method("", options={"cs_weight": w}) for w in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)},
+    "unpaired": {f"unpaired={part}": Method("", pairs=0.1, unpaired=part) for part in (0.0, 0.3, 1.0)},
 }

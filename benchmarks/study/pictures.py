@@ -48,6 +48,7 @@ def draw(folder: Path, count: int | None) -> dict:
             pictures=str(ASSETS / "data/combination.parquet"),
             decoder="tiny",
             num_prompts=count,
+            picture_baselines=["raw_text", "ridge", "image"],
             extractors=SPACES,
             output=str(folder / "pictures"),
         )
