@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +167,40 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
 def read_header(files: list[Path]) -> Header:
     """Dtype, shape and file of every tensor in safetensors files; no tensor is read."""
     return {name: (*entry, file) for file in files for name, entry in read_safetensors_header(file).items()}
+
+
+def check_sizes(path: Path, config: dict[str, Any], found: Header) -> None:
+    """Raises a `CSDiffError` where the config asks for what the tensors do not have, before it is built in memory."""
+    layers = config.get("num_layers")
+    if isinstance(layers, int) and layers > len(found):
+        raise CSDiffError(
+            f"{path / CONFIG} asks for num_layers {layers}, but its weights are {len(found)} tensors in all; put the "
+            "files of one adapter together."
+        )
+    for size, tensor, axis in (
+        ("embedding_dim", "clip_mean", -1),
+        ("text_dim", "text_mean", -1),
+        ("rank", "lora_A", 0),
+    ):
+        there = sorted({shape[axis] for name, (_, shape, _) in found.items() if tensor in name and shape})
+        if config.get(size) is not None and [config[size]] != there:
+            raise CSDiffError(
+                f"{path / CONFIG} asks for {size} {config[size]!r}, but the shapes of {tensor} in its weights say "
+                f"{there}; put the files of one adapter together."
+            )
+
+
+@contextmanager
+def described_by(path: Path, cls: type) -> Iterator[None]:
+    """Says that a config is to blame for what goes wrong while a `cls` is built of it."""
+    try:
+        yield
+    except CSDiffError:
+        raise
+    # a value of another type fails wherever it is first used
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CSDiffError(f"{path / CONFIG} does not describe a {cls.__name__}: {reason}") from error
 
 
 def check_tensors(path: Path, expected: dict[str, Tensor], found: Header) -> None:

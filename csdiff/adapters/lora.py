@@ -145,20 +145,24 @@ class LoRAAdapter(Adapter):
         files = [folder.weight_files(path, options.get("variant"), name)[0] for name in weights]
         headers = [folder.read_header([file]) for file in files]
         peft = folder.read_part(path / PEFT_CONFIG)
-        found = peft.get("peft_type"), peft.get("r"), sorted(peft.get("target_modules") or [], key=str)
-        expected = "LORA", values.get("rank"), sorted(values.get("target_modules") or [], key=str)
+        found, expected = (
+            (kind, rank, sorted(map(str, targets)) if isinstance(targets, list) else targets)
+            for kind, rank, targets in (
+                (peft.get("peft_type"), peft.get("r"), peft.get("target_modules")),
+                ("LORA", values.get("rank"), values.get("target_modules")),
+            )
+        )
         if found != expected:
             raise CSDiffError(
                 f"{path / PEFT_CONFIG} must have peft_type, r and target_modules {expected} as {folder.CONFIG}, found "
                 f"{found}; save the adapter again."
             )
-        if options.get("base_model") is None:
-            known = {"id": values.get("text_encoder")}
-            values["text_encoder"] = find_encoder(known, "text", of=f"the adapter {path}", beside=[path])["id"]
-        try:
+        folder.check_sizes(path, values, headers[0] | headers[1])
+        with folder.described_by(path, cls):
+            if options.get("base_model") is None:
+                known = {"id": values.get("text_encoder")}
+                values["text_encoder"] = find_encoder(known, "text", of=f"the adapter {path}", beside=[path])["id"]
             adapter = cls(**values, base_model=options.get("base_model"))
-        except (TypeError, RuntimeError) as error:
-            raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {error}") from error
         lora = get_peft_model_state_dict(adapter.peft_model, save_embedding_layers=False)
         statistics = {name: getattr(adapter, name) for name in cls._STATISTICS}
         for file, header, tensors in zip(files, headers, (statistics, lora), strict=True):

@@ -122,12 +122,9 @@ class Persistent:
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]) -> tuple[Persistent, dict]:
         """Builds the adapter from a folder whose config is checked; returns it with diffusers' loading info."""
         found = folder.read_header(folder.weight_files(path, options["variant"]))
-        try:
-            with torch.device("meta"):
-                expected = cls.from_config(dict(config)).state_dict()
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            reason = " ".join(str(error).split())
-            raise CSDiffError(f"{path / folder.CONFIG} does not describe a {cls.__name__}: {reason}") from error
+        folder.check_sizes(path, config, found)
+        with folder.described_by(path, cls), torch.device("meta"):
+            expected = cls.from_config(dict(config)).state_dict()
         folder.check_tensors(path, expected, found)
         options = {**options, "use_safetensors": True, "use_flashpack": False, "output_loading_info": True}
         adapter, info = super().from_pretrained(path, **options)

@@ -82,11 +82,11 @@ def fill_own(tile: Tensor, offset: int, value: float | Tensor) -> None:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two matrices, with float32 sums and results where the factors are bfloat16."""
+    """The product of matrices, or of batches of them, with float32 sums and results for bfloat16 factors."""
     if a.dtype != torch.bfloat16:
         return a @ b
     if a.device.type == "cuda" and _FLOAT32_RESULTS:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 

@@ -9,7 +9,7 @@ from csdiff.losses.arguments import NonFiniteRows, check_block_size, check_same_
 from csdiff.losses.autograd import apart_from_autocast
 from csdiff.losses.bandwidth import Bandwidth, resolve_bandwidth
 from csdiff.losses.process_group import gather_rows, global_sum, raise_together
-from csdiff.losses.tiles import compute_dtype, unit_rows
+from csdiff.losses.tiles import compute_dtype, factor_dtype, multiply, unit_rows
 
 # Kernel values evaluated at once when no block size is given.
 KERNELS_AT_ONCE = 2**18
@@ -75,15 +75,18 @@ def token_cauchy_schwarz_divergence(
     if isinstance(bandwidth, str):
         pooled = [prepare(t.detach()[mask], dtype) for t, mask in ((x_tokens, x_mask), (y_tokens, y_mask))]
     widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
+    factor = factor_dtype(x_tokens, y_tokens)
 
     def divergences(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor) -> Tensor:
         # What masked tokens hold may be anything; zeros have no gradient.
         x, y = (prepare(t.masked_fill(~mask[..., None], 0), dtype) for t, mask in ((x, x_mask), (y, y_mask)))
         means = (t.detach().sum(1) / mask.sum(1, keepdim=True) for t, mask in ((x, x_mask), (y, y_mask)))
         centre = sum(means)[:, None] / 2
-        x, y = x - centre, y - centre
-        within = [_log_mean_kernels(t, mask, t, mask, widths, diagonal) for t, mask in ((x, x_mask), (y, y_mask))]
-        found = within[0] + within[1] - 2 * _log_mean_kernels(x, x_mask, y, y_mask, widths, diagonal)
+        # Rounded once, so that squared norms and products are those of the same points.
+        x, y = ((t - centre).to(factor).to(dtype) for t in (x, y))
+        options = (widths, diagonal, factor)
+        within = [_log_mean_kernels(t, mask, t, mask, *options) for t, mask in ((x, x_mask), (y, y_mask))]
+        found = within[0] + within[1] - 2 * _log_mean_kernels(x, x_mask, y, y_mask, *options)
         return (found.clamp_min(0) if diagonal else found).sum()
 
     at_once = block_size or max(1, KERNELS_AT_ONCE // max(x_tokens.shape[1], y_tokens.shape[1]) ** 2)
@@ -94,10 +97,17 @@ def token_cauchy_schwarz_divergence(
 
 
 def _log_mean_kernels(
-    x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, widths: tuple[float, ...], diagonal: bool
+    x: Tensor,
+    x_mask: Tensor,
+    y: Tensor,
+    y_mask: Tensor,
+    widths: tuple[float, ...],
+    diagonal: bool,
+    factor: torch.dtype,
 ) -> Tensor:
     """`log V` of each pair of token sets `(b, n, D)` and `(b, m, D)`, `(b,)`; within one set where x is y."""
-    distance = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :] - 2 * (x @ y.mT)
+    product = x @ y.mT if factor == x.dtype else _Product.apply(x, y, factor)
+    distance = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :] - 2 * product
     pair = x_mask[:, :, None] & y_mask[:, None, :]
     if x is y:
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
@@ -106,6 +116,22 @@ def _log_mean_kernels(
     exponents = [(distance / (-2 * width**2)).masked_fill(~pair, -math.inf).flatten(1) for width in widths]
     counts = pair.flatten(1).sum(dim=1) * len(widths)
     return torch.cat(exponents, dim=1).logsumexp(dim=1) - counts.to(x.dtype).log()
+
+
+class _Product(torch.autograd.Function):
+    """`x y^T` of batches in the dtype of their factors, with sums and gradients in float32."""
+
+    @staticmethod
+    def forward(ctx, x, y, factor):
+        x, y = x.to(factor), y.to(factor)
+        ctx.save_for_backward(x, y)
+        return multiply(x, y.mT)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return multiply(grad, y), multiply(grad.mT, x), None
 
 
 def _check(name: str, tokens: Tensor, mask_name: str, mask: Tensor | None, diagonal: bool) -> Tensor:

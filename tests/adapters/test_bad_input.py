@@ -125,6 +125,42 @@ def test_config_with_unknown_key_or_bad_value(mlp, changes, facts):
     refused(mlp, *facts)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "facts"),
+    [
+        ("config.json", {"target_modules": 5}, [PEFT_CONFIG, "5"]),
+        (PEFT_CONFIG, {"target_modules": {"q_proj": 1}}, [PEFT_CONFIG, "{'q_proj': 1}"]),
+        ("both", {"target_modules": [["q_proj"]]}, ["config.json", "LoRAAdapter"]),
+        ("both", {"target_modules": ["q_proj", "to_q"]}, ["['to_q']", "out_proj"]),
+        ("config.json", {"text_encoder": [1]}, ["config.json"]),
+        ("config.json", {"alpha": "much"}, ["config.json", "LoRAAdapter"]),
+    ],
+)
+def test_lora_config_of_another_type_or_nesting(lora, file, changes, facts):
+    for name in ("config.json", PEFT_CONFIG) if file == "both" else (file,):
+        edit(lora / name, **changes)
+    refused(lora, *facts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "fact"),
+    [
+        ("mlp", {"num_layers": 10**9}, "config.json"),
+        ("mlp", {"embedding_dim": 10**9}, "[16]"),
+        ("lora", {"rank": 10**9}, PEFT_CONFIG),
+        ("lora", {"rank": 10**9, "r": 10**9}, "[2]"),
+        ("lora", {"embedding_dim": 10**9, "text_dim": 10**9}, "[16]"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_never_built(kind, changes, fact, mlp, lora, monkeypatch):
+    folder = {"mlp": mlp, "lora": lora}[kind]
+    if "r" in changes:
+        edit(folder / PEFT_CONFIG, r=changes.pop("r"))
+    edit(folder / "config.json", **changes)
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module was built"))
+    refused(folder, str(10**9), fact)
+
+
 def test_tensors_missing_left_over_or_of_another_shape(mlp):
     file = mlp / WEIGHTS
     edit_weights(file, lambda tensors: tensors.update(extra=torch.zeros(2)))

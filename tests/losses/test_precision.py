@@ -8,8 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csdiff.losses import (
     CSAlignerLoss,
     cauchy_schwarz_divergence,
+    contrastive,
     info_nce,
+    kernels,
+    tiles,
     token_cauchy_schwarz_divergence,
+    tokens,
 )
 from csdiff.losses.kernels import Points, kernel_sums
 
@@ -71,6 +75,28 @@ def test_bfloat16_factors_give_the_sums_of_the_rounded_points(block):
     for pull, weight, own, other in ((sums.row_pull, kernel, x, y), (sums.col_pull, kernel.T, y, x)):
         expected = weight @ other.double() - weight.sum(dim=1, keepdim=True) * own.double()
         assert (pull * sums.shift.exp() - expected).norm() <= 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["cs", "info_nce", "tokens"])
+def test_bfloat16_inputs_are_multiplied_in_bfloat16_where_a_gpu_does_so(name, monkeypatch):
+    factors = []
+
+    def multiply(a, b):
+        factors.append((a.dtype, b.dtype))
+        return a.float() @ b.float()
+
+    x, y = (t.bfloat16() for t in two_sets())
+    expected = value_and_gradients(LOSSES[name], x.float(), y.float(), dtype=torch.float32)
+    monkeypatch.setattr(tiles, "multiply", multiply)
+    monkeypatch.setattr(tokens, "multiply", multiply)
+    for module in (kernels, contrastive, tokens):
+        monkeypatch.setattr(module, "factor_dtype", lambda *inputs: inputs[0].dtype)
+    value, gradients = value_and_gradients(LOSSES[name], x, y, dtype=torch.bfloat16)
+    assert set(factors) == {(torch.bfloat16, torch.bfloat16)}
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(expected[0]), rel=2e-3)
+    for one, other in zip(gradients, expected[1], strict=True):
+        assert (one.float() - other).norm() <= 0.02 * other.norm()
 
 
 class Sizes(TorchDispatchMode):
