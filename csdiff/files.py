@@ -78,8 +78,8 @@ def writing_folder(
     """A fresh folder to fill; at the end its files are flushed to the disk and moved into place.
 
     A new folder appears by one rename. In a folder that exists each entry is replaced by one rename, `*.safetensors`
-    (and their index) of an earlier save that the new one lacks are removed, and files of others stay. What killed
-    processes left of earlier tries is removed first.
+    (and their index) of an earlier save that the new one lacks are removed, and files of others stay. What
+    killed processes left of earlier tries is removed first.
 
     Args:
         target: The folder.
@@ -95,10 +95,11 @@ def writing_folder(
     aside.mkdir()
     try:
         yield aside
-        for folder, _, names in os.walk(aside):
-            for name in names:
-                fsync(Path(folder, name))
-            fsync(Path(folder))
+        for path in (aside, *aside.rglob("*")):
+            # safetensors makes files that their owner alone may read; whoever may read the folder may read them.
+            with suppress(OSError):
+                path.chmod(path.stat().st_mode | aside.stat().st_mode & 0o444)
+            fsync(path)
         if whole and target.exists():
             replaced = parent / f"{PARTIAL}{os.getpid()}-replaced-{target.name}"
             target.rename(replaced)
@@ -126,12 +127,7 @@ def _replace_entries(aside: Path, target: Path, stale: Callable[[str], bool]) ->
 
 
 def remove_partial(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left half-written in a folder; what a living process writes stays.
-
-    Args:
-        folder: Where to look, not below it.
-        name: Only what was to become this name; by default all.
-    """
+    """Remove what killed processes left half-written in a folder, of a name or all; what a living one writes stays."""
     import psutil
 
     for path in [path for path in folder.glob(f"{PARTIAL}*") if path.name.endswith(name)]:
@@ -145,11 +141,10 @@ def remove_partial(folder: Path, name: str = "") -> None:
 
 
 class FolderLock:
-    """Keeps a second process from writing into a folder; the lock of a process that died is none.
+    """Keeps a second process from writing `what` into a folder, by its file `.lock`; that of a dead process is none.
 
-    Args:
-        folder: It must exist; the lock is its file `.lock`.
-        what: What is written there, for the message.
+    Raises:
+        CSDiffError: on entering, if another process holds it.
     """
 
     def __init__(self, folder: Path, what: str):
@@ -157,11 +152,6 @@ class FolderLock:
         self._file: IO | None = None
 
     def __enter__(self) -> FolderLock:
-        """Take the lock.
-
-        Raises:
-            CSDiffError: another process holds it.
-        """
         try:
             import fcntl
         except ImportError:  # Windows: two runs into one folder are not noticed.
@@ -172,9 +162,9 @@ class FolderLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._file.close()
+                where = self.path.parent
                 raise CSDiffError(
-                    f"{self.path.parent}: another process is writing {self.what} there; wait for it, stop it, or "
-                    "choose another folder."
+                    f"{where}: another process is writing {self.what} there; wait for it or stop it."
                 ) from None
             except OSError:  # A file system without locks.
                 return self
@@ -202,15 +192,11 @@ def disk_full(error: BaseException) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CSDiffError: there is no such file, or it holds no JSON object.
-    """
-    if not path.is_file():
-        raise CSDiffError(f"{path}: expected a JSON file, found none.")
+    """A JSON object from a file; CSDiffError if there is no such file, or if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CSDiffError(f"{path}: expected a JSON file, found none.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CSDiffError(f"{path}: expected JSON, found a file that cannot be read as such ({error}).") from error
     if not isinstance(content, dict):
@@ -228,11 +214,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype (as safetensors names it: F32, F16, ...) and shape of every tensor of a file; no tensor is read.
-
-    Raises:
-        CSDiffError: no such file, no safetensors file, or one that is cut short.
-    """
+    """Dtype (F32, F16, ...) and shape of every tensor of a file, no tensor is read; CSDiffError if it is none."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -188,6 +188,16 @@ def test_a_half_precision_prior_takes_the_adapter_it_came_from(tiny_clip, tmp_pa
         csdiff.load_adapter(pipe, adapter)
 
 
+@pytest.mark.parametrize("make", [random_mlp, random_lora])
+def test_encoders_with_other_weights_are_refused(make, tiny_clip, tmp_path):
+    adapter = make(tiny_clip)
+    adapter.metadata["text_encoder"]["weights_sha256"] = "0" * 64
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CSDiffError, match=r"text encoder .* weights differ"):
+        export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), format="prior"))
+    assert not (tmp_path / "prior").exists()
+
+
 def test_encoders_that_moved_are_named(tiny_clip, tmp_path):
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
     random_mlp(tmp_path / "gone").save_pretrained(tmp_path / "adapter")

@@ -42,6 +42,16 @@ def test_a_folder_that_exists_keeps_what_others_put_there(tmp_path):
     assert sorted(entry.name for entry in target.iterdir()) == ["new.safetensors", "notes.txt"]
 
 
+def test_a_written_folder_can_be_read_by_whoever_may_read_it(tmp_path):
+    for target in (tmp_path / "new", tmp_path / "new"):
+        with writing_folder(target) as folder:
+            save_file({"a": torch.zeros(2)}, folder / "w.safetensors")
+            (folder / "below").mkdir()
+            save_file({"a": torch.zeros(2)}, folder / "below" / "w.safetensors")
+        for file in target.rglob("*.safetensors"):
+            assert file.stat().st_mode & 0o444 == target.stat().st_mode & 0o444
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path):
     code = "import os, sys; from pathlib import Path; Path(sys.argv[1], f'.partial-{os.getpid()}-x').mkdir()"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,18 +52,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was exported.
-
-    Attributes:
-        output: Folder that was written; None when everything went to the hub.
-        source: Adapter folder the weights come from.
-        format: adapter, prior or pipeline.
-        adapter: Class of the adapter.
-        weights: average or online; None when the adapter does not say.
-        step: Updates of the training run; None when the adapter does not say.
-        dtype: Of the weights.
-        url: Of the commit on the hub, if any.
-    """
+    """What was exported; None is what the adapter does not say, and an `output` or `url` that was not asked for."""
 
     output: Path | None
     source: str
@@ -72,7 +61,7 @@ class ExportResult:
     weights: str | None
     step: int | None
     dtype: str
-    url: str | None = None
+    url: str | None
 
 
 def export(config: ExportConfig) -> ExportResult:
@@ -87,11 +76,11 @@ def export(config: ExportConfig) -> ExportResult:
     """
     import torch
 
-    from csdiff.adapters import folder, hub
+    from csdiff.adapters import hub
     from csdiff.options import check_options
 
     check_options(config)
-    source = find_adapter(config)
+    source, repo = _find_adapter(config), config.push_to_hub
     output = _check_output(config, source)
     adapter = _load(source, config)
     kind, training = type(adapter).__name__, adapter.metadata.get("training") or {}
@@ -99,13 +88,9 @@ def export(config: ExportConfig) -> ExportResult:
         raise CSDiffError(f"merge_lora: expected a LoRA adapter, found a {kind}; leave it out.")
     dtype = getattr(torch, DTYPES.get(config.dtype, config.dtype)) if config.dtype else adapter.dtype
     torch.nn.Module.to(adapter, dtype)
-    try:
-        folder.check_values(Path(source), adapter.state_dict())
-    except CSDiffError as error:
-        # they were finite when they were loaded
-        raise CSDiffError(f"dtype: weights of {source} are beyond the range of {dtype}; use bfloat16.") from error
-
-    repo, write = config.push_to_hub, adapter.save_pretrained
+    if not all(tensor.isfinite().all() for tensor in adapter.state_dict().values()):
+        raise CSDiffError(f"dtype: weights of {source} are beyond the range of {dtype}; use bfloat16.")
+    write = partial(adapter.save_pretrained, card_location=repo or ".")
     if config.format != "adapter":
         write = _pipeline_writer(config, adapter, dtype)
     elif config.merge_lora:
@@ -114,25 +99,17 @@ def export(config: ExportConfig) -> ExportResult:
                 "merge_lora: an adapter folder names its merged text encoder by place, which a hub repository cannot; "
                 "push it with --format prior."
             )
-        write = _merged_writer(adapter, output)
+        write = partial(_write_merged, adapter, output)
     if output is not None:
         with writing_folder(output, whole=True) as aside:
             write(aside)
-    url = None
-    if repo and config.format == "adapter":
-        url = str(adapter.push_to_hub(repo, private=config.private))
-    elif repo:
-        url = str(hub.push(repo, write, commit_message=f"Upload {kind}", private=config.private))
+    url = hub.push(repo, write, commit_message=f"Upload {kind}", private=config.private) if repo else None
     words = training.get("weights"), training.get("steps"), str(dtype).removeprefix("torch.")
-    return ExportResult(output, str(source), config.format, kind, *words, url)
+    return ExportResult(output, str(source), config.format, kind, *words, url and str(url))
 
 
-def find_adapter(config: ExportConfig) -> str | Path:
-    """The adapter folder that is meant, or the hub repository as it is.
-
-    Raises:
-        CSDiffError: No such checkpoint, or a run that has left nothing yet.
-    """
+def _find_adapter(config: ExportConfig) -> str | Path:
+    """The adapter folder that is meant, or the hub repository as it is."""
     from csdiff.training.run_folder import CONFIG_NAME, Checkpoints
 
     if not config.source:
@@ -140,19 +117,13 @@ def find_adapter(config: ExportConfig) -> str | Path:
     run, wanted = Path(config.source), config.checkpoint
     if not (run / CONFIG_NAME).is_file():
         if wanted is not None:
-            raise CSDiffError(
-                f"checkpoint: expected the output folder of a training run (with {CONFIG_NAME}) to look for "
-                f"{wanted} in, found {config.source}."
-            )
+            raise CSDiffError(f"checkpoint: expected a training run (with {CONFIG_NAME}), found {config.source}.")
         return run if run.exists() else config.source
     if wanted is None and (run / "config.json").is_file():
         return run
     checkpoints = Checkpoints(run / "checkpoints")
-    if wanted in (None, "latest"):
-        found = checkpoints.latest()
-    else:
-        number = wanted.removeprefix("step-")
-        found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.named(wanted)
+    number = (wanted or "").removeprefix("step-")
+    found = checkpoints.path(int(number)) if number.isdecimal() else checkpoints.named(wanted or "latest")
     if found is None or not found.is_dir():
         steps = ", ".join(map(str, checkpoints.steps())) or "none yet"
         raise CSDiffError(
@@ -176,7 +147,7 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
         if not config.overwrite:
             raise CSDiffError(f"output: {output} is not empty; give another --output, or --overwrite to replace it.")
         ours = any((output / name).is_file() for name in ("csdiff.json", "model_index.json"))
-        inside = Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve())
+        inside = Path(source).exists() and absolute(source).is_relative_to(absolute(output))
         if not ours or inside or (output / CONFIG_NAME).exists() or (output / "state").exists():
             raise CSDiffError(
                 f"output: {output} is not an exported adapter or pipeline, or holds the adapter that is exported, and "
@@ -213,43 +184,36 @@ def _load(source: str | Path, config: ExportConfig):
     for name, tensor in load_file(state).items():
         if name.startswith(ONLINE):
             parameters[name.removeprefix(ONLINE)].data.copy_(tensor)
-    measured = {}
-    for line in read_jsonl(folder.parent.parent / METRICS_NAME):
-        if line.get("kind") == "validation" and line["step"] == training.get("steps"):
-            measured = line.get("online") or {}
-    adapter.metadata["training"]["weights"], adapter.metadata["metrics"] = "online", measured
+    lines = read_jsonl(folder.parent.parent / METRICS_NAME)
+    measured = [line for line in lines if (line.get("kind"), line["step"]) == ("validation", training.get("steps"))]
+    adapter.metadata["training"]["weights"] = "online"
+    adapter.metadata["metrics"] = measured[-1].get("online") or {} if measured else {}
     return adapter
 
 
-def _merged_writer(adapter, output: Path) -> Callable[[Path], None]:
+def _write_merged(adapter, output: Path, folder: Path) -> None:
     """The adapter's merged text encoder in `text_encoder`, and the map after it as an adapter that names it."""
     from csdiff.embeddings import load_text_encoder
     from csdiff.embeddings.fingerprint import weights_sha256
 
-    def write(folder: Path) -> None:
-        merged, prior, place = adapter.merged_text_encoder(), adapter.as_prior(), folder / "text_encoder"
-        named = adapter.metadata.get("text_encoder") or {}
-        merged.save_pretrained(place)
-        load_text_encoder(named.get("id") or adapter.config.text_encoder).tokenizer.save_pretrained(place)
-        known = {"id": str(output.absolute() / "text_encoder"), "weights_sha256": weights_sha256(place, "text")}
-        prior.metadata["text_encoder"] = {**named, **known, "revision": None}
-        prior.save_pretrained(folder)
-
-    return write
+    prior, place = adapter.as_prior(), folder / "text_encoder"
+    named = adapter.metadata.get("text_encoder") or {}
+    adapter.merged_text_encoder().save_pretrained(place)
+    load_text_encoder(named.get("id") or adapter.config.text_encoder).tokenizer.save_pretrained(place)
+    known = {"id": str(output.absolute() / "text_encoder"), "weights_sha256": weights_sha256(place, "text")}
+    prior.metadata["text_encoder"] = {**named, **known, "revision": None}
+    prior.save_pretrained(folder)
 
 
 def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], None]:
     """A stock pipeline of the adapter, its encoders and, if it is to be whole, a decoder."""
     from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-    from csdiff.embeddings.encoders import find_encoder
     from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
     from csdiff.pipelines.loading import load_adapter
-    from csdiff.pipelines.prior import CSDiffPriorPipeline
+    from csdiff.pipelines.prior import load_encoders
 
     metadata, decoder = adapter.metadata, None
-    for tower in ("text", "image"):
-        find_encoder(metadata.get(f"{tower}_encoder"), tower, of="format: the adapter's csdiff.json")
     if config.format == "pipeline":
         decoder = resolve_decoder(config.decoder)
         if decoder.hand_over != "kandinsky":
@@ -258,22 +222,21 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
                 f"{decoder.source}; `csdiff generate` and load_adapter drive the other ones."
             )
         check_pairing(AdapterCard(Path(config.source), dict(adapter.config), metadata), decoder)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter.save_pretrained(folder)
-        prior = CSDiffPriorPipeline.from_pretrained(folder, dtype=dtype)
-    pipe = KandinskyV22PriorPipeline(**prior.components)
-    if not adapter.uses_input_ids:
-        load_adapter(pipe, adapter)  # refuses encoders whose weights have changed
+    parts = load_encoders(metadata, "format: the adapter's csdiff.json", dtype, text=None, image=None)
+    # Refuses encoders whose weights have changed.
+    pipe = load_adapter(KandinskyV22PriorPipeline(prior=None, scheduler=None, **parts), adapter)
     if decoder is not None:
-        parts = KandinskyV22Pipeline.from_pretrained(decoder.source, dtype=dtype, use_safetensors=True)
-        components = {f"prior_{name}": part for name, part in pipe.components.items()}
-        pipe = KandinskyV22CombinedPipeline(unet=parts.unet, scheduler=parts.scheduler, movq=parts.movq, **components)
+        parts = KandinskyV22Pipeline.from_pretrained(decoder.source, dtype=dtype, use_safetensors=True).components
+        pipe = KandinskyV22CombinedPipeline(
+            **parts, **{f"prior_{name}": part for name, part in pipe.components.items()}
+        )
+    prior = getattr(pipe, "prior_prior", None) or pipe.prior
     card = _CARD.format(
         license=metadata.get("license") or "apache-2.0",
         name=Path(config.output or config.push_to_hub).name,
         pipeline=type(pipe).__name__,
-        prior=type(prior.prior).__name__,
-        module=type(prior.prior).__module__,
+        prior=type(prior).__name__,
+        module=type(prior).__module__,
         loader="AutoPipelineForText2Image" if decoder is not None else type(pipe).__name__,
     )
     # Encoders keep their identity in another number format; a merged text encoder is another one.

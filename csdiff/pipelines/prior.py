@@ -91,30 +91,18 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     @classmethod
     def _from_adapter_folder(cls, folder: Path, **components):
         from csdiff.adapters import AutoAdapter
-        from csdiff.embeddings import load_image_encoder, load_text_encoder
 
         dtype = components.pop("dtype", None) or components.pop("torch_dtype", None)
         adapter = AutoAdapter.from_pretrained(folder, dtype=dtype, variant=components.pop("variant", None))
-        parts = dict(components)
         # A name or a folder says where an encoder is; a model is used as it is.
-        named = [t for t in ("text", "image") if isinstance(parts.get(f"{t}_encoder"), (str, os.PathLike))]
-        places = {t: parts.pop(f"{t}_encoder") for t in named}
-        if "text_encoder" not in parts or "tokenizer" not in parts:
-            known = find_encoder(adapter.metadata.get("text_encoder"), "text", places.get("text"), f"{folder}")
-            cut = (adapter.metadata.get("tokenizer") or {}).get("max_length")
-            text = load_text_encoder(known["id"], dtype=dtype, revision=known.get("revision"), max_length=cut)
-            if text.pooling != "projection":
-                raise CSDiffError(
-                    f"{known['id']} has no CLIP text projection, which this pipeline's calls need; encode the text "
-                    "with csdiff.embeddings.load_text_encoder and call adapter.embed."
-                )
-            parts = {"text_encoder": text.model, "tokenizer": text.tokenizer, **parts}
-        known = adapter.metadata.get("image_encoder") or {}
-        if "image_encoder" not in parts and (known.get("id") or "image" in places):
-            known = find_encoder(known, "image", places.get("image"), f"{folder}")
-            image = load_image_encoder(known["id"], dtype=dtype, revision=known.get("revision"))
-            parts |= {"image_encoder": image.model, "image_processor": image.processor}
-        return cls(adapter, **parts)
+        places = {}
+        for tower, needed in (("text", ("text_encoder", "tokenizer")), ("image", ("image_encoder",))):
+            given = components.get(f"{tower}_encoder")
+            place = components.pop(f"{tower}_encoder") if isinstance(given, (str, os.PathLike)) else None
+            known = tower == "text" or place or (adapter.metadata.get("image_encoder") or {}).get("id")
+            if known and not components.keys() >= set(needed):
+                places[tower] = place
+        return cls(adapter, **{**load_encoders(adapter.metadata, str(folder), dtype, **places), **components})
 
     @torch.no_grad()
     def __call__(
@@ -259,6 +247,37 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         return super().interpolate(
             images_and_prompts, weights, *args, device=device or self._execution_device, **kwargs
         )
+
+
+def load_encoders(metadata: dict, of: str, dtype: torch.dtype | None, **places: str | os.PathLike | None) -> dict:
+    """The encoders that an adapter's `csdiff.json` names, as parts of a pipeline by name.
+
+    Args:
+        metadata: The content of the `csdiff.json`.
+        of: Where it is from, for the message.
+        dtype: Number format of the encoders.
+        **places: `text` and `image`, what to load: where the encoder is now, or None for where it is said to be.
+
+    Raises:
+        CSDiffError: an encoder that is not named, not there, of other weights, or without a CLIP projection.
+    """
+    from csdiff.embeddings import load_image_encoder, load_text_encoder
+
+    found = {t: find_encoder(metadata.get(f"{t}_encoder"), t, place, of) for t, place in places.items()}
+    parts = {}
+    if "text" in found:
+        id, cut = found["text"]["id"], (metadata.get("tokenizer") or {}).get("max_length")
+        text = load_text_encoder(id, dtype=dtype, revision=found["text"].get("revision"), max_length=cut)
+        if text.pooling != "projection":
+            raise CSDiffError(
+                f"{id} has no CLIP text projection, which this pipeline's calls need; encode the text with "
+                "csdiff.embeddings.load_text_encoder and call adapter.embed."
+            )
+        parts |= {"text_encoder": text.model, "tokenizer": text.tokenizer}
+    if "image" in found:
+        image = load_image_encoder(found["image"]["id"], dtype=dtype, revision=found["image"].get("revision"))
+        parts |= {"image_encoder": image.model, "image_processor": image.processor}
+    return parts
 
 
 def _texts(given: str | Sequence[str], name: str) -> list[str]:
