@@ -63,7 +63,7 @@ def table(records: list[dict], data: str, split: str, keys: tuple[str, ...], met
 
 def paired(records: list[dict]) -> str:
     """The default minus each opponent, seed by seed."""
-    done = {(r["data"], r["method"], r["seed"]): r for r in records if r["part"] == "table"}
+    done = {(r["data"], r["method"], r["seed"]): r for r in records}
     rows = []
     for data in dict.fromkeys(data for data, *_ in done):
         for opponent in OPPONENTS:
@@ -134,7 +134,7 @@ def blocks(records: list[dict]) -> dict[str, str]:
             result[f"{name}-first"] = table(tabled, data, split, MAIN, tuple(m for m in QUICK if m != "real"))
             result[name], result[f"{name}-more"] = (table(tabled, data, split, keys) for keys in (MAIN, MORE))
     if tabled:
-        result["paired"] = paired(records)
+        result["paired"] = paired(tabled)
         result["figure"] = "![Retrieval against kernel distance, with errors](figures/results.png)"
         made = {(r["commit"], r["assets"]) for r in tabled}
         result["made-by"] = "Made by " + "; ".join(f"commit `{c}` on assets `{a}`" for c, a in sorted(made)) + "."
