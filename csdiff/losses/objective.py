@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from csdiff.losses.arguments import check_block_size, check_matrix, check_number
+from csdiff.losses.arguments import check_block_size, check_matrix, check_number, check_same_width
 from csdiff.losses.bandwidth import check_bandwidth
 
 # CLIP's bound of a learnable temperature: logits of cosines reach 100.
@@ -53,27 +53,25 @@ class Batch:
     group: torch.distributed.ProcessGroup | None = None
 
     def __post_init__(self):
-        for name in ("prediction", "image"):
-            check_matrix(name, getattr(self, name))
+        check_matrix("prediction", self.prediction)
         self.check_pairs("image", self.image)
 
     def check_pairs(self, name: str, rows: Tensor) -> None:
         """Raise ValueError unless `rows` have the shape of the predictions."""
+        check_matrix(name, rows)
         if self.prediction.shape != rows.shape:
             shapes = f"{tuple(self.prediction.shape)} and {tuple(rows.shape)}"
             raise ValueError(f"prediction and {name} must be pairs of one shape; found {shapes}")
 
     def pooled(self) -> list[Tensor]:
         """All predictions and all images, those without a partner too."""
-        sides, width = [], self.image.shape[1]
-        for paired, name in ((self.prediction, "unpaired_text"), (self.image, "unpaired_image")):
+        sides = [self.prediction, self.image]
+        for side, name in enumerate(("unpaired_text", "unpaired_image")):
             unpaired = getattr(self, name)
             if unpaired is not None:
                 check_matrix(name, unpaired)
-                if unpaired.shape[1] != width:
-                    found = tuple(unpaired.shape)
-                    raise ValueError(f"{name} must have D = {width} as the pairs do; found shape {found}")
-            sides.append(paired if unpaired is None else torch.cat([paired, unpaired]))
+                check_same_width(unpaired, self.image, (name, "image"))
+                sides[side] = torch.cat([sides[side], unpaired])
         return sides
 
 
@@ -90,35 +88,45 @@ class Term(NamedTuple):
     reads: str = ""
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
-class Objective(nn.Module):
-    """Base of the objectives: a dataclass of options, and a table of the terms that are added up.
+class Preset(NamedTuple):
+    """What an objective is made of: terms by name, options with their defaults, and what else to check of these."""
 
-    A class adds its options as fields with defaults, fit for JSON, and names its terms in `table`. Options are checked
-    by their names, see `check_option`.
+    terms: dict[str, Term]
+    options: dict[str, object]
+    check: Callable[[Any], None] = lambda objective: None
+
+    @property
+    def uses_unpaired(self) -> bool:
+        """Whether it can make use of unpaired rows; an objective says what its weights make use of."""
+        return any(term.reads == "unpaired" for term in self.terms.values())
+
+
+class Objective(nn.Module):
+    """The weighted sum of the terms of a preset; `build_objective` makes it by name.
+
+    Its options are attributes. They are checked by their names, see `check_option`.
 
     Args:
+        preset: its terms and defaults.
         group: every process of it passes its share of the batch and gets the loss of the whole; see
             `cauchy_schwarz_divergence`.
+        **options: those that differ from the defaults.
 
     Raises:
         ValueError: an option out of its range, no weight > 0, shapes that do not fit.
     """
 
-    group: torch.distributed.ProcessGroup | None = None
+    # What terms read where the preset has no such option.
+    learnable_temperature, two_sided, block_size, alpha = False, True, None, 2.0
 
-    table: ClassVar[dict[str, Term]]
-    # Whether objectives of the class can make use of unpaired rows; an instance says what its weights make use of.
-    uses_unpaired: ClassVar[bool] = False
-    # What terms read where the class has no such option.
-    learnable_temperature = False
-    two_sided = True
-    block_size = None
-
-    def __post_init__(self):
+    def __init__(
+        self, preset: Preset, *, group: torch.distributed.ProcessGroup | None = None, **options: object
+    ) -> None:
         super().__init__()
-        for option in self.options():
-            setattr(self, option, check_option(option, getattr(self, option)))
+        self.preset, self.group = preset, group
+        for option, value in {**preset.options, **options}.items():
+            setattr(self, option, check_option(option, value))
+        preset.check(self)
         if self.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(self.temperature), dtype=torch.float32))
             if self.temperature < LEAST_TEMPERATURE:
@@ -126,23 +134,19 @@ class Objective(nn.Module):
                     f"temperature must be at least {LEAST_TEMPERATURE} with learnable_temperature=True, the bound it "
                     f"is held above while it learns; found {self.temperature}"
                 )
-        reads = {self.table[name].reads for name, weight in self.weights().items() if weight}
+        reads = {preset.terms[name].reads for name, weight in self.weights().items() if weight}
         if not reads:
             raise ValueError(f"at least one weight must be > 0; found {self.weights()}")
         self.uses_unpaired = "unpaired" in reads
         self.uses_tokens = "tokens" in reads
         self.uses_source_text = "source_text" in reads
 
-    def options(self) -> list[str]:
-        """The names of the options."""
-        return [option.name for option in fields(self) if option.name != "group"]
-
     def weights(self) -> dict[str, float]:
         """The weight of each term; one of weight 0 is not computed."""
-        return {name: getattr(self, term.weight) if term.weight else 1.0 for name, term in self.table.items()}
+        return {name: getattr(self, term.weight) if term.weight else 1.0 for name, term in self.preset.terms.items()}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{option}={getattr(self, option)!r}" for option in self.options())
+        return ", ".join(f"{option}={getattr(self, option)!r}" for option in self.preset.options)
 
     def current_temperature(self) -> float | Tensor:
         """InfoNCE's temperature: the option, or where it is learnable the parameter's, never below its bound."""
@@ -165,7 +169,7 @@ class Objective(nn.Module):
         """
         batch = Batch(prediction=prediction, image=image, group=self.group, **inputs)
         weights = {name: weight for name, weight in self.weights().items() if weight}
-        found = {name: self.table[name].value(self, batch) for name in weights}
+        found = {name: self.preset.terms[name].value(self, batch) for name in weights}
         found = {name: value for name, value in found.items() if value is not None}
         if not found:
             raise ValueError("only token_weight is > 0, but no tokens were given")

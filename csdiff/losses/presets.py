@@ -1,19 +1,16 @@
 """The objectives by name: each is a table of terms and the options that they read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 
 from csdiff.losses import terms
 from csdiff.losses.arguments import check_number
-from csdiff.losses.objective import Objective, Term
-
-objective = dataclass(kw_only=True, eq=False, repr=False)
+from csdiff.losses.objective import Objective, Preset, Term
 
 
-@objective
+@dataclass(kw_only=True, eq=False, repr=False)
 class CSAlignerLoss(Objective):
     r"""`info_nce_weight * InfoNCE(pairs) + cs_weight * D_CS(all text, all images) + token_weight * mean D_CS(tokens)`.
 
@@ -71,212 +68,67 @@ class CSAlignerLoss(Objective):
     regression_weight: float = 0.0
     regression_rows: str = "unit"
     block_size: int | None = None
-
-    uses_unpaired: ClassVar[bool] = True
-    table = {
-        "info_nce": Term(terms.contrast, "info_nce_weight"),
-        "cs": Term(terms.divergence, "cs_weight", "unpaired"),
-        "tokens": Term(terms.token_divergence, "token_weight", "tokens"),
-        "source": Term(terms.contrast_with_source, "source_weight", "source_text"),
-        "regression": Term(lambda o, batch: terms.regression(batch, o.regression_rows), "regression_weight"),
-    }
-
-
-@objective
-class InfoNCELoss(Objective):
-    """InfoNCE of the pairs on unit vectors, CLIP's loss; options as for `info_nce` and `CSAlignerLoss`."""
-
-    temperature: float = 0.07
-    learnable_temperature: bool = False
-    two_sided: bool = True
-    block_size: int | None = None
-
-    table = {"info_nce": Term(terms.contrast)}
-
-
-@objective
-class ProjectionLoss(Objective):
-    """Mean squared error alone: ECLIPSE's "Projection" baseline. `rows`: see `csdiff.losses.terms.regression`.
-
-    Source: Patel et al., "ECLIPSE", arXiv 2312.04655.
-    """
-
-    rows: str = "raw"
-
-    table = {"mse": Term(terms.squared_error)}
-
-
-@objective
-class EclipseLoss(Objective):
-    """ECLIPSE: `MSE(prediction, image) + contrast_weight * InfoNCE(prediction against source_text)`.
-
-    The contrast is one-way and against the *text* embeddings: the prediction picks its caption out of the batch, which
-    keeps it near the language it came from. It needs `source_text`, of the images' dimension. 0.2 is the published
-    weight; `rows`: see `csdiff.losses.terms.regression`.
-
-    Source: Patel et al., "ECLIPSE: a resource-efficient text-to-image prior for image generations", CVPR 2024.
-    """
-
-    contrast_weight: float = 0.2
-    temperature: float = 0.07
-    rows: str = "raw"
-    block_size: int | None = None
-
-    table = {
-        "mse": Term(terms.squared_error),
-        "contrast": Term(terms.contrast_with_source, "contrast_weight", "source_text"),
-    }
-
-
-@objective
-class DistributionLoss(Objective):
-    """Base: `weight * divergence(all text, all images) + info_nce_weight * InfoNCE(pairs)` on unit vectors.
-
-    Unpaired embeddings enter the divergence alone. A class makes its table with `beside_contrast`.
-    """
-
-    weight: float = 1.0
-    info_nce_weight: float = 0.0
-    temperature: float = 0.07
-    two_sided: bool = True
-
-    uses_unpaired: ClassVar[bool] = True
-
-
-def beside_contrast(**divergence) -> dict[str, Term]:
-    """The terms of a `DistributionLoss`, from the name of its divergence and the function that computes it."""
-    ((name, value),) = divergence.items()
-    return {name: Term(value, "weight", "unpaired"), "info_nce": Term(terms.contrast, "info_nce_weight")}
-
-
-@objective
-class CauchySchwarzLoss(DistributionLoss):
-    """The Cauchy-Schwarz divergence alone; options as for `cauchy_schwarz_divergence`."""
-
-    bandwidth: float | Sequence[float] | str = 0.5
-    diagonal: bool = True
-    block_size: int | None = None
-
-    table = beside_contrast(cs=terms.divergence)
-
-
-@objective
-class MMDLoss(CauchySchwarzLoss):
-    """Squared maximum mean discrepancy, see `squared_mmd`; `diagonal=False` gives the unbiased estimate."""
-
-    table = beside_contrast(mmd=terms.discrepancy)
-
-
-@objective
-class SinkhornLoss(DistributionLoss):
-    """Debiased Sinkhorn divergence with squared Euclidean cost, by the package geomloss (extra `csdiff[losses]`).
-
-    Args:
-        blur: the width at which the transport is smoothed, in the units of unit vectors.
-        scaling: annealing from coarse to fine; nearer to 1 is slower and more exact.
-
-    Raises:
-        ImportError: geomloss is not installed.
-
-    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019.
-    """
-
-    blur: float = 0.1
-    scaling: float = 0.5
-
-    table = beside_contrast(sinkhorn=terms.sinkhorn)
+    group: torch.distributed.ProcessGroup | None = None
 
     def __post_init__(self):
-        super().__post_init__()
-        try:
-            import geomloss  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "the objective sinkhorn needs the package geomloss, found none: pip install 'csdiff[losses]'"
-            ) from error
+        super().__init__(OBJECTIVES["cs_aligner"], **vars(self))
 
 
-@objective
-class CoralLoss(DistributionLoss):
-    """Deep CORAL: `||cov(x) - cov(y)||_F^2 / (4 D^2)`, plus `mean_weight ||mean(x) - mean(y)||^2`.
-
-    As published it compares covariances alone (`mean_weight=0`) and so leaves the distance of the centroids as it is.
-    Source: Sun, Saenko, "Deep CORAL", 2016.
-    """
-
-    mean_weight: float = 0.0
-
-    table = beside_contrast(coral=terms.coral)
+_KERNEL = {"bandwidth": 0.5, "diagonal": True, "block_size": None}
 
 
-@objective
-class KernelKLLoss(DistributionLoss):
-    """Kullback-Leibler divergence of kernel density estimates: `mean_i [log q(y_i) - log p(y_i)]`, y the images.
-
-    `log q(y_i) = log mean_{j != i} k(y_i, y_j)`, `log p(y_i) = log mean_j k(y_i, x_j)`. `reverse=True` takes the
-    divergence of the predictions from the images instead. All pairs at once: memory grows with the square of the sets.
-    """
-
-    bandwidth: float = 0.5
-    reverse: bool = False
-
-    table = beside_contrast(kl=terms.kernel_kl)
-
-    def __post_init__(self):
-        self.bandwidth = check_number("bandwidth", self.bandwidth)
-        super().__post_init__()
+def beside_contrast(
+    name: str, divergence: Callable, check: Callable[[Objective], None] = lambda objective: None, **options: object
+) -> Preset:
+    """`weight * divergence(all text, all images) + info_nce_weight * InfoNCE(pairs)`, without InfoNCE by default."""
+    table = {name: Term(divergence, "weight", "unpaired"), "info_nce": Term(terms.contrast, "info_nce_weight")}
+    shared = {"weight": 1.0, "info_nce_weight": 0.0, "temperature": 0.07, "two_sided": True}
+    return Preset(table, {**shared, **options}, check)
 
 
-@objective
-class UniformAlignLoss(Objective):
-    """Alignment and uniformity: `mean_i ||x_i - y_i||^alpha + uniformity_weight (U(x) + U(y)) / 2` on unit vectors.
-
-    `U(x) = log mean_{i != j} exp(-t ||x_i - x_j||^2)`, which needs two pairs at least. Source: Wang, Isola,
-    "Understanding contrastive representation learning through alignment and uniformity on the hypersphere", 2020.
-    """
-
-    alpha: float = 2.0
-    t: float = 2.0
-    uniformity_weight: float = 1.0
-
-    table = {"align": Term(terms.alignment), "uniform": Term(terms.uniformity, "uniformity_weight")}
-
-
-@objective
-class ModGapLoss(Objective):
-    """ModGap: `InfoNCE + align_weight mean_i ||x_i - y_i||^2 + uniformity_weight U(c)` on unit vectors.
-
-    `c_i = (x_i + y_i) / ||x_i + y_i||` are the pairs' centroids and `U(c) = log mean_{i != j} exp(-t ||c_i - c_j||^2)`
-    spreads them, which needs two pairs at least. Source: Grassucci et al., "Closing the modality gap aligns group-wise
-    semantics", arXiv 2601.18525, ICLR 2026.
-    """
-
-    align_weight: float = 1.0
-    uniformity_weight: float = 1.0
-    t: float = 2.0
-    temperature: float = 0.07
-    block_size: int | None = None
-
-    alpha = 2.0
-    table = {
-        "info_nce": Term(terms.contrast),
-        "align": Term(terms.alignment, "align_weight"),
-        "uniform": Term(terms.centroid_uniformity, "uniformity_weight"),
-    }
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "cs_aligner": CSAlignerLoss,
-    "cs": CauchySchwarzLoss,
-    "info_nce": InfoNCELoss,
-    "mse": ProjectionLoss,
-    "eclipse": EclipseLoss,
-    "mmd": MMDLoss,
-    "sinkhorn": SinkhornLoss,
-    "coral": CoralLoss,
-    "kl": KernelKLLoss,
-    "uniform_align": UniformAlignLoss,
-    "modgap": ModGapLoss,
+OBJECTIVES: dict[str, Preset] = {
+    "cs_aligner": Preset(
+        {
+            "info_nce": Term(terms.contrast, "info_nce_weight"),
+            "cs": Term(terms.divergence, "cs_weight", "unpaired"),
+            "tokens": Term(terms.token_divergence, "token_weight", "tokens"),
+            "source": Term(terms.contrast_with_source, "source_weight", "source_text"),
+            "regression": Term(lambda o, batch: terms.regression(batch, o.regression_rows), "regression_weight"),
+        },
+        {option.name: option.default for option in fields(CSAlignerLoss) if option.name != "group"},
+    ),
+    "cs": beside_contrast("cs", terms.divergence, **_KERNEL),
+    "info_nce": Preset(
+        {"info_nce": Term(terms.contrast)},
+        {"temperature": 0.07, "learnable_temperature": False, "two_sided": True, "block_size": None},
+    ),
+    "mse": Preset({"mse": Term(terms.squared_error)}, {"rows": "raw"}),
+    # The published weight.
+    "eclipse": Preset(
+        {
+            "mse": Term(terms.squared_error),
+            "contrast": Term(terms.contrast_with_source, "contrast_weight", "source_text"),
+        },
+        {"contrast_weight": 0.2, "temperature": 0.07, "rows": "raw", "block_size": None},
+    ),
+    "mmd": beside_contrast("mmd", terms.discrepancy, **_KERNEL),
+    "sinkhorn": beside_contrast("sinkhorn", terms.sinkhorn, terms.check_geomloss, blur=0.1, scaling=0.5),
+    "coral": beside_contrast("coral", terms.coral, mean_weight=0.0),
+    "kl": beside_contrast(
+        "kl", terms.kernel_kl, lambda o: check_number("bandwidth", o.bandwidth), bandwidth=0.5, reverse=False
+    ),
+    "uniform_align": Preset(
+        {"align": Term(terms.alignment), "uniform": Term(terms.uniformity, "uniformity_weight")},
+        {"alpha": 2.0, "t": 2.0, "uniformity_weight": 1.0},
+    ),
+    "modgap": Preset(
+        {
+            "info_nce": Term(terms.contrast),
+            "align": Term(terms.alignment, "align_weight"),
+            "uniform": Term(terms.centroid_uniformity, "uniformity_weight"),
+        },
+        {"align_weight": 1.0, "uniformity_weight": 1.0, "t": 2.0, "temperature": 0.07, "block_size": None},
+    ),
 }
 
 
@@ -284,8 +136,8 @@ def objective_options(name: str) -> dict[str, object]:
     """The options of the objective `name` with their defaults; all of them are fit for JSON."""
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
-    options = {option.name: option.default for option in fields(OBJECTIVES[name]) if option.name != "group"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    options = OBJECTIVES[name].options.items()
+    return {option: list(value) if isinstance(value, tuple) else value for option, value in options}
 
 
 def build_objective(name: str, *, group: torch.distributed.ProcessGroup | None = None, **options: object) -> Objective:
@@ -293,9 +145,10 @@ def build_objective(name: str, *, group: torch.distributed.ProcessGroup | None =
 
     Raises:
         ValueError: an unknown name or option, with the known ones; a value the objective refuses.
+        ImportError: "sinkhorn" without geomloss.
     """
     known = objective_options(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"unknown options {unknown} of the objective {name!r}; its options are {', '.join(known)}")
-    return OBJECTIVES[name](group=group, **options)
+    return Objective(OBJECTIVES[name], group=group, **options)

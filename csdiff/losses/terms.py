@@ -17,13 +17,16 @@ from csdiff.losses.tokens import token_cauchy_schwarz_divergence
 
 
 def contrast(o: Any, batch: Batch) -> Tensor:
-    """InfoNCE of the pairs on unit vectors."""
+    """InfoNCE of the pairs on unit vectors, CLIP's loss."""
     options = {"temperature": o.current_temperature(), "two_sided": o.two_sided, "block_size": o.block_size}
     return info_nce(batch.prediction, batch.image, normalize=True, group=batch.group, **options)
 
 
 def contrast_with_source(o: Any, batch: Batch) -> Tensor:
-    """One-way InfoNCE: the prediction picks its caption's un-adapted embedding out of the batch."""
+    """One-way InfoNCE: the prediction picks its caption's un-adapted embedding out of the batch, and so stays near it.
+
+    Source: Patel et al., "ECLIPSE: a resource-efficient text-to-image prior for image generations", CVPR 2024.
+    """
     source = batch.source_text
     if source is None:
         raise ValueError("the contrast against the captions needs source_text, their own embeddings; found None")
@@ -39,7 +42,7 @@ def divergence(o: Any, batch: Batch) -> Tensor:
 
 
 def discrepancy(o: Any, batch: Batch) -> Tensor:
-    """The squared maximum mean discrepancy of the same sets."""
+    """The squared maximum mean discrepancy of the same sets; `diagonal=False` gives the unbiased estimate."""
     options = {"bandwidth": o.bandwidth, "diagonal": o.diagonal, "block_size": o.block_size}
     return squared_mmd(*batch.pooled(), normalize=True, group=batch.group, **options)
 
@@ -73,7 +76,7 @@ def regression(batch: Batch, rows: str) -> Tensor:
 
     `rows`: "raw" as they are; "unit" after division by their lengths, summed over D in place of averaged, so that it
     is `2 - 2 cos`; "standardized" divided by the mean coordinate variance of the images, so that predicting their mean
-    costs 1 whatever the encoder's scale.
+    costs 1 whatever the encoder's scale. Alone on "raw" rows it is ECLIPSE's "Projection" baseline.
     """
     if rows == "unit":
         return _mean(_square_distances(batch), batch)
@@ -87,24 +90,35 @@ def regression(batch: Batch, rows: str) -> Tensor:
 
 
 def alignment(o: Any, batch: Batch) -> Tensor:
-    """`mean_i ||x_i - y_i||^alpha` of unit vectors."""
+    """`mean_i ||x_i - y_i||^alpha` of unit vectors.
+
+    Source: Wang, Isola, "Understanding contrastive representation learning through alignment and uniformity on the
+    hypersphere", 2020.
+    """
     square = _square_distances(batch)
     # The floor keeps the root's derivative finite where a pair coincides.
     return _mean(square if o.alpha == 2 else square.clamp_min(1e-12).pow(o.alpha / 2), batch)
 
 
 def uniformity(o: Any, batch: Batch) -> Tensor:
-    """`log mean_{i != j} exp(-t ||x_i - x_j||^2)` of unit vectors, the mean of both sides."""
+    """`U(x) = log mean_{i != j} exp(-t ||x_i - x_j||^2)` of unit vectors, the mean of both sides; source as above."""
     return sum(_spread(rows, o.t, batch) for rows in (batch.prediction, batch.image)) / 2
 
 
 def centroid_uniformity(o: Any, batch: Batch) -> Tensor:
-    """The same of the middle of each pair."""
+    """`U(c)` of the pairs' centroids `c_i = (x_i + y_i) / ||x_i + y_i||`.
+
+    Source: Grassucci et al., "Closing the modality gap aligns group-wise semantics", arXiv 2601.18525, ICLR 2026.
+    """
     return _spread(unit_rows(batch.prediction) + unit_rows(batch.image), o.t, batch)
 
 
 def coral(o: Any, batch: Batch) -> Tensor:
-    """`||cov(x) - cov(y)||_F^2 / (4 D^2) + mean_weight ||mean(x) - mean(y)||^2` of all unit vectors."""
+    """Deep CORAL: `||cov(x) - cov(y)||_F^2 / (4 D^2) + mean_weight ||mean(x) - mean(y)||^2` of all unit vectors.
+
+    As published it compares covariances alone (`mean_weight=0`) and so leaves the distance of the centroids as it is.
+    Source: Sun, Saenko, "Deep CORAL", 2016.
+    """
 
     def gap(x: Tensor, y: Tensor) -> Tensor:
         if min(len(x), len(y)) < 2:
@@ -116,7 +130,11 @@ def coral(o: Any, batch: Batch) -> Tensor:
 
 
 def kernel_kl(o: Any, batch: Batch) -> Tensor:
-    """`mean_i [log q(y_i) - log p(y_i)]` of kernel density estimates q of y, its own point left out, and p of x."""
+    """`mean_i [log q(y_i) - log p(y_i)]` of kernel density estimates q of y, its own point left out, and p of x.
+
+    `reverse=True` takes the divergence of the predictions from the images instead. All pairs at once: memory grows
+    with the square of the sets.
+    """
 
     def mean_log_ratio(x: Tensor, y: Tensor) -> Tensor:
         at, other = (x, y) if o.reverse else (y, x)
@@ -131,11 +149,26 @@ def kernel_kl(o: Any, batch: Batch) -> Tensor:
 
 
 def sinkhorn(o: Any, batch: Batch) -> Tensor:
-    """Debiased Sinkhorn divergence of all unit vectors."""
+    """Debiased Sinkhorn divergence of all unit vectors with squared Euclidean cost, by the package geomloss.
+
+    `blur` is the width at which the transport is smoothed, in the units of unit vectors; `scaling` anneals from coarse
+    to fine: nearer to 1 is slower and more exact.
+    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019.
+    """
     from geomloss import SamplesLoss
 
     loss = SamplesLoss("sinkhorn", p=2, blur=o.blur, scaling=o.scaling, backend="tensorized")
     return apart_from_autocast(loss, *unit_rows_of_all(batch))
+
+
+def check_geomloss(o: Any) -> None:
+    """Raise ImportError unless geomloss is installed."""
+    try:
+        import geomloss  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "the objective sinkhorn needs the package geomloss, found none: pip install 'csdiff[losses]'"
+        ) from error
 
 
 def unit_rows_of_all(batch: Batch) -> list[Tensor]:

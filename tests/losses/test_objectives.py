@@ -1,6 +1,5 @@
 """The objectives: one interface, weights, pooling, the registry, and what each computes."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -87,8 +86,6 @@ def test_options_are_keywords_with_defaults_fit_for_json(name):
     options = objective_options(name)
     assert json.loads(json.dumps(options)) == options
     build_objective(name, **options)
-    parameters = list(inspect.signature(OBJECTIVES[name]).parameters.values())
-    assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
     shown = repr(build_objective(name, **options))
     assert all(f"{key}={value!r}" in shown for key, value in options.items())
 
@@ -168,7 +165,7 @@ def test_terms_of_weight_zero_are_not_computed():
         ({"regression_rows": "white"}, {}, "regression_rows must be one of raw, unit, standardized; found 'white'"),
         ({}, {"image_tokens": None}, "found no image_tokens"),
         ({"source_weight": 1}, {"source_text": None}, "needs source_text"),
-        ({}, {"unpaired_text": torch.ones(5, 3)}, r"unpaired_text must have D = 8 .*found shape \(5, 3\)"),
+        ({}, {"unpaired_text": torch.ones(5, 3)}, r"unpaired_text and image .*\(5, 3\) and \(12, 8\)"),
         ({}, {"image": torch.ones(5, 8)}, r"prediction and image must be pairs .*found \(12, 8\) and \(5, 8\)"),
         ({"info_nce_weight": 0, "cs_weight": 0}, {"text_tokens": None, "image_tokens": None}, "no tokens were given"),
         (
