@@ -25,31 +25,26 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_names(config: TrainConfig) -> None:
     """Refuse unknown adapters and objectives, and those that do not go together, before any data is opened."""
-    for option, name, known in (
-        ("adapter", config.adapter, ADAPTERS),
-        ("image_adapter", config.image_adapter, ADAPTERS),
-        ("objective", config.objective, {*OBJECTIVES, DIFFUSION}),
-    ):
+    objectives = {*OBJECTIVES, DIFFUSION}
+    for option, known in (("adapter", ADAPTERS), ("image_adapter", ADAPTERS), ("objective", objectives)):
+        name = getattr(config, option)
         if name is not None and name not in known:
             raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}.")
     if ADAPTERS[config.adapter].one_shot is (config.objective == DIFFUSION):
         raise CSDiffError(
-            f"--adapter {config.adapter} and --objective {config.objective} do not go together: the objective "
-            f"{DIFFUSION} trains the adapter diffusion, and nothing else does."
+            f"--adapter {config.adapter} and --objective {config.objective} do not go together: {DIFFUSION} goes with "
+            f"{DIFFUSION} only."
         )
     if config.objective == DIFFUSION and config.objective_options:
         raise CSDiffError(f"--objective_options: {DIFFUSION} takes none, found {sorted(config.objective_options)}.")
     if config.batch_size < 2 and config.objective not in ("mse", DIFFUSION):
-        raise CSDiffError(
-            f"--batch_size {config.batch_size}: the objective {config.objective} compares the pairs of a batch with "
-            "each other, expected at least 2."
-        )
-    able = [name for name, objective in OBJECTIVES.items() if objective.uses_unpaired]
+        raise CSDiffError(f"--batch_size {config.batch_size}: {config.objective} compares pairs, expected at least 2.")
+    able = sorted(name for name, objective in OBJECTIVES.items() if objective.uses_unpaired)
     for name in ("unpaired_text", "unpaired_image"):
         if getattr(config.data, name) is not None and config.objective not in able:
             raise CSDiffError(
-                f"--data.{name}: the objective {config.objective} has no term for unpaired data; use "
-                f"{', '.join(sorted(able))}, or leave it out."
+                f"--data.{name}: {config.objective} has no term for unpaired data; use {', '.join(able)}, or leave it "
+                "out."
             )
 
 
@@ -72,12 +67,12 @@ def build_embedder(config: TrainConfig, data: TrainingData, inputs: Inputs) -> E
     accepted = inspect.signature(ADAPTERS[config.adapter].__init__).parameters
     options = {name: value for name, value in options.items() if name in accepted and value is not None}
     dims = data.store.image_dim, data.store.text_dim
-    adapter = _build(config, config.adapter, "adapter_options", *dims, options)
+    adapter = _build(config, "adapter", *dims, options)
     adapter.set_statistics(image.mean, image.std, captions.mean, captions.std)
     _start(adapter, config, data)
     image_adapter = None
     if config.image_adapter is not None:
-        image_adapter = _build(config, config.image_adapter, "image_adapter_options", dims[0], dims[0], {})
+        image_adapter = _build(config, "image_adapter", dims[0], dims[0], {})
         image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
     embedder = Embedder(adapter, image_adapter)
     if wants_tokens(config):
@@ -88,17 +83,15 @@ def build_embedder(config: TrainConfig, data: TrainingData, inputs: Inputs) -> E
     return embedder.train()
 
 
-def _build(config: TrainConfig, name: str, option: str, image_dim: int, text_dim: int, options: dict) -> Adapter:
-    options |= getattr(config, option)
+def _build(config: TrainConfig, option: str, image_dim: int, text_dim: int, options: dict) -> Adapter:
+    options |= getattr(config, f"{option}_options")
     try:
-        adapter = build_adapter(name, embedding_dim=image_dim, text_dim=text_dim, **options)
+        adapter = build_adapter(getattr(config, option), embedding_dim=image_dim, text_dim=text_dim, **options)
     except (CSDiffError, TypeError) as error:
-        raise CSDiffError(f"--{option}: {error}") from error
+        raise CSDiffError(f"--{option}_options: {error}") from error
     if config.gradient_checkpointing:
         if not adapter._supports_gradient_checkpointing:
-            raise CSDiffError(
-                f"--gradient_checkpointing: {type(adapter).__name__} does not support it, switch it off."
-            )
+            raise CSDiffError(f"--gradient_checkpointing: {type(adapter).__name__} has none, switch it off.")
         adapter.enable_gradient_checkpointing()
     return adapter
 
@@ -121,14 +114,13 @@ def _start(adapter: Adapter, config: TrainConfig, data: TrainingData) -> None:
     if isinstance(given, LinearAdapter) and not isinstance(adapter, LinearAdapter):
         adapter.init_from(given)
         return
-    theirs, mine = ({n: tuple(t.shape) for n, t in a.state_dict().items()} for a in (given, adapter))
-    if theirs != mine:
-        odd = min(set(theirs.items()) ^ set(mine.items()))
+    try:
+        adapter.load_state_dict(given.state_dict())
+    except RuntimeError as error:
         raise CSDiffError(
-            f"--init_from {begin}: expected an adapter like the one to be trained, found {type(given).__name__} where "
-            f"{odd[0]} of shape {list(odd[1])} is on one side only: give the same kind and adapter_options."
-        )
-    adapter.load_state_dict(given.state_dict())
+            f"--init_from {begin}: expected an adapter of the kind and adapter_options to be trained, found another "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from error
 
 
 def build_task(config: TrainConfig, embedder: Embedder, accelerator: Accelerator) -> AlignmentTask:

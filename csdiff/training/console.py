@@ -10,12 +10,7 @@ from csdiff.tables import text_table
 
 
 class Console:
-    """Lines, a progress bar on a terminal, plain progress lines in a log file.
-
-    Args:
-        main: Only the main process speaks.
-        progress: Show progress at all.
-    """
+    """Lines, a progress bar on a terminal, plain progress lines in a log file; of the `main` process only."""
 
     def __init__(self, main: bool, progress: bool = True):
         self.main, self.progress = main, progress and main

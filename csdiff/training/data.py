@@ -29,15 +29,7 @@ _SIDES = {"unpaired_text": ("text",), "unpaired_image": ("image",)}
 
 
 class Pairs:
-    """Chosen rows of a store.
-
-    Args:
-        store: Where the rows are.
-        rows: Row numbers in the store; all of them by default.
-
-    Attributes:
-        groups: The rows by image, where an epoch is to have one row of each; see `group_by_image`.
-    """
+    """Chosen rows of a store, by default all; in `groups` by image, where an epoch is to have one row of each."""
 
     def __init__(self, store: EmbeddingStore, rows: np.ndarray | None = None):
         self.store = store
@@ -69,11 +61,7 @@ class Pairs:
         return Pairs(self.store, self.rows[positions])
 
     def statistics(self, key: str) -> EmbeddingStatistics:
-        """Mean, deviation and norms of a column, from at most 131,072 rows.
-
-        Raises:
-            CSDiffError: one of these rows has NaN, infinity, or only zeros; named by file and row.
-        """
+        """Of a column, from at most 131,072 rows; CSDiffError if one of them has NaN, infinity, or only zeros."""
         if key not in self._statistics:
             rows = self.sample(_STATISTICS_ROWS)
             parts = []
@@ -82,10 +70,7 @@ class Pairs:
                 zero = (part.norm(dim=1) == 0).nonzero()
                 if len(zero):
                     place = self.store.place(key, int(rows.rows[start + int(zero[0])]))
-                    raise CSDiffError(
-                        f"{self.store.path}: {place} has only zeros ({len(zero)} of {len(part)} rows looked at): "
-                        "embed these again, or leave them out."
-                    )
+                    raise CSDiffError(f"{self.store.path}: {place} has only zeros: embed it again, or leave it out.")
                 parts.append(Moments.of(part))
             self._statistics[key] = reduce(Moments.merge, parts).statistics()
         return self._statistics[key]
@@ -190,10 +175,7 @@ def _open(name: str, config: TrainConfig, device: str) -> EmbeddingStore | None:
     if path is None:
         return None
     if not Path(path).exists():
-        raise CSDiffError(
-            f"--data.{name} {path} does not exist: expected an embedding store (`csdiff embed` makes one) or a "
-            "captioned dataset."
-        )
+        raise CSDiffError(f"--data.{name} {path} does not exist: expected an embedding store or a captioned dataset.")
     if is_store(path):
         return EmbeddingStore.open(path)
     output = (Path(data.store) if data.store else Path(config.output_dir) / "store") / name
@@ -219,8 +201,7 @@ def _check_fits(name: str, other: EmbeddingStore, store: EmbeddingStore) -> None
         found, expected = getattr(other, f"{side}_dim"), getattr(store, f"{side}_dim")
         if found != expected:
             raise CSDiffError(
-                f"{where} has {side} embeddings of width {found}, expected {expected} as in {store.path}: embed both "
-                "with one encoder."
+                f"{where} has {side} embeddings of width {found}, expected {expected} as in {store.path}."
             )
         mine, theirs = ((s.fingerprint or {}).get(f"{side}_encoder") for s in (store, other))
         check_same_encoder(mine, theirs, side, str(store.path), where)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,15 +22,7 @@ _FROM_THE_STORE = ("text_encoder", "image_encoder", "tokenizer", "preprocessing"
 
 
 class Exporter:
-    """Writes adapter folders from a run.
-
-    Args:
-        config: The run.
-        data: Its data.
-        task: Its weights.
-        inputs: Prepares the rows that norms are calibrated on.
-        pause: Called between blocks of rows; may raise.
-    """
+    """Writes adapter folders from a run; `pause` is called between blocks of rows, and may raise."""
 
     def __init__(
         self, config: TrainConfig, data: TrainingData, task: AlignmentTask, inputs: Inputs, pause: Callable[[], None]
@@ -38,7 +31,7 @@ class Exporter:
         # An image adapter has norms of its own.
         self.calibrates = config.calibrate_norm and task.embedder.image_adapter is None
         self.held_out = data.validation is not None and len(data.validation) >= _HELD_OUT_ROWS
-        self._rows: list[dict] | None = None
+        # A validation and the checkpoint after it calibrate the same weights.
         self._calibrated: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @contextmanager
@@ -60,8 +53,6 @@ class Exporter:
     @torch.no_grad()
     def _calibrate(self, adapter: Adapter, weights: tuple[int, bool]) -> None:
         if weights not in self._calibrated:
-            # A validation and the checkpoint after it calibrate the same weights.
-            self._calibrated = {key: value for key, value in self._calibrated.items() if key[0] == weights[0]}
             predicted, real = self._norms()
             if predicted.isfinite().all() and predicted.min() > 0:
                 adapter.calibrate_norm(predicted, real)
@@ -70,12 +61,14 @@ class Exporter:
         adapter.norm_scale.copy_(scale)
         adapter.norm_shift.copy_(shift)
 
+    @cached_property
+    def _rows(self) -> list[dict]:
+        # Norms fitted on what was trained on would hide what overfitting does to those of new captions.
+        pairs = self.data.validation if self.held_out else self.data.train
+        return self.inputs.read(pairs.sample(_CALIBRATION_ROWS))
+
     def _norms(self) -> tuple[Tensor, Tensor]:
         """Norms of predictions of the weights that are in the model now, and of the real embeddings."""
-        if self._rows is None:
-            # Norms fitted on what was trained on would hide what overfitting does to those of new captions.
-            pairs = self.data.validation if self.held_out else self.data.train
-            self._rows = self.inputs.read(pairs.sample(_CALIBRATION_ROWS))
         torch.manual_seed(0)
         norms = []
         for rows in self._rows:

@@ -1,5 +1,6 @@
 """From rows of a store to what the embedder takes: on its device, with the frozen encoders that are in the loop."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,16 +9,22 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from csdiff.adapters.registry import ADAPTERS
 from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import Item
 from csdiff.data.opening import open_source
+from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.embeddings.encoders import encoder_files
+from csdiff.embeddings.fingerprint import check_same_encoder, weights_sha256
 from csdiff.embeddings.image_encoder import ImageEncoder
+from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.loader import StoreBatches
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.embeddings.text_encoder import TextEncoder
-from csdiff.embeddings.tokenizer import CaptionTokenizer
+from csdiff.embeddings.tokenizer import CaptionTokenizer, load_caption_tokenizer
 from csdiff.errors import CSDiffError
-from csdiff.training.data import Pairs
+from csdiff.training.config import TrainConfig
+from csdiff.training.data import Pairs, TrainingData, reads_states, wants_tokens
 from csdiff.training.gradient_cache import Rows
 
 _CHUNK = 256
@@ -30,12 +37,11 @@ class Inputs:
     Attributes:
         device: Of the embedder.
         keys: Columns that are read, by group of rows.
-        text_encoder: Frozen text encoder in the loop, or None.
-        tokenize: For an adapter inside the text encoder, or None.
-        image_encoder: Frozen image encoder whose projection maps image tokens, or None without a token-level term.
-        images: Images by row for that encoder in the loop, or None where its tokens are cached.
-        inside: Name of the text encoder that the adapter lives in, or None.
-        states_shape: Tokens and width of the token states of text that are read, or None.
+        text_encoder: Frozen text encoder in the loop.
+        inside: Name of the text encoder that the adapter lives in, and `tokenize` for it.
+        image_encoder: Frozen image encoder whose projection maps image tokens, with a token-level term.
+        images: Images by row for that encoder in the loop, where its tokens are not cached.
+        states_shape: Tokens and width of the token states of text that are read.
         project_text: Projection of token states by a frozen text encoder, where one is loaded.
     """
 
@@ -116,15 +122,10 @@ def _chunks(rows) -> Iterator:
 
 
 class DatasetImages:
-    """The encoded images of a dataset in memory, decoded when they are asked for.
+    """The encoded images of the dataset that a store was made from, decoded when they are asked for.
 
-    Files stay on the disk; images inside archives and tables are held as they are (about 4 KB each for small icons,
-    100 KB for photographs): for data larger than memory, cache image tokens in the store instead.
-
-    Args:
-        path: Dataset in any form that `csdiff embed` reads.
-        store: The store that was made from it.
-        allow_outside: Read images that it names outside its folder.
+    Files stay on the disk; images inside archives and tables are held in memory as they are (about 4 KB each for small
+    icons, 100 KB for photographs): for data larger than memory, cache image tokens in the store instead.
     """
 
     def __init__(self, path: str, store: EmbeddingStore, allow_outside: bool = False):
@@ -140,15 +141,112 @@ class DatasetImages:
         }
 
     def __call__(self, rows: Tensor) -> list[Image]:
-        """Images of rows of the store.
-
-        Raises:
-            CSDiffError: an image of the store is not in the dataset, or cannot be decoded any more.
-        """
+        """Images of rows of the store; CSDiffError if one is not in the dataset, or cannot be decoded any more."""
         try:
             return [decode_image(self._images[name]) for name in self.store.image_ids(rows)]
         except (KeyError, UnreadableImage) as error:
-            raise CSDiffError(
-                f"{self.path}: an image of the store cannot be read here ({error}): give the dataset that the store "
-                "was made from, unchanged."
-            ) from error
+            raise CSDiffError(f"{self.path}: expected the images of the store, unchanged ({error}).") from error
+
+
+def open_inputs(config: TrainConfig, data: TrainingData, device: torch.device) -> Inputs:
+    """Decide between cached and online text and images, by adapter, objective and store, and load the encoders.
+
+    Raises:
+        CSDiffError: something to be read is neither cached nor can be encoded, or an encoder is not the store's.
+    """
+    for side in ("text", "image"):
+        name = getattr(config.data, f"{side}_encoder")
+        if name is not None and is_store(config.data.train):
+            _check_named(data, side, name)
+    inputs = Inputs(device)
+    _open_text(inputs, config, data)
+    if wants_tokens(config):
+        _open_image_tokens(inputs, config, data)
+    unpaired = data.unpaired.get("unpaired_text")
+    for name, group, pairs in (("validation", "pairs", data.validation), ("unpaired_text", "unpaired_text", unpaired)):
+        if pairs is None:
+            continue
+        # Held-out rows are measured on pooled embeddings: tokens are for the objective.
+        missing = [key for key in inputs.keys[group] if key not in (*pairs.store.keys, "image_tokens")]
+        if inputs.captions and not _has_captions(pairs.store):
+            missing.append("captions")
+        if missing:
+            raise CSDiffError(f"--data.{name} {pairs.store.path} has no {missing[0]}: embed it as the training data.")
+    return inputs
+
+
+def _open_text(inputs: Inputs, config: TrainConfig, data: TrainingData) -> None:
+    store, inside, states = data.store, bool(ADAPTERS[config.adapter].uses_input_ids), reads_states(config)
+    cached = not inside and (not states or "text_states" in store.keys)
+    if config.data.text == "cached" and not cached:
+        lack = "changes the text encoder itself" if inside else f"needs token states, and {store.path} has none"
+        raise CSDiffError(
+            f"--adapter {config.adapter} with this objective {lack}, so it cannot be trained on cached text: set "
+            "--data.text online."
+        )
+    online = config.data.text == "online" or not cached
+    name = _encoder_name(config, data, "text") if online or wants_tokens(config) else None
+    if online and not _has_captions(store):
+        raise CSDiffError(
+            f"--adapter {config.adapter} encodes captions at every step: expected the column caption in "
+            f"{store.path}/metadata/*.parquet, found none."
+        )
+    if inside:
+        _check_named(data, "text", name)
+        inputs.inside = name
+        inputs.tokenize = load_caption_tokenizer(config.adapter_options.get("text_encoder", name))
+        return
+    if online and config.data.text == "auto":
+        warnings.warn(
+            f"Steps are slow: {store.path} has no token states, so {name} encodes {config.batch_size:,} captions at "
+            "every step. Embed once with --text_states true instead, or choose an adapter for pooled text, as mlp.",
+            stacklevel=2,
+        )
+    if name is not None:
+        encoder = load_text_encoder(name, inputs.device)
+        check_same_encoder(data.encoder("text"), encoder.describe(), "text", str(store.path), name)
+        inputs.project_text = encoder.project
+    if online:
+        inputs.text_encoder = encoder
+        inputs.states_shape = (encoder.max_length, encoder.states_dim) if states else None
+    elif states:
+        inputs.states_shape = tuple(store.read([0], ["text_states"])["text_states"].shape[1:])
+        for group in ("pairs", "unpaired_text"):
+            inputs.keys[group] += ("text_states", "text_mask")
+
+
+def _open_image_tokens(inputs: Inputs, config: TrainConfig, data: TrainingData) -> None:
+    store = data.store
+    if config.image_adapter is not None:
+        raise CSDiffError("--image_adapter maps pooled embeddings only: leave it or the token_weight out.")
+    name, cached = _encoder_name(config, data, "image"), "image_tokens" in store.keys
+    dataset = config.data.images or (None if is_store(config.data.train) else config.data.train)
+    if not cached and (config.data.image == "cached" or dataset is None):
+        raise CSDiffError(
+            f"--objective_options.token_weight needs image tokens, and {store.path} has none: embed again with "
+            "--image_tokens true, or name the dataset with the images with --data.images."
+        )
+    inputs.image_encoder = load_image_encoder(name, inputs.device)
+    check_same_encoder(data.encoder("image"), inputs.image_encoder.describe(), "image", str(store.path), name)
+    if cached and config.data.image != "online":
+        inputs.keys["pairs"] += ("image_tokens",)
+    else:
+        inputs.images = DatasetImages(dataset, store, config.data.allow_outside)
+
+
+def _check_named(data: TrainingData, side: str, name: str) -> None:
+    if data.encoder(side):
+        found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
+        check_same_encoder(data.encoder(side), found, side, str(data.store.path), name)
+
+
+def _encoder_name(config: TrainConfig, data: TrainingData, side: str) -> str:
+    """An encoder by the configuration, else the one the store was made with."""
+    name = getattr(config.data, f"{side}_encoder") or data.encoder(side).get("id")
+    if name is None:
+        raise CSDiffError(f"{data.store.path} does not say which {side} encoder made it: give --data.{side}_encoder.")
+    return name
+
+
+def _has_captions(store: EmbeddingStore) -> bool:
+    return store.metadata is not None and "caption" in store.metadata.names

@@ -41,19 +41,10 @@ class Progress:
 
 
 class Loop:
-    """Makes the steps of a run.
+    """Makes the steps of a run, as process `rank` of it; `skip_reason` says why the last skipped step was skipped.
 
     Every random draw of a step follows from seed, step, rank and micro-batch, so that a resumed run draws what an
     uninterrupted one would have drawn.
-
-    Args:
-        config: The run.
-        task: What is trained.
-        rank: Of this process.
-
-    Attributes:
-        progress: Counters.
-        skip_reason: Why the last skipped step was skipped.
     """
 
     def __init__(self, config: TrainConfig, task: AlignmentTask, rank: int = 0):
@@ -90,7 +81,7 @@ class Loop:
                 self.scaler.update(self.scaler.get_scale() / 2)
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-            self.skip_reason = reason
+        self.skip_reason = reason
         self.optimizer.zero_grad(set_to_none=True)
         if reason is not None:
             return None
@@ -122,12 +113,8 @@ class Loop:
         content = {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() or None}
         (target / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def load(self, folder: Path) -> Progress:
-        """Read `state/` of a checkpoint into task, optimizer and loss scaler; returns its counters.
-
-        Raises:
-            CSDiffError: if a file is missing, damaged, or of another model.
-        """
+    def load(self, folder: Path) -> None:
+        """Read `state/` of a checkpoint into task, optimizer and loss scaler; CSDiffError if it does not fit."""
         source = folder / STATE
         try:
             weights = load_file(source / "weights.safetensors")
@@ -139,11 +126,10 @@ class Loop:
                 f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give "
                 "another with --resume."
             ) from error
-        here, there = ({n: tuple(t.shape) for n, t in side.items()} for side in (self._weights(), weights))
-        if odd := sorted(set(here.items()) ^ set(there.items())):
+        here, there = ({name: t.shape for name, t in side.items()} for side in (self._weights(), weights))
+        if here != there:
             raise CSDiffError(
-                f"Checkpoint {folder} is of another model: {odd[0][0]} of shape {list(odd[0][1])} is on one side "
-                "only; resume with the adapter and objective of that run."
+                f"Checkpoint {folder} is of another model: resume with adapter and objective of its run."
             )
         copy_weights(weights, self._weights())
         for name, value in moments.items():
@@ -152,7 +138,7 @@ class Loop:
             self.optimizer.state[parameter][key] = value.to(parameter.device)
         if self.scaler.is_enabled() and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
-        return progress
+        self.progress = progress
 
     def _weights(self) -> dict[str, Tensor]:
         online = {f"online.{name}": parameter for name, parameter in self.task.parameters.items()}

@@ -25,15 +25,6 @@ _BASELINE_ROWS = 20_000
 class Run:
     """A run with all its parts; making it reads the held-out rows and measures the baselines.
 
-    Args:
-        config: The run.
-        accelerator: Processes and trackers.
-        console: What a person sees.
-        folder: Where it goes.
-        data: What it trains on.
-        inputs: Prepares batches.
-        loop: Makes the steps.
-
     Raises:
         CSDiffError: a decoder that does not fit, or no such metric: the last chance to refuse something.
     """
@@ -92,12 +83,7 @@ class Run:
             self.console.say(f"Continuing from {start} at step {self.loop.progress.step}.")
 
     def go(self) -> None:
-        """Train to the end.
-
-        Raises:
-            CSDiffError: when training has broken down, or a checkpoint finds the disk full.
-            SystemExit: after SIGTERM or SIGINT.
-        """
+        """Train to the end; SystemExit after SIGTERM or SIGINT, CSDiffError when training breaks down."""
         config, progress, interrupt = self.config, self.loop.progress, self.interrupt
         self.console.start(progress.step, config.max_steps)
         earlier, began = progress.seconds, time.perf_counter()
@@ -121,8 +107,7 @@ class Run:
                     better = self._due(config.validation.every) and self._validate()
                     stop = not self.task.agree(interrupt.signal is None)
                     last = progress.step == config.max_steps
-                    # Steps are being skipped: what comes to the disk now may be what broke, and would push out what
-                    # did not.
+                    # While steps are skipped, what comes to the disk may be broken, and would push out what is not.
                     sound = progress.skipped_in_a_row == 0
                     if better or stop or last or (sound and self._due(config.checkpoint.every)):
                         self._save()
@@ -136,13 +121,11 @@ class Run:
 
     def _feed(self) -> Iterator[dict]:
         """Endless batches of all groups side by side, on the device."""
-        config, groups = self.config, self.data.groups
-        sizes = dict.fromkeys(groups, config.data.unpaired_batch_size or config.batch_size)
-        sizes["pairs"] = config.batch_size
+        config, loaders = self.config, {}
         place = self.accelerator.process_index, self.accelerator.num_processes, self.loop.progress.step
-        loaders = {
-            name: self.inputs.batches(name, pairs, sizes[name], config.seed, place) for name, pairs in groups.items()
-        }
+        for name, pairs in self.data.groups.items():
+            size = (name != "pairs" and config.data.unpaired_batch_size) or config.batch_size
+            loaders[name] = self.inputs.batches(name, pairs, size, config.seed, place)
         for parts in zip(*loaders.values(), strict=True):
             yield self.inputs.prepare(dict(zip(loaders, parts, strict=True)))
 

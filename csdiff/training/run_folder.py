@@ -42,11 +42,9 @@ _FREE_SECTIONS = ("logging.", "checkpoint.", "validation.")
 
 
 class Checkpoints:
-    """The checkpoint folder of a run: `step-00000100/`, ..., and the text files `latest` and `best` that name two.
+    """The folder `OUTPUT_DIR/checkpoints`: `step-00000100/`, ..., and the texts `latest` and `best` that name two.
 
-    Args:
-        folder: `OUTPUT_DIR/checkpoints`.
-        keep: Newest checkpoints to keep beside the best one; 0 keeps all.
+    The newest `keep` are kept beside the best one; 0 keeps all.
     """
 
     def __init__(self, folder: Path, keep: int = 0):
@@ -75,20 +73,13 @@ class Checkpoints:
         return self.folder / match[0] if match else None
 
     def save(self, step: int, write: Callable[[Path], None], size: int, best: int | None) -> None:
-        """Write a checkpoint, name it, drop what retention no longer keeps.
-
-        Args:
-            step: Updates done.
-            write: Fills an empty folder.
-            size: Bytes it will take, for the message when the disk is full.
-            best: Step of the best checkpoint so far; kept, and named by `best`.
+        """Have `write` fill a checkpoint of about `size` bytes, name it and the best, drop what is no longer kept.
 
         Raises:
             CSDiffError: if the disk is full; nothing of the new checkpoint remains and the older ones are intact.
         """
         target = self.path(step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with writing_folder(target, whole=True) as aside:
                 write(aside)
         except Exception as error:
@@ -122,9 +113,6 @@ class RunFolder:
 
     `config.json`, `*.safetensors`, `csdiff.json`, `README.md`: the finished adapter; `training.yaml`: the resolved
     configuration; `metrics.jsonl`: every logged number; `checkpoints/`; `logs/`: trackers.
-
-    Args:
-        config: The run, its places absolute.
     """
 
     def __init__(self, config: TrainConfig):
@@ -137,11 +125,7 @@ class RunFolder:
         return FolderLock(self.path, "a training run")
 
     def start_from(self) -> Path | None:
-        """The checkpoint to continue from, or None for a new run. Reads only.
-
-        Raises:
-            CSDiffError: if the folder holds a run with another configuration, or `--resume` names no checkpoint.
-        """
+        """The checkpoint to continue from, or None for a new run; CSDiffError for another run or no checkpoint."""
         writable = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not writable.is_dir() or not os.access(writable, os.W_OK):
             raise CSDiffError(f"--output_dir {self.path} cannot be written: {writable} is not a folder to write into.")
@@ -155,15 +139,14 @@ class RunFolder:
             if candidate is not None and (candidate / STATE / "state.json").is_file():
                 return candidate
         raise CSDiffError(
-            f"--resume {resume}: expected auto, never, or a checkpoint folder such as {self.checkpoints.path(500)}, "
-            f"found no {STATE}/state.json there."
+            f"--resume {resume}: expected auto, never, or a checkpoint folder, found no {STATE}/state.json there."
         )
 
     def _used(self) -> bool:
         return self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists()
 
     def _check_same_run(self) -> None:
-        hint = "give another --output_dir, or --resume never to set what is there aside and start anew"
+        hint = "give another --output_dir, or --resume never to set it aside and start anew"
         saved, mine = self.saved_options(), flatten(asdict(self.config))
         if not saved:
             raise CSDiffError(f"--output_dir {self.path} holds an adapter but no {CONFIG_NAME} of a run: {hint}.")
@@ -207,8 +190,7 @@ class RunFolder:
             write_text(metrics, "".join(kept))
 
     def _stays(self, row: dict, step: int) -> bool:
-        """Whether a line of `metrics.jsonl` is not written again after going on at `step`."""
-        # A run that has made its last step measures once more.
+        # Whether it is not written again after going on at `step`: a finished run measures once more.
         again = row.get("kind") == "validation" and step == self.config.max_steps
         return row.get("step", step) < step + (not again)
 

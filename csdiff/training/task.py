@@ -22,9 +22,7 @@ class NonFinite(ArithmeticError):
 class Embedder(nn.Module):
     """Everything with trainable weights, as one module: rows in, embeddings in the image space out.
 
-    Args:
-        adapter: Text side.
-        image_adapter: Image side, for retrieval; None leaves image embeddings as they are.
+    Without an image adapter (for retrieval) image embeddings stay as they are.
 
     Attributes:
         project_text: For a token-level term: token states (B, L, H) to the space of the text embeddings (B, L, Dt),
@@ -203,11 +201,7 @@ class AlignmentTask:
 
 
 class DenoisingObjective(nn.Module):
-    """The objective of the diffusion prior, the slow baseline: mean of `(f(x_s, s, text) - x0)^2` over the batch.
-
-    Args:
-        group: Process group that shares the batch, or None.
-    """
+    """The objective of the diffusion prior, the slow baseline: mean of `(f(x_s, s, text) - x0)^2` over the batch."""
 
     uses_unpaired = uses_tokens = uses_source_text = False
 

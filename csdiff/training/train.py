@@ -23,7 +23,7 @@ from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
 from csdiff.training.console import Console
 from csdiff.training.data import open_data
-from csdiff.training.encoders import open_inputs
+from csdiff.training.inputs import open_inputs
 from csdiff.training.loop import Loop
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
@@ -41,9 +41,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train an adapter, or continue to.
-
-    The output folder becomes an adapter folder with checkpoints, `metrics.jsonl` and the resolved configuration.
+    """Train an adapter, or continue to; the output folder becomes an adapter folder with checkpoints and metrics.
 
     Raises:
         CSDiffError: on bad input, before anything is written; when another run is under way in the folder; on a full
@@ -87,22 +85,16 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
     console, device = Console(accelerator.is_main_process, config.logging.progress), accelerator.device
     _say_how_many(console, accelerator.num_processes)
     if config.batch_size < accelerator.num_processes:
-        raise CSDiffError(
-            f"--batch_size {config.batch_size} leaves some of the {accelerator.num_processes} processes without a "
-            "row: raise it."
-        )
+        raise CSDiffError(f"--batch_size {config.batch_size}: expected a row for each process, raise it.")
     with _warnings_said(console):
         data = open_data(config, str(device))
         if config.export == "best" and data.validation is None:
-            raise CSDiffError(
-                "--export best: nothing is held out to tell which checkpoint is the best: set --data.validation or "
-                "--data.validation_fraction, or --export last."
-            )
+            raise CSDiffError("--export best: nothing is held out to tell the best: set --data.validation_fraction.")
         inputs = open_inputs(config, data, device)
         embedder = build_embedder(config, data, inputs)
     loop = Loop(config, build_task(config, embedder, accelerator), accelerator.process_index)
     if start is not None:
-        loop.progress = loop.load(start)
+        loop.load(start)
         _check_progress(config, folder, start, loop)
     run = Run(config, accelerator, console, folder, data, inputs, loop)
 
@@ -126,17 +118,11 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
 def _check_progress(config: TrainConfig, folder: RunFolder, start: Path, loop: Loop) -> None:
     progress = loop.progress
     if progress.step > config.max_steps:
-        raise CSDiffError(
-            f"--max_steps {config.max_steps}: {start} has {progress.step} steps already; give more, or another "
-            "--output_dir."
-        )
+        raise CSDiffError(f"--max_steps {config.max_steps}: {start} has {progress.step} steps already; give more.")
     best = progress.best_step
     if best is not None and not folder.checkpoints.path(best).is_dir():
         if config.export == "best" and progress.step == config.max_steps:
-            raise CSDiffError(
-                f"--export best: the best checkpoint, {folder.checkpoints.path(best)}, is not there any more: use "
-                "--export last."
-            )
+            raise CSDiffError(f"--export best: {folder.checkpoints.path(best)} is gone: use --export last.")
         # Of another run, or deleted: this one has to find its own.
         progress.best_step = progress.best_value = None
 

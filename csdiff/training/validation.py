@@ -24,13 +24,9 @@ from csdiff.training.task import AlignmentTask
 
 
 class Validator:
-    """Measures predictions on fixed held-out rows.
+    """Measures predictions on fixed held-out rows, prepared for the embedder; `pause` is called between their blocks.
 
-    Args:
-        batches: Held-out rows, prepared for the embedder, on its device.
-        config: The metric that tells the best checkpoint, and whether more of it is better: in mode `auto` by the
-            table of metrics, which says of a few that neither is better: then more.
-        pause: Called between blocks of rows; may raise.
+    Whether more of a metric is better tells in mode `auto` the table of metrics; of a few neither is: then more.
     """
 
     def __init__(self, batches: list[dict], config: ValidationConfig, pause: Callable[[], None]):
@@ -64,11 +60,7 @@ class Validator:
         return baseline_metrics(*fitted, self.text, self.image)
 
     def value(self, metrics: dict) -> float | None:
-        """The metric that decides, or None where it could not be measured.
-
-        Raises:
-            CSDiffError: if there is no metric of that name.
-        """
+        """The metric that decides, or None where it could not be measured; CSDiffError for an unknown name."""
         if "error" in metrics:
             return None
         flat = flatten(metrics)
@@ -88,24 +80,14 @@ class Validator:
 
 
 def check_decoder(name: str, store: EmbeddingStore) -> None:
-    """Refuse a decoder that cannot draw what is trained on a store.
+    """Refuse a decoder that cannot draw what is trained on a store."""
+    from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
 
-    Raises:
-        CSDiffError: no such decoder, or one of another width than the image embeddings; unit-norm embeddings.
-    """
-    from csdiff.pipelines.decoders import resolve_decoder
-
-    decoder = resolve_decoder(name)
-    if decoder.embedding_dim is not None and decoder.embedding_dim != store.image_dim:
-        raise CSDiffError(
-            f"--validation.decoder {name} takes image embeddings of width {decoder.embedding_dim}, and {store.path} "
-            f"has {store.image_dim}: give the decoder of that encoder."
-        )
-    if store.normalized:
-        raise CSDiffError(
-            f"--validation.decoder: decoders need raw embeddings, and {store.path} holds unit-norm ones: leave the "
-            "decoder out, or embed the data again."
-        )
+    metadata = {**(store.fingerprint or {}), "normalized": store.normalized}
+    try:
+        check_pairing(AdapterCard(store.path, {"embedding_dim": store.image_dim}, metadata), resolve_decoder(name))
+    except CSDiffError as error:
+        raise CSDiffError(f"--validation.decoder: {error}") from error
 
 
 def draw(
@@ -113,15 +95,8 @@ def draw(
 ) -> None:
     """Draw the prompts of a run with the averaged weights, always from the same noise.
 
-    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. What is left of an unfinished
-    drawing is removed, whatever ended it.
-
-    Args:
-        config: The run.
-        exporter: Writes the adapter that is used.
-        step: Updates done.
-        at_once: Context in which a signal may end the drawing.
-        trackers: Of accelerate.
+    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. In the context `at_once` a signal
+    may end the drawing; what is left of an unfinished one is removed, whatever ended it.
     """
     from csdiff.pipelines.generate import generate
 

@@ -17,7 +17,7 @@ def gradients_of_a_batch(store, output, micro, changes):
 
     from csdiff.training.build import build_embedder, build_task
     from csdiff.training.data import open_data
-    from csdiff.training.encoders import open_inputs
+    from csdiff.training.inputs import open_inputs
 
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
