@@ -52,7 +52,7 @@ def write_inputs(folder: Path, rows: int, dim: int) -> None:
 
 
 def csdiff(folder: Path) -> Iterator[float]:
-    batches = StoreBatches(EmbeddingStore.open(folder / "store", verify=False), BATCH, prefetch=0)
+    batches = StoreBatches(EmbeddingStore.open(folder / "store", verify=False), BATCH)
     while True:
         for _ in range(batches.epoch_size):
             batches.read(batches.step)

@@ -76,7 +76,7 @@ class LoRAAdapter(Adapter):
         if base_model is None:
             # float32 whatever the folder holds: updates of half-precision weights would be lost in their rounding
             files = encoder_files(text_encoder, "text")
-            base_model = load_weights(CLIPTextModelWithProjection, files, text_encoder, None, torch.float32)
+            base_model = load_weights(CLIPTextModelWithProjection, files, None, torch.float32)
         found = base_model.config.projection_dim
         if not found == embedding_dim == text_dim:
             raise CSDiffError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from csdiff.data.images import is_image_content, is_image_name
-from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
+from csdiff.data.items import Item, Problem, Row, Source, SourceOptions, caption_list, printable
 from csdiff.data.listing import by_ending, inside, suffix_of
 from csdiff.data.published import image_folder
-from csdiff.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, Row, find_column, grouped, read_table, sha256
+from csdiff.data.tables import CAPTION_COLUMNS, find_column, grouped, json_fields, read_table
 from csdiff.data.text_files import UnreadableText, decode_text, lines, read_text
 from csdiff.errors import CSDiffError
 
@@ -59,8 +60,10 @@ class TableSource(Source):
         return Item(id, row.captions, file, id, row.extra)
 
     def identity(self) -> dict:
-        kind = "captions" if self.folder is None else "folder"
-        return {"kind": kind, "items": self.count, "sha256": sha256(self.rows)}
+        kind, digest = "captions" if self.folder is None else "folder", hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.file, row.captions, *row.extra.values()]).encode())
+        return {"kind": kind, "items": self.count, "sha256": digest.hexdigest()}
 
 
 def table_source(
@@ -92,9 +95,8 @@ def table_source(
         # Captions that cannot be matched would drop the images without a word.
         if images or any(map(is_image_name, names)):
             raise CSDiffError(
-                f"{first}: expected a column that names the image of each caption ({', '.join(IMAGE_COLUMNS[:2])}, "
-                "...), found captions alone, which cannot be matched to the images; add the column, or name it with "
-                "image_column."
+                f"{first}: expected a column that names the image of each caption, found captions alone, which cannot "
+                "be matched to the images; add the column, or name it with image_column."
             )
         return TableSource(rows)
     files = [row.file for row in rows]
@@ -107,7 +109,6 @@ def table_source(
 def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
     """Images with the captions that lie in files beside them.
 
-    `a.txt`, `a.caption` or `a.png.txt` beside `a.png` holds its captions, one a line; else the caption of `a.json`.
     Refused are a folder without images, and one without captions in which another file names its images.
     """
     # What is read as text or data anyway is not opened as an image.
@@ -141,12 +142,8 @@ def _captions(file: Path) -> list[str]:
     text = read_text(file)
     if file.suffix.lower() != ".json":
         return caption_list([line for line in lines(text) if line.strip()]) or [""]
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    name = find_column(content, None, CAPTION_COLUMNS, file, "caption_column") if isinstance(content, dict) else None
-    return [] if name is None else caption_list(content[name])
+    content = json_fields(text)
+    return caption_list(content.get(find_column(content, None, CAPTION_COLUMNS, file, "caption_column")))
 
 
 def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str]) -> None:
@@ -157,8 +154,8 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
         suffix = suffix_of(name)
         if suffix in _CAPTION_SUFFIXES and PurePosixPath(name).stem in stems:
             raise CSDiffError(
-                f"{folder}: expected captions beside their images, found {name}, which has the name of an image in "
-                "another folder; put the texts beside the images, or write metadata.csv (file_name,caption)."
+                f"{folder}: expected captions beside their images, found {name} in another folder; put the texts "
+                "beside the images, or write metadata.csv (file_name,caption)."
             )
         if suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".jsonlines", ".token", ".caption"):
             with (folder / name).open("rb") as file:
@@ -169,7 +166,6 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
                 words = start.decode("latin-1")
             if any(image in words for image in known):
                 raise CSDiffError(
-                    f"{folder}: expected captions in metadata.csv, .jsonl or .parquet or beside the images, found "
-                    f"{name}, which names images of the folder; give it as captions_file (and the folder that its "
-                    "names are relative to as source), or move it away to read the images alone."
+                    f"{folder}: expected captions in metadata.csv or beside the images, or none, found {name}, which "
+                    "names images; give it as captions_file, or move it away."
                 )

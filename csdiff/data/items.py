@@ -30,6 +30,16 @@ class Item:
     extra: dict[str, str | None] = field(default_factory=dict)
 
 
+@dataclass
+class Row:
+    """Captions in a table, with the file name of their image, the further columns asked for, and their split."""
+
+    file: str | None
+    captions: list[str]
+    extra: dict[str, str | None] = field(default_factory=dict)
+    split: str | None = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something of the source that had to be left out.
@@ -77,6 +87,10 @@ class Source(ABC):
     def units(self, size: int) -> int:
         """Number of units, of `size` items each where the source can be cut anywhere."""
         return -(-self.count // size)
+
+    def __iter__(self) -> Iterator[Item | Problem]:
+        """All items, in order."""
+        return (item for unit in range(self.units(1000)) for item in self.read(unit, 1000))
 
     @abstractmethod
     def read(self, unit: int, size: int) -> Iterator[Item | Problem]:

@@ -6,14 +6,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from glob import glob
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from csdiff.data.items import SourceOptions, printable
 from csdiff.errors import CSDiffError
 
 # What systems leave beside files; names that begin with a dot (`._a.png`, `.ipynb_checkpoints`) are hidden anyway.
 _LITTER = {"__macosx", "thumbs.db", "desktop.ini"}
-_SHOWN = 5
 # As the hub names the shards of a split.
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
 
@@ -61,7 +62,7 @@ def by_ending(names: Iterable[str]) -> dict[str, dict]:
     names = [printable(name) for name in names]
     endings = [suffix_of(name) or "no ending" for name in names]
     return {
-        ending: {"count": count, "first": [n for n, e in zip(names, endings, strict=True) if e == ending][:_SHOWN]}
+        ending: {"count": count, "first": [n for n, e in zip(names, endings, strict=True) if e == ending][:5]}
         for ending, count in Counter(endings).most_common()
     }
 
@@ -86,12 +87,7 @@ def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> li
         return sorted({file for files in splits.values() for file in files})
     wanted = _split_of(options.split) or options.split
     chosen = {file for name, files in splits.items() if (_split_of(name) or name) == wanted for file in files}
-    if not chosen:
-        found = ", ".join(f"{name} ({len(files)} files)" for name, files in splits.items())
-        raise CSDiffError(
-            f"{folder}: expected files of the split {options.split!r}, found {found}; choose one with split."
-        )
-    return sorted(chosen)
+    return sorted(chosen) or no_split(folder, options.split, splits)
 
 
 def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], split: str) -> list[str]:
@@ -102,9 +98,12 @@ def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], sp
     if split == "all" or not tops or not all(tops.values()):
         return list(names)
     wanted = tuple(f"{base}{top}/" for top, keyword in tops.items() if keyword == (_keyword(split) or split))
-    if not wanted:
-        raise CSDiffError(f"{folder}: expected the split {split!r}, found {', '.join(tops)}; choose one with split.")
-    return [name for name in names if name.startswith(wanted)]
+    return [name for name in names if name.startswith(wanted)] if wanted else no_split(folder, split, tops)
+
+
+def no_split(where: object, split: str, found: Iterable[str]) -> NoReturn:
+    """Refuse a split that is not there."""
+    raise CSDiffError(f"{where}: expected the split {split!r}, found {', '.join(found)}; choose one with split.")
 
 
 def _keyword(name: str) -> str | None:
@@ -123,7 +122,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _declared(folder: Path, names: Sequence[str], subset: str | None) -> dict[str, list[str]] | None:
-    """Files of each split, by the README of a data set of the hub; None where it declares nothing."""
+    """Files of each split, by the README of a hub data set; None where it declares nothing."""
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
@@ -138,17 +137,15 @@ def _declared(folder: Path, names: Sequence[str], subset: str | None) -> dict[st
         return None
     subset = subset or (next(iter(configs)) if len(configs) == 1 else configs.get_default_config_name())
     if subset not in configs:
-        raise CSDiffError(
-            f"{folder}: expected a subset, one of {', '.join(configs)}, found {subset!r}; name it with subset."
-        )
+        known = ", ".join(configs)
+        raise CSDiffError(f"{folder}: expected a subset, one of {known}, found {subset!r}; name it with subset.")
     files = configs[subset].get("data_files")
+    # What a pattern finds is among the names of the folder: none leads out of it.
     if files is None:
         return None
     found = {}
     for split, patterns in sanitize_patterns(files).items():
-        try:
-            there = {file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern)}
-        except (ValueError, NotImplementedError):  # A pattern that is absolute, or leads out.
-            there = set()
+        # Not that of a path, which refuses patterns that lead out of the folder.
+        there = {n for pattern in patterns for n in glob(pattern, root_dir=folder, recursive=True)}  # noqa: PTH207
         found[split] = [name for name in names if name in there]
     return found

@@ -11,11 +11,10 @@ import pyarrow as pa
 from csdiff.data.folder import TableSource, table_source, uncaptioned_folder
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Source, SourceOptions
-from csdiff.data.listing import by_ending, data_files, split_folders, suffix_of, visible_files
+from csdiff.data.listing import by_ending, data_files, no_split, split_folders, suffix_of, visible_files
 from csdiff.data.published import urban
 from csdiff.data.rows import HuggingFaceSource, ParquetSource, parquet_footer
-from csdiff.data.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, Row, find_column
-from csdiff.data.text_files import UnreadableText, read_text
+from csdiff.data.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, find_column
 from csdiff.data.web_dataset import WebDatasetSource
 from csdiff.errors import CSDiffError
 
@@ -35,20 +34,10 @@ def open_source(
     metadata_columns: Sequence[str] = (),
     allow_outside: bool = False,
 ) -> Source:
-    """Open captions and images in any of the forms that people keep them in.
+    """Open captions and images in any of the forms that people keep them in; iterate over it for the items.
 
     Args:
-        source: One of
-
-            - a folder of images, captioned by `metadata.jsonl` / `.csv` / `.parquet` / `.json` in it or in its
-              folders, by `captions_file`, by files beside them, or not at all; `train/`, ... are splits;
-            - a table (`.jsonl`, `.csv`, `.tsv`, `.json`, `.parquet`) of captions and image
-              files, relative to its folder; also `.txt` whose first line names its columns;
-            - a table or `.txt` file of captions alone;
-            - a parquet file with the images inside, or a folder of them or of tables, as the hub lays them out;
-            - webdataset shards: a `.tar` file, a folder of them, or a pattern such as `data/{00000..00099}.tar`;
-            - a folder written by `datasets.Dataset.save_to_disk`, or the id of a data set on the hub;
-            - COCO captions, Flickr30k, Urban-1k or DOCCI as they are published, see `csdiff.data.published`.
+        source: A folder, a file, a pattern of tar files or an id on the hub: the forms are those of docs/store.md.
         split: Of a data set that has several; "all" for all files of a folder.
         subset: Configuration of a data set of the hub.
         captions_file: Table for a folder of images, when it is not in the folder.
@@ -87,7 +76,7 @@ def _open_folder(path: Path, options: SourceOptions) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, options)
     if (path / "image").is_dir() and (path / "caption").is_dir():
-        return TableSource([Row(*entry[:2]) for entry in urban(path)], path / "image")
+        return TableSource(list(urban(path)), path / "image")
     names = visible_files(path)
     images = [name for name in names if is_image_name(name)]
     tables = [name for name in names if _is_table(path, name)]
@@ -108,9 +97,7 @@ def _open_folder(path: Path, options: SourceOptions) -> Source:
     if not images and others:
         tables = [file.relative_to(path).as_posix() for file in _files(path, others, options)]
         if len(set(map(suffix_of, tables))) > 1:
-            raise CSDiffError(
-                f"{path}: expected images, or tables of one kind, found {', '.join(tables[:5])}; give one."
-            )
+            raise CSDiffError(f"{path}: expected tables of one kind, found {', '.join(tables[:5])}; give one.")
         return table_source(path, tables, options)
     if options.metadata_columns:
         raise CSDiffError(f"{path}: metadata_columns need a table ({', '.join(TABLE_NAMES)}), found none.")
@@ -131,13 +118,9 @@ def _listed(source: Source, names: list[str], read: list[str]) -> Source:
 
 def _is_table(path: Path, name: str) -> bool:
     base = PurePosixPath(name).name.lower()
-    if base == "metadata.json":
-        # An object is somebody's description of a data set.
-        try:
-            return read_text(path / name).lstrip().startswith("[")
-        except UnreadableText:
-            return False
-    return base in TABLE_NAMES
+    # An object is somebody's description of a data set.
+    described = base == "metadata.json" and (path / name).read_bytes().lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+    return base in TABLE_NAMES and not described
 
 
 def _holds_images(file: Path, options: SourceOptions, among_images: bool = False) -> bool:
@@ -145,7 +128,7 @@ def _holds_images(file: Path, options: SourceOptions, among_images: bool = False
     try:
         schema = parquet_footer(file).schema.to_arrow_schema()
     except CSDiffError:
-        if among_images:  # It is read for nothing.
+        if among_images:  # Nobody asks for it.
             return False
         raise
     name = find_column(schema.names, options.image_column, IMAGE_COLUMNS, file, "image_column")
@@ -157,11 +140,8 @@ def _open_shards(pattern: str, options: SourceOptions) -> Source:
     from webdataset.shardlists import expand_urls
 
     files = [Path(name).expanduser().absolute() for name in expand_urls(pattern)]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise CSDiffError(
-            f"{missing[0]}: expected a tar file ({pattern}), found none; shards are read from local files."
-        )
+    if missing := [file for file in files if not file.is_file()]:
+        raise CSDiffError(f"{missing[0]}: expected a tar file ({pattern}), found none on this machine.")
     return WebDatasetSource(files, options)
 
 
@@ -170,11 +150,7 @@ def _open_saved(path: Path, options: SourceOptions) -> Source:
 
     dataset = load_from_disk(str(path))
     if isinstance(dataset, DatasetDict):
-        if options.split not in dataset:
-            raise CSDiffError(
-                f"{path}: expected the split {options.split!r}, found {', '.join(dataset)}; choose one of them."
-            )
-        dataset = dataset[options.split]
+        dataset = dataset[options.split] if options.split in dataset else no_split(path, options.split, dataset)
     return HuggingFaceSource(dataset, f"{path.name}/{options.split}", options, [path])
 
 
@@ -185,11 +161,8 @@ def _open_hub(name: str, options: SourceOptions) -> Source:
     try:
         dataset = load_dataset(name, options.subset, split=options.split)
     except Exception as error:  # Network, hub, cache and format errors have no common kind.
-        reason = " ".join(str(error).split())[:200]
-        raise CSDiffError(
-            f"{name}: expected a path, or a data set on the hub with the split {options.split!r}, found neither "
-            f"({reason})."
-        ) from error
+        found = f"found neither ({' '.join(str(error).split())[:200]})"
+        raise CSDiffError(f"{name}: expected a path, or a hub data set's split {options.split!r}, {found}.") from error
     # Files of a data set of the hub lie in its caches, and nowhere else.
     folders = [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
     label = "/".join(filter(None, (name, options.subset, options.split)))

@@ -16,19 +16,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from csdiff.data.images import is_image_name
-from csdiff.data.listing import inside
+from csdiff.data.items import Row
+from csdiff.data.listing import inside, no_split
 from csdiff.data.text_files import lines, read_text
 from csdiff.errors import CSDiffError
 
 # Where images lie, beside the caption file or one folder up.
-_FOLDERS = (
-    "images", "Images", "flickr30k-images", "flickr30k_images", "train2014", "val2014", "train2017", "val2017",
-    "test_images",
-)  # fmt: skip
-_FIRST = 1000
-
-Entry = tuple[str, list[str], str | None]
-"""File name, captions, and split of one image."""
+_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "test_images")
+_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
 
 
 def image_folder(folder: Path, source: Path, names: Sequence[str]) -> Path:
@@ -38,77 +33,67 @@ def image_folder(folder: Path, source: Path, names: Sequence[str]) -> Path:
     inner = (place / name for place in places for name in _FOLDERS)
     for place in (folder, *(place / own for place in places), *places, *inner):
         # A few may be missing.
-        if any(inside(place, name, allow_outside=True).exists() for name in names[:_FIRST]):
+        if any(inside(place, name, allow_outside=True).exists() for name in names[:1000]):
             return place
     raise CSDiffError(
-        f"{source}: expected its images beside it ({names[0]} in {', '.join(_FOLDERS[:2])}, ...), found none; give "
-        "the folder of the images as source and this file as captions_file."
+        f"{source}: expected its images beside it ({names[0]} in images, ...), found none; give the folder of the "
+        "images as source and this file as captions_file."
     )
 
 
-def of_split(path: Path, entries: Iterable[Entry], split: str) -> list[Entry]:
-    """Entries of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
-    entries = list(entries)
-    splits = {entry[2] for entry in entries if entry[2]}
+def of_split(path: Path, rows: Iterable[Row], split: str) -> list[Row]:
+    """Rows of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
+    rows = list(rows)
+    splits = {row.split for row in rows if row.split}
     if not splits or split == "all":
-        return entries
+        return rows
     wanted = {split, "restval"} if split == "train" else {split}
-    entries = [entry for entry in entries if entry[2] in wanted]
-    if not entries:
-        raise CSDiffError(f"{path}: expected the split {split!r}, found {', '.join(sorted(splits))}; choose one.")
-    return entries
+    return [row for row in rows if row.split in wanted] or no_split(path, split, sorted(splits))
 
 
-def coco(content: dict) -> Iterable[Entry] | None:
+def coco(content: dict) -> Iterable[Row] | None:
     """COCO captions or Karpathy's form; None where a JSON object is neither."""
     images = content.get("images")
     if isinstance(images, list) and isinstance(content.get("annotations"), list):
-        captions: dict[int, list[str]] = {image["id"]: [] for image in images}
+        rows = {image["id"]: Row(image["file_name"], []) for image in images}
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"].strip())
-        return [(image["file_name"], captions[image["id"]], None) for image in images if captions[image["id"]]]
+            rows[annotation["image_id"]].captions.append(annotation["caption"].strip())
+        return [row for row in rows.values() if row.captions]
     if not images or "sentences" not in images[0]:
         return None
     names = ["/".join(filter(None, (image.get("filepath"), image["filename"]))) for image in images]
     captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
-    return zip(names, captions, (image.get("split") for image in images), strict=True)
+    return [Row(n, c, split=i.get("split")) for n, c, i in zip(names, captions, images, strict=True)]
 
 
-def annotations(columns: dict[str, list[str]]) -> Iterable[Entry]:
+def annotations(columns: dict[str, list[str]]) -> Iterable[Row]:
     """Flickr30k's CSV."""
     captions = [[caption.strip() for caption in json.loads(raw)] for raw in columns["raw"]]
-    return zip(columns["filename"], captions, columns["split"], strict=True)
+    return [Row(n, c, split=s) for n, c, s in zip(columns["filename"], captions, columns["split"], strict=True)]
 
 
-def bars(text: str) -> Iterable[Entry]:
-    """Flickr30k's `results.csv`."""
+def bars(text: str) -> Iterable[Row]:
+    """Flickr30k's `results.csv`: a row a caption."""
     # One line of the published file lacks its second bar: "...jpg| 4   A dog runs ...".
     rows = [[part.strip() for part in line.split("|", 2)] for line in lines(text)[1:] if line.strip()]
-    return _gathered((row[0], row[2] if len(row) == 3 else row[1].lstrip("01234 ")) for row in rows)
+    return [Row(row[0], [row[2] if len(row) == 3 else row[1].lstrip("01234 ")]) for row in rows]
 
 
-def tokens(text: str) -> Iterable[Entry]:
-    """Flickr30k's and Flickr8k's `.token`."""
+def tokens(text: str) -> Iterable[Row]:
+    """Flickr30k's and Flickr8k's `.token`: a row a caption."""
     pairs = (line.split("\t", 1) for line in lines(text) if line.strip())
-    return _gathered((name.rsplit("#", 1)[0], caption.strip()) for name, caption in pairs)
+    return [Row(name.rsplit("#", 1)[0], [caption.strip()]) for name, caption in pairs]
 
 
-def docci(rows: Iterable[dict]) -> Iterable[Entry]:
+def docci(rows: Iterable[dict]) -> Iterable[Row]:
     """DOCCI's JSON lines."""
-    return [(row["image_file"], [row["description"].strip()], row.get("split")) for row in rows]
+    return [Row(row["image_file"], [row["description"].strip()], split=row.get("split")) for row in rows]
 
 
-def urban(folder: Path) -> Iterable[Entry]:
+def urban(folder: Path) -> Iterable[Row]:
     """Urban-1k: a folder with `image` and `caption`."""
     images = {file.stem: file.name for file in (folder / "image").iterdir() if is_image_name(file.name)}
     for text in sorted((folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem)):
         if text.stem in images:
             # One long caption an image, over several lines in some files.
-            yield images[text.stem], [" ".join(read_text(text).split())], None
-
-
-def _gathered(pairs: Iterable[tuple[str, str]]) -> list[Entry]:
-    captions: dict[str, list[str]] = {}
-    for name, caption in pairs:
-        captions.setdefault(name, []).append(caption)
-    return [(name, values, None) for name, values in captions.items()]
+            yield Row(images[text.stem], [" ".join(read_text(text).split())])

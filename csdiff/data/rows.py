@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
 from csdiff.data.listing import inside
-from csdiff.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from csdiff.data.tables import find_columns
 from csdiff.errors import CSDiffError
 
 _ROWS_AT_ONCE = 64
@@ -19,20 +19,14 @@ class RowSource(Source):
     """Rows of which one column is the image: `{"bytes", "path"}`, bytes, or the name of a file.
 
     Args:
-        names: Of all columns.
         image: Column of the images; None for captions alone.
-        options: Of the source; by default the captions are the first of the usual names.
-        where: Of the data, for messages.
+        caption: Column of the captions, or None.
+        options: Of the source.
         folders: Images that a row names are relative to one of these, and lie below it.
     """
 
-    def __init__(
-        self, names: Sequence[str], image: str | None, options: SourceOptions, where: object, folders: Sequence[Path]
-    ):
-        self.image, self.options, self.folders = image, options, folders
-        self.caption = find_column(names, options.caption_column, CAPTION_COLUMNS, where, "caption_column")
-        for name in options.metadata_columns:
-            find_column(names, name, (), where, "metadata_columns")
+    def __init__(self, image: str | None, caption: str | None, options: SourceOptions, folders: Sequence[Path]):
+        self.image, self.caption, self.options, self.folders = image, caption, options, folders
         self.columns = list(dict.fromkeys(filter(None, (image, self.caption, *options.metadata_columns))))
         self.has_images, self.has_captions = image is not None, self.caption is not None
 
@@ -74,10 +68,8 @@ class ParquetSource(RowSource):
                 rows = footer.row_group(group).num_rows
                 self.groups.append((file, group, self.count, self.count + rows))
                 self.count += rows
-        first = self.files[0]
-        names = parquet_footer(first).schema.to_arrow_schema().names
-        image = find_column(names, options.image_column, IMAGE_COLUMNS, first, "image_column")
-        super().__init__(names, image, options, first, list(dict.fromkeys(file.parent for file in self.files)))
+        columns = find_columns(pq.read_schema(self.files[0]).names, options, self.files[0])
+        super().__init__(*columns, options, list(dict.fromkeys(file.parent for file in self.files)))
 
     def read(self, unit: int, size: int) -> Iterator[Item | Problem]:
         span = self.span(unit, size)
@@ -104,10 +96,10 @@ class HuggingFaceSource(RowSource):
         from datasets import Image
 
         images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
-        image = find_column(dataset.column_names, options.image_column, (), name, "image_column")
-        if image is None and images:
-            image = find_column(images, None, IMAGE_COLUMNS, name, "image_column") or images[0]
-        super().__init__(dataset.column_names, image, options, name, folders)
+        image, caption = find_columns(dataset.column_names, options, name)
+        if options.image_column is None:
+            image = find_columns(images, SourceOptions(), name)[0] or next(iter(images), None)
+        super().__init__(image, caption, options, folders)
         dataset = dataset.select_columns(self.columns)
         self.dataset = dataset.cast_column(image, Image(decode=False)) if image in images else dataset
         self.name, self.count = name, len(dataset)
@@ -117,13 +109,8 @@ class HuggingFaceSource(RowSource):
             yield self.item(index, self.dataset[index])
 
     def identity(self) -> dict:
-        return {
-            "kind": "huggingface",
-            "name": self.name,
-            "items": self.count,
-            "version": str(self.dataset.info.version),
-            "columns": [self.image, self.caption],
-        }
+        known = {"kind": "huggingface", "name": self.name, "items": self.count}
+        return {**known, "version": str(self.dataset.info.version), "columns": [self.image, self.caption]}
 
 
 def parquet_footer(file: Path):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from csdiff.data import published
 from csdiff.data.images import is_image_name
-from csdiff.data.items import SourceOptions, caption_list
+from csdiff.data.items import Row, SourceOptions, caption_list
 from csdiff.data.text_files import lines, read_text
 from csdiff.errors import CSDiffError
 
@@ -25,15 +23,6 @@ IMAGE_COLUMNS = (
     "file_name", "image", "image_path", "filepath", "file_path", "filename", "path", "img", "file", "image_name",
     "image_file", "jpg", "png", "webp",
 )  # fmt: skip
-
-
-@dataclass
-class Row:
-    """Captions, with the file name of their image where there is one, and the further columns asked for."""
-
-    file: str | None
-    captions: list[str]
-    extra: dict[str, str | None] = field(default_factory=dict)
 
 
 def read_table(path: Path, options: SourceOptions) -> list[Row]:
@@ -53,23 +42,17 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
     try:
         found = _read(path, options)
         if not isinstance(found, dict):
-            return grouped(Row(*entry[:2]) for entry in published.of_split(path, found, options.split))
+            return grouped(published.of_split(path, found, options.split))
     except (OSError, CSDiffError):
         raise
     except Exception as error:  # Each parser has its own kinds.
         reason = " ".join(str(error).split())[:300]
-        raise CSDiffError(
-            f"{path} is not a readable {path.suffix} table ({reason}); correct or save it again."
-        ) from error
-    names = find_column(found, options.image_column, IMAGE_COLUMNS, path, "image_column")
-    texts = find_column(found, options.caption_column, CAPTION_COLUMNS, path, "caption_column")
-    for name in options.metadata_columns:
-        find_column(found, name, (), path, "metadata_columns")
+        raise CSDiffError(f"{path} is not a readable {path.suffix} table ({reason}); correct it.") from error
+    names, texts = find_columns(found, options, path)
     if names is None and texts is None:
         raise CSDiffError(
-            f"{path}: expected a column of captions ({', '.join(CAPTION_COLUMNS[:3])}, ...) or of image files "
-            f"({', '.join(IMAGE_COLUMNS[:3])}, ...), found {', '.join(map(repr, found)) or 'no columns'}; name it "
-            "with caption_column or image_column, and separate columns with commas, tabs, semicolons or bars."
+            f"{path}: expected a column of captions (caption, text, ...) or of image files (file_name, image, ...), "
+            f"found {', '.join(map(repr, found)) or 'none'}; name it with caption_column or image_column."
         )
     rows = []
     for index in range(len(found[names or texts])):
@@ -96,30 +79,31 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
     return kept
 
 
-def sha256(rows: Iterable[Row]) -> str:
-    """Hash of the whole content of a table."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.file, row.captions, *row.extra.values()]).encode())
-    return digest.hexdigest()
-
-
 def find_column(
     columns: Sequence[str] | dict, asked: str | None, usual: Sequence[str], where: object, option: str
 ) -> str | None:
     """The column asked for, which must be there, or the first of the usual names that is, or None."""
     if asked is not None:
         if asked not in columns:
-            raise CSDiffError(
-                f"{where}: expected the column {asked!r} ({option}), found {', '.join(columns) or 'none'}."
-            )
+            found = ", ".join(columns) or "none"
+            raise CSDiffError(f"{where}: expected the column {asked!r} ({option}), found {found}.")
         return asked
     lower = {name.lower(): name for name in reversed(list(columns))}
     return next((lower[name] for name in usual if name in lower), None)
 
 
-def _read(path: Path, options: SourceOptions) -> dict[str, list] | Iterable[published.Entry]:
-    """Columns of a table, or entries of a published format."""
+def find_columns(
+    columns: Sequence[str] | dict, options: SourceOptions, where: object
+) -> tuple[str | None, str | None]:
+    """The columns of images and of captions; every column that the options name must be there."""
+    for name in options.metadata_columns:
+        find_column(columns, name, (), where, "metadata_columns")
+    image = find_column(columns, options.image_column, IMAGE_COLUMNS, where, "image_column")
+    return image, find_column(columns, options.caption_column, CAPTION_COLUMNS, where, "caption_column")
+
+
+def _read(path: Path, options: SourceOptions) -> dict[str, list] | Iterable[Row]:
+    """Columns of a table, or rows of a published format."""
     suffix = path.suffix.lower()
     asked = {options.image_column, options.caption_column, *options.metadata_columns} - {None}
     if suffix == ".parquet":
@@ -159,8 +143,7 @@ def _separated(path: Path, text: str, asked: set[str]) -> dict[str, list]:
         if is_image_name(first.replace("\t", ",").replace("|", ",").replace(";", ",").partition(",")[0].strip()):
             raise CSDiffError(
                 f"{path}: expected a caption a line, found lines that begin with an image's name ({first[:60]!r}); "
-                "write the names of the columns above them, for example image,caption, and give the folder of the "
-                "images as source and this file as captions_file."
+                "write the names of the columns above them, for example image,caption."
             )
         return {"caption": captions}
     csv.field_size_limit(2**31 - 1)
@@ -168,13 +151,20 @@ def _separated(path: Path, text: str, asked: set[str]) -> dict[str, list]:
     columns: dict[str, list] = {name.strip(): [] for name in reader.fieldnames or []}
     for row in reader:
         if None in row or None in row.values():
-            raise ValueError(
-                f"line {reader.line_num} has not {len(columns)} fields separated by {separator!r}; put fields that "
-                "hold the separator in quotes"
-            )
+            found = f"line {reader.line_num} has not {len(columns)} fields separated by {separator!r}"
+            raise ValueError(f"{found}; put fields that hold the separator in quotes")
         for name, value in row.items():
             columns[name.strip()].append(value)
     return columns
+
+
+def json_fields(text: str) -> dict:
+    """The JSON object that a text is; empty where it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _json_lines(text: str) -> list:

@@ -6,12 +6,8 @@ import codecs
 from pathlib import Path
 
 # UTF-16's mark begins as UTF-32's.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class UnreadableText(ValueError):
@@ -27,7 +23,7 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnreadableText: with the line and the cure.
     """
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     start = content[:1000]
     if encoding == "utf-8" and start.count(0) > len(start) / 4:
         # ASCII in UTF-16 has a zero in every second byte.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import tarfile
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
 from csdiff.data.listing import hidden
-from csdiff.data.tables import CAPTION_COLUMNS, find_column
+from csdiff.data.tables import CAPTION_COLUMNS, find_column, json_fields
 from csdiff.data.text_files import UnreadableText, decode_text, lines
 
 _TEXTS = ("txt", "caption", "json")
@@ -42,8 +41,7 @@ class WebDatasetSource(Source):
         self._names = stems if len(set(stems)) == len(stems) else [str(unit) for unit in range(len(stems))]
         # What the first entries have, the archive has: an entry without is then a problem of that entry.
         self.has_images = False
-        first = list(islice((item for unit in range(len(self.files)) for item in self.read(unit, 0)), 100))
-        items = [item for item in first if isinstance(item, Item)]
+        items = [item for item in islice(self, 100) if isinstance(item, Item)]
         self.has_captions = any(item.captions for item in items)
         self.has_images = any(item.image is not None for item in items) or not items
 
@@ -73,9 +71,7 @@ class WebDatasetSource(Source):
                         continue
                     if is_image_name(member.name) or member.name.endswith(endings):
                         if member.size > _MAX_BYTES:
-                            raise ValueError(
-                                f"{member.name} has {member.size:,} bytes, at most {_MAX_BYTES:,} are read"
-                            )
+                            raise ValueError(f"{member.name} has {member.size:,} bytes, more than {_MAX_BYTES:,}")
                         yield member.name, tar.extractfile(member).read()
                 # An archive ends with zeros, and a damaged header looks like its end.
                 tar.fileobj.seek(tar.offset)
@@ -95,13 +91,12 @@ class WebDatasetSource(Source):
         for name, content in members.items():
             stem, _, suffix = name.rpartition(".")
             stems.setdefault(stem, {})[suffix] = content
+        named = f"{self.options.image_column}{self.options.caption_column}"
         own = [
             stem
             for stem, parts in stems.items()
-            if stem != key and any(map(_is_image, parts)) and not parts.keys().isdisjoint(_TEXTS)
+            if stem != key and any(map(_is_image, parts)) and not parts.keys().isdisjoint(_TEXTS) and "." not in named
         ]
-        if any("." in column for column in (self.options.image_column, self.options.caption_column) if column):
-            own = []
         for stem in own:
             yield stem, stems.pop(stem)
         rest = {f"{stem}.{suffix}"[len(key) + 1 :]: c for stem, parts in stems.items() for suffix, c in parts.items()}
@@ -124,11 +119,7 @@ class WebDatasetSource(Source):
             detail = f"it has the images {', '.join(images)}; name the one that is meant with image_column"
             return Problem(id, "ambiguous_entry", detail)
         try:
-            fields = json.loads(decode_text(parts["json"])) if "json" in parts else {}
-        except (ValueError, RecursionError):
-            fields = {}
-        fields = fields if isinstance(fields, dict) else {}
-        try:
+            fields = json_fields(decode_text(parts.get("json", b"")))
             captions = self._captions(parts, fields)
         except UnreadableText as error:
             return Problem(id, "unreadable_caption", str(error))
@@ -137,12 +128,8 @@ class WebDatasetSource(Source):
             return Item(id, captions, parts[images[0]], printable(f"{key}.{images[0]}"), extra)
         if not self.has_images:
             return Item(id, captions, extra=extra)
-        return Problem(
-            id,
-            "missing_image",
-            f"the entry has {', '.join(parts)} alone; an image and its text must follow each other in the archive "
-            "(tar --sort=name)",
-        )
+        detail = f"the entry has {', '.join(parts)} alone; an image must follow its text in the archive (--sort=name)"
+        return Problem(id, "missing_image", detail)
 
     def _captions(self, parts: dict[str, bytes], fields: dict) -> list[str]:
         asked = self.options.caption_column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,46 +27,36 @@ class Shard:
     def __init__(self, path: Path, key: str, bfloat16: bool = False):
         self.path = path
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise
+            array = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise CSDiffError(f"{path} is not a whole npy file ({error}); restore it or write it again.") from error
         allowed = ("bool",) if key == "text_mask" else ("uint16",) if bfloat16 else ("float16", "float32", "float64")
-        mapped = isinstance(array, np.memmap)
-        fits = mapped and array.dtype.name in allowed and array.dtype.isnative and array.ndim == DIMENSIONS[key]
+        fits = array.dtype.name in allowed and array.dtype.isnative and array.ndim == DIMENSIONS[key]
         if not fits or not array.flags.c_contiguous or array.offset % array.itemsize:
-            order = "C" if mapped and array.flags.c_contiguous else "Fortran"
-            found = f"{array.dtype} {array.shape} in {order} order" if mapped else type(array).__name__
+            order = "C" if array.flags.c_contiguous else "Fortran"
             raise CSDiffError(
-                f"{path}: expected {' / '.join(allowed)} in {DIMENSIONS[key]} dimensions, in C order, found {found}; "
-                "save it again in that form."
+                f"{path}: expected {' / '.join(allowed)} in {DIMENSIONS[key]} dimensions, in C order, found "
+                f"{array.dtype} {array.shape} in {order} order; save it again in that form."
             )
         # A longer file than the header says is as wrong as a truncated one, which numpy refuses.
         size, found = array.offset + array.nbytes, path.stat().st_size
         if found != size:
-            raise CSDiffError(
-                f"{path} is damaged: expected {size:,} bytes by its header, found {found:,}; restore it."
-            )
+            raise CSDiffError(f"{path} is damaged: expected {size:,} bytes, found {found:,}; restore it.")
         self.shape, self.offset = array.shape, array.offset
         self.dtype = torch.bfloat16 if array.dtype == np.uint16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
-        self._tensor: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
+    @cached_property
     def tensor(self) -> Tensor:
         """The whole shard as a tensor over a memory map; nothing is read yet."""
-        if self._tensor is None and 0 in self.shape:
-            self._tensor = torch.empty(self.shape, dtype=self.dtype)
-        elif self._tensor is None:
-            # Unlike numpy's maps it keeps no file open: a store of millions of rows has more shards than a process
-            # may have open files.
-            start = self.offset // self.dtype.itemsize
-            mapped = torch.from_file(str(self.path), size=start + int(np.prod(self.shape)), dtype=self.dtype)
-            self._tensor = mapped[start:].view(self.shape)
-        return self._tensor
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.dtype)
+        # Unlike numpy's maps it keeps no file open: a store may have more shards than a process may have open files.
+        start = self.offset // self.dtype.itemsize
+        mapped = torch.from_file(str(self.path), size=start + int(np.prod(self.shape)), dtype=self.dtype)
+        return mapped[start:].view(self.shape)
 
 
 class Column:
@@ -77,7 +68,7 @@ class Column:
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
                 raise CSDiffError(
                     f"{shard.path}: expected rows of {first.shape[1:]} {first.dtype} as in {first.path.name}, found "
-                    f"{shard.shape[1:]} {shard.dtype}; all shards of a folder must come from one encoder."
+                    f"{shard.shape[1:]} {shard.dtype}; shards of a folder must come from one encoder."
                 )
         self.shards, self.dtype, self.row_shape = shards, first.dtype, tuple(first.shape[1:])
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])

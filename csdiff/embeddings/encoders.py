@@ -29,8 +29,9 @@ _HUB_PATTERNS = {
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """Local folders of one encoder, and its commit on the hub."""
+    """Local folders of one encoder, under the id that it was asked for by, and its commit on the hub."""
 
+    id: str
     model: Path  # config.json and the safetensors
     processor: Path  # tokenizer or image processor
     revision: str | None
@@ -48,8 +49,8 @@ class Encoder:
     dim: int
     pooling: str | None = None
 
-    def __init__(self, model, id: str | Path, files: EncoderFiles):
-        self.model, self.id, self.files = model, encoder_name(id), files
+    def __init__(self, model, files: EncoderFiles):
+        self.model, self.id, self.files = model, encoder_name(files.id), files
 
     @property
     def device(self):
@@ -61,12 +62,11 @@ class Encoder:
 
     def describe(self, weights: bool = True) -> dict:
         """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
-        described = {"dim": self.dim, "class": type(self.model).__name__}
+        described = {}
         if weights:
-            identity = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
-            described = identity | described
-        if self.pooling:
-            described["pooling"] = self.pooling
+            described = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
+        described |= {"dim": self.dim, "class": type(self.model).__name__}
+        described |= {"pooling": self.pooling} if self.pooling else {}
         return {**described, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
 
@@ -99,15 +99,13 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
         processor = next((folder / p for p in processors if (folder / p).is_dir()), None)
         if not (folder / model).is_dir() or processor is None:
             raise CSDiffError(
-                f"{id}: expected a pipeline with {model}/ and {' or '.join(f'{p}/' for p in processors)}, found "
-                f"neither or only one; name the {tower} encoder that this pipeline was trained with."
+                f"{id}: expected a pipeline with {model}/ and {'/ or '.join(processors)}/, found neither or only one; "
+                f"name the {tower} encoder that this pipeline was trained with."
             )
-        return EncoderFiles(folder / model, processor, commit)
+        return EncoderFiles(str(id), folder / model, processor, commit)
     if not (folder / "config.json").exists():
-        raise CSDiffError(
-            f"{id}: expected a model folder with config.json, found none in {folder}; check the {tower} encoder."
-        )
-    return EncoderFiles(folder, folder, commit)
+        raise CSDiffError(f"{id}: expected a model folder with config.json for the {tower} encoder, found none.")
+    return EncoderFiles(str(id), folder, folder, commit)
 
 
 def find_encoder(
@@ -152,15 +150,13 @@ def find_encoder(
         raise CSDiffError(f"{of} names the {tower} encoder {id}, which is no folder here; {option} where it is now.")
     from huggingface_hub import try_to_load_from_cache
 
-    cached = [
-        try_to_load_from_cache(id, f, revision=known.get("revision")) for f in ("config.json", "model_index.json")
-    ]
-    if not any(isinstance(file, str) for file in cached):
-        raise CSDiffError(
-            f"{of} names the {tower} encoder {id}, which is none of the published ones and not on this machine; to "
-            f"have it fetched from the hub, {option}."
-        )
-    return known
+    for file in ("config.json", "model_index.json"):
+        if isinstance(try_to_load_from_cache(id, file, revision=known.get("revision")), str):
+            return known
+    raise CSDiffError(
+        f"{of} names the {tower} encoder {id}, which is none of the published ones and not on this machine; to "
+        f"have it fetched from the hub, {option}."
+    )
 
 
 def nearby(known: dict, tower: Tower, *beside: str | Path | None) -> dict:
@@ -207,18 +203,18 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(id: str | Path, files: EncoderFiles):
+def load_config(files: EncoderFiles):
     """The model's `config.json`; refused if transformers does not know it."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(files.model, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CSDiffError(f"{id}: expected the config.json of a transformers model, found none ({reason}).") from error
+        found = f"found none ({' '.join(str(error).split())[:200]})"
+        raise CSDiffError(f"{files.id}: expected the config.json of a transformers model, {found}.") from error
 
 
-def load_weights(model_class: type, files: EncoderFiles, id: str | Path, device, dtype):
+def load_weights(model_class: type, files: EncoderFiles, device, dtype):
     """`model_class.from_pretrained`, safetensors only, every weight present, in evaluation mode without gradients."""
     import torch
     from safetensors import SafetensorError
@@ -235,11 +231,10 @@ def load_weights(model_class: type, files: EncoderFiles, id: str | Path, device,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CSDiffError(f"{id}: the weights cannot be loaded: {' '.join(str(error).split())}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+            raise CSDiffError(f"{files.id}: the weights cannot be loaded: {' '.join(str(error).split())}") from error
+    if missing := sorted(info["missing_keys"]):
         raise CSDiffError(
-            f"{id}: expected a {model_class.__name__}, found no weights for {missing[0]} "
+            f"{files.id}: expected a {model_class.__name__}, found no weights for {missing[0]} "
             f"({len(missing)} tensors missing); use the encoder with its projection."
         )
     return model.to(device).eval().requires_grad_(False)
@@ -249,10 +244,7 @@ def _download(name: str, tower: Tower, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CSDiffError(
-            f"{name}: expected a folder with a {tower} encoder, found none; check the path, or say where it is with "
-            f"--{tower}_encoder."
-        )
+        raise CSDiffError(f"{name}: expected a folder with a {tower} encoder, found none; check --{tower}_encoder.")
     silent = unreachable()
     options = {"allow_patterns": _HUB_PATTERNS[tower], "ignore_patterns": "*.fp16.*"}
     try:

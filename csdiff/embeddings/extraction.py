@@ -86,8 +86,6 @@ def embed(config: EmbedConfig) -> EmbedReport:
         found = " and ".join(["images"] * source.has_images + ["captions"] * source.has_captions) or "neither"
         raise CSDiffError(f"{config.source}: expected images or captions for the encoders named, found {found}.")
     units = source.units(config.shard_size)
-    if units == 0:
-        raise CSDiffError(f"{config.source}: expected at least one item, found none.")
     # Ranks do not finish together, and nothing is exchanged before they all have.
     # Without `cpu`, accelerate takes every process of a CPU launch for the only one.
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
@@ -136,9 +134,7 @@ def _check(config: EmbedConfig) -> None:
         raise CSDiffError("text_encoder, image_encoder: expected at least one encoder, found none; name one.")
     for option, tower in (("text_states", "text"), ("image_tokens", "image")):
         if getattr(config, option) and not getattr(config, f"{tower}_encoder"):
-            raise CSDiffError(
-                f"{option}: expected an encoder of that side, found none; name one with {tower}_encoder."
-            )
+            raise CSDiffError(f"{option}: expected an encoder of that side, found none; name a {tower}_encoder.")
 
 
 def _identity(config: EmbedConfig, tower: str) -> dict:
@@ -146,9 +142,9 @@ def _identity(config: EmbedConfig, tower: str) -> dict:
     id, revision = getattr(config, f"{tower}_encoder"), getattr(config, f"{tower}_revision")
     files = encoder_files(id, tower, revision)
     if tower == "text":
-        inspect_text_encoder(id, files, config.pooling, config.max_length)
+        inspect_text_encoder(files, config.pooling, config.max_length)
     else:
-        inspect_image_encoder(id, files)
+        inspect_image_encoder(files)
     digest = weights_sha256(files.model, tower)
     return {"id": encoder_name(id), "revision": files.revision, "weights_sha256": digest}
 
@@ -162,9 +158,8 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, plan: dict
     if content["problems"]:
         check_limit(config, len(content["problems"]), content["items"], Problem(**content["problems"][-1]))
     if content["rows"] == 0:
-        raise CSDiffError(
-            f"{config.source}: expected at least one usable item, found none: {_skipped(content['skipped'])}."
-        )
+        found = _counts(content["skipped"]) or "it is empty"
+        raise CSDiffError(f"{config.source}: expected at least one usable item, found none: {found}.")
     notes = shards[0]
     towers = {tower: identities[tower] | notes[f"{tower}_encoder"] for tower in identities}
     fingerprint = {
@@ -178,19 +173,17 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, plan: dict
     writer.finish(plan, fingerprint, {**content, "not_read": source.not_read})
 
 
-def _skipped(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items()) or "nothing left out"
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _summary(result: EmbedReport, finished: bool) -> str:
     done = "is complete already" if finished else f"in {result.seconds:.0f} s"
-    parts = [f"{result.output}: {result.rows:,} rows of {result.items:,} items {done}"]
-    if result.skipped:
-        parts.append(f"left out: {_skipped(result.skipped)}, see report.json")
-    if result.truncated_captions:
-        parts.append(f"{result.truncated_captions:,} long captions were cut")
-    if result.replaced_captions:
-        parts.append(f"{result.replaced_captions:,} captions hold U+FFFD in place of half a character")
-    if result.not_read:
-        parts.append(f"not an image: {', '.join(f'{count:,} {ending}' for ending, count in result.not_read.items())}")
-    return "; ".join(parts)
+    parts = {
+        f"{result.output}: {result.rows:,} rows of {result.items:,} items {done}": True,
+        f"left out: {_counts(result.skipped)}, see report.json": result.skipped,
+        f"{result.truncated_captions:,} long captions were cut": result.truncated_captions,
+        f"{result.replaced_captions:,} captions hold U+FFFD in place of half a character": result.replaced_captions,
+        f"not an image: {_counts(result.not_read)}": result.not_read,
+    }
+    return "; ".join(part for part, said in parts.items() if said)

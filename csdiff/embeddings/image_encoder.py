@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 
 # Types of models with an image tower, whole or that tower alone, and its class.
-VISION_TOWERS = {
-    "clip": "CLIPVisionModelWithProjection",
-    "siglip": "SiglipVisionModel",
-    "siglip2": "Siglip2VisionModel",
-}
+VISION_TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+VISION_TOWERS |= {"siglip2": "Siglip2VisionModel"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class ImageEncoder(Encoder):
 
     tower = "image"
 
-    def __init__(self, model, processor, id: str | Path, files: EncoderFiles):
-        super().__init__(model, id, files)
+    def __init__(self, model, processor, files: EncoderFiles):
+        super().__init__(model, files)
         self.processor = processor
         self.is_clip = hasattr(model, "visual_projection")
         self.takes_patches = model.config.model_type == "siglip2_vision_model"
@@ -102,8 +99,8 @@ class ImageEncoder(Encoder):
         """
         if getattr(self.model, "use_head", False):
             raise CSDiffError(
-                f"{self.id}: a {type(self.model).__name__} pools its image tokens by attention and projects no single "
-                "one, so they cannot be compared with text tokens; leave the token term out (token_weight 0)."
+                f"{self.id} pools its image tokens by attention, and single ones cannot be compared with text; leave "
+                "the token term out (token_weight 0)."
             )
         if not self.is_clip:
             return tokens
@@ -133,19 +130,18 @@ def load_image_encoder(
         CSDiffError: Nothing there, not an image encoder, weights missing, or pickled weights.
     """
     files = encoder_files(id, "image", revision)
-    model_class, processor = inspect_image_encoder(id, files)
-    model = load_weights(model_class, files, id, device, dtype)
+    model_class, processor = inspect_image_encoder(files)
+    model = load_weights(model_class, files, device, dtype)
     if model.main_input_name != "pixel_values" or not hasattr(model.config, "hidden_size"):
-        kind = model.config.model_type
-        raise CSDiffError(f"{id}: expected an image encoder, found a {kind} model; choose another.")
-    return ImageEncoder(model, processor, id, files)
+        raise CSDiffError(f"{id}: expected an image encoder, found a {model.config.model_type} model.")
+    return ImageEncoder(model, processor, files)
 
 
-def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, object]:
+def inspect_image_encoder(files: EncoderFiles) -> tuple[type, object]:
     """Everything about an image encoder but its weights: model class and image processor."""
     import transformers
 
-    kind = load_config(id, files).model_type
+    kind = load_config(files).model_type
     model_class = VISION_TOWERS.get(kind.removesuffix("_vision_model"), "AutoModel")
     # One resize for everybody, whether torchvision is installed or not.
     options = {"backend": "pil", "local_files_only": True}
@@ -153,7 +149,6 @@ def inspect_image_encoder(id: str | Path, files: EncoderFiles) -> tuple[type, ob
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(files.processor, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise CSDiffError(
-                f"{id}: expected an image processor in {files.processor}, found none ({error})."
-            ) from error
+            where = f"{files.id}: expected an image processor in {files.processor}"
+            raise CSDiffError(f"{where}, found none ({error}).") from error
     return getattr(transformers, model_class), processor

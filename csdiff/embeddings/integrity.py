@@ -11,19 +11,14 @@ import pyarrow.parquet as pq
 from csdiff.embeddings.arrays import Shard
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, find_shards
-from csdiff.embeddings.statistics import EmbeddingStatistics
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
+from csdiff.options import describe
 
 # What stands in a store's `csdiff.json`, for whoever reads it afterwards.
-_FIELDS = {
-    "rows": (int, "a number"),
-    "dtype": (str, "text"),
-    "normalized": (bool | None, "true or false"),
-    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer"), (dict | None, "an object or null")),
-    **dict.fromkeys(("preprocessing", "data", "versions", "files"), (dict | None, "an object or null")),
-    **dict.fromkeys(("statistics", "text_statistics"), (dict | None, "an object or null")),
-}
+_FIELDS = {"rows": int, "dtype": str, "normalized": bool | None, "versions": dict | None, "files": dict | None}
+_FIELDS |= dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing", "data"), dict | None)
+_FIELDS |= dict.fromkeys(("statistics", "text_statistics"), dict | None)
 
 
 def read_fingerprint(path: Path) -> dict | None:
@@ -36,33 +31,23 @@ def read_fingerprint(path: Path) -> dict | None:
         raise CSDiffError(
             f'{file}: expected "kind": "store", found {found.get("kind")!r}; give the folder of an embedding store.'
         )
-    fields = [(name, found[name], *_FIELDS[name]) for name in _FIELDS if name in found]
-    stated = found.get("files") if isinstance(found.get("files"), dict) else {}
-    for entry in stated.values():
-        fields.append(("files", entry, dict, "an object"))
-        if isinstance(entry, dict):
-            fields.append(("files: bytes", entry.get("bytes"), int, "a number"))
-            fields.append(("files: sha256", entry.get("sha256"), str, "text"))
-    for name, value, kind, words in fields:
+    fields = [(name, found[name], kind) for name, kind in _FIELDS.items() if name in found]
+    listed = found.get("files")
+    for name, entry in listed.items() if isinstance(listed, dict) else ():
+        entry = entry if isinstance(entry, dict) else {}
+        fields += [(f"{name}: bytes", entry.get("bytes"), int), (f"{name}: sha256", entry.get("sha256"), str)]
+    for name, value, kind in fields:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            expected = describe(kind).replace("dict", "an object")
             raise CSDiffError(
-                f"{file}: {name}: expected {words}, found {value!r:.60}; restore the file, or remove it to read the "
-                "folder as foreign."
+                f"{file}: {name}: expected {expected}, found {value!r:.60}; restore the file, or remove it to read "
+                "the folder as foreign."
             )
-    for name in ("statistics", "text_statistics"):
-        if "mean" in (found.get(name) or {}):
-            EmbeddingStatistics.from_dict(found[name], f"{file}: {name}")
     return found
 
 
 def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
-    """Refuse a store of which a file is missing or differs from the `bytes` and the `sha256` that are stated of it.
-
-    Args:
-        path: Folder of the store.
-        files: What is stated, by the name of the file.
-        checksums: Compare the checksums too, not only the sizes.
-    """
+    """Refuse a store of which a file is missing, or differs in size (or in its checksum) from what is stated."""
     for name, stated in files.items():
         file, cure = path / name, "restore it, or delete the store and embed again"
         if not file.is_file():
@@ -80,10 +65,7 @@ def open_shards(
 ) -> tuple[dict[str, list[Shard]], ShardedMetadata | None]:
     """Shards of every column in order, and the metadata if there is some; all must have the same rows.
 
-    Args:
-        path: Folder of the store.
-        fingerprint: Content of its `csdiff.json`; empty for a foreign folder.
-        files: The files that belong to the store; empty for a foreign folder, where all do.
+    `fingerprint` and `files`, those that belong to the store, are empty for a foreign folder, where all files do.
     """
 
     def own(folder: str, stem: str, suffix: str) -> dict[int, Path]:
@@ -109,8 +91,8 @@ def open_shards(
             if expected.get(number) != count.get(number):
                 rows = [f"{c[number]} rows" if number in c else "no file" for c in (expected, count)]
                 raise CSDiffError(
-                    f"{path}: shard {number} has {rows[0]} in {first} and {rows[1]} in {folder}; row i of both must "
-                    "belong together, write the shard again."
+                    f"{path}: shard {number} has {rows[0]} in {first} and {rows[1]} in {folder}, which must belong "
+                    "together; write the shard again."
                 )
     rows = sum(expected.values())
     if rows == 0 or rows != fingerprint.get("rows", rows):

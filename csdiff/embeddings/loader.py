@@ -40,7 +40,6 @@ class StoreBatches:
         rows: Use these rows of the store only (a split); all by default.
         groups: Rows by image: an epoch then has one row of each image (see `ImageGroups`), so that no batch holds two
             captions of one image. Takes the place of `rows`.
-        prefetch: Batches read ahead in a thread; 0 reads when asked.
 
     Attributes:
         epoch_size: Batches in an epoch.
@@ -63,33 +62,22 @@ class StoreBatches:
         captions: bool = False,
         rows: np.ndarray | range | None = None,
         groups: ImageGroups | None = None,
-        prefetch: int = 2,
     ):
         count = len(groups) if groups is not None else len(store) if rows is None else len(rows)
-        if not 1 <= batch_size <= count:
+        if not world_size <= batch_size <= count:
             unit = "rows" if groups is None else "images"
             raise CSDiffError(
-                f"batch_size: expected 1 to {count}, the number of {unit} in use of {store.path}, found {batch_size}; "
-                "lower it or give more data."
-            )
-        if batch_size < world_size or not 0 <= rank < world_size:
-            raise CSDiffError(
-                f"batch_size: expected at least one row for each of {world_size} processes, found {batch_size} "
-                f"(rank {rank})."
+                f"batch_size: expected {world_size} (a row for each process) to {count} (the {unit} in use of "
+                f"{store.path}), found {batch_size}; change it or give more data."
             )
         self.store, self.batch_size, self.seed, self.step = store, batch_size, seed, start_step
         self.epoch_size = count // batch_size
-        self.keys, self.with_captions, self.prefetch = keys, captions, prefetch
+        self.keys, self.with_captions = keys, captions
         self._rows = np.arange(count) if rows is None or groups is not None else np.asarray(rows, np.int64)
         self._groups = groups
         # The parts of an uneven batch differ by one row at most.
         self._part = slice(*(batch_size * (rank + i) // world_size for i in (0, 1)))
         self._order: tuple[int, np.ndarray] = (-1, self._rows)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next step."""
-        return self.step // self.epoch_size
 
     def indices(self, step: int) -> np.ndarray:
         """Row numbers (int64) that this process reads at a step."""
@@ -109,16 +97,12 @@ class StoreBatches:
         return batch
 
     def __iter__(self) -> Iterator[dict]:
-        if self.prefetch < 1:
-            while True:
-                self.step += 1
-                yield self.read(self.step - 1)
-        # One thread: it reads in order, and torch's copies leave the interpreter to the training loop.
+        # One thread reads two batches ahead, and torch's copies leave the interpreter to the training loop.
         with ThreadPoolExecutor(1, thread_name_prefix="store") as reader:
             ahead: deque = deque()
             try:
                 while True:
-                    while len(ahead) <= self.prefetch:
+                    while len(ahead) <= 2:
                         ahead.append(reader.submit(self.read, self.step + len(ahead)))
                     batch = ahead.popleft().result()
                     self.step += 1

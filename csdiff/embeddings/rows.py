@@ -92,11 +92,11 @@ class ShardRows:
 
     def to_dict(self) -> dict:
         """What the report needs of this shard."""
-        problems = [[problem.id, problem.reason, problem.detail] for problem in self.problems]
+        problems = [[well_formed(text) for text in (p.id, p.reason, p.detail)] for p in self.problems]
         return {
             "items": self.items,
             "rows": len(self),
-            "problems": [[well_formed(text) for text in problem] for problem in problems],
+            "problems": problems,
             "replaced": self.replaced,
             "truncated": len(self.truncated),
             "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],

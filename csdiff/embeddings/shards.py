@@ -98,7 +98,7 @@ class Extraction:
             if self.text is not None:
                 self._captions(rows, shard)
                 shard.notes["text_encoder"] = self.text.describe(weights=False)
-                shard.notes["tokenizer"] = self.text.describe_tokenizer()
+                shard.notes["tokenizer"] = self.text.caption_tokenizer.describe()
             shard.metadata = rows.table(self.source.has_captions)
             shard.notes |= rows.to_dict()
         self._problems += len(rows.problems)

@@ -53,8 +53,8 @@ class EmbeddingStatistics:
         except (KeyError, TypeError, ValueError, RuntimeError):
             pass
         raise CSDiffError(
-            f"{where}: expected count, norm_mean, norm_std, and mean and std of one length, finite numbers and no "
-            "deviation below 0, found others; restore the file."
+            f"{where}: expected count, norm_mean, norm_std, and mean and std of one length, all finite and no "
+            "deviation below 0; restore the file."
         )
 
 
@@ -62,8 +62,7 @@ class EmbeddingStatistics:
 class Moments:
     """Running count, mean and sum of squared deviations of rows and of their norms, in float64.
 
-    Parts are merged by the rule of Chan, Golub and LeVeque (1979), so that shards can be counted apart; merging in
-    shard order gives the same bits whoever counted which shard.
+    Merged by the rule of Chan, Golub and LeVeque (1979): in shard order the bits are the same whoever counted which.
     """
 
     count: int

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from csdiff.embeddings.arrays import Column
@@ -66,6 +66,11 @@ class EmbeddingStore:
         unit = [self._look_at(key) for key in ("text_embeds", "image_embeds") if key in columns]
         self.normalized: bool = unit[-1] if stated is None else stated
         self._statistics: dict[str, EmbeddingStatistics] = {}
+        for key, name in (("image_embeds", "statistics"), ("text_embeds", "text_statistics")):
+            values = (fingerprint or {}).get(name) or {}
+            if "mean" in values:
+                where = f"{path / FINGERPRINT_FILE}: {name}"
+                self._statistics[key] = EmbeddingStatistics.from_dict(values, where)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool | None = None) -> EmbeddingStore:
@@ -85,14 +90,10 @@ class EmbeddingStore:
         """
         path = absolute(path)
         if not path.is_dir():
-            raise CSDiffError(
-                f"{path}: expected the folder of an embedding store, found no folder; make one with `csdiff embed`."
-            )
+            raise CSDiffError(f"{path}: expected an embedding store, found no folder; make one with `csdiff embed`.")
         fingerprint = read_fingerprint(path)
         if fingerprint is None and (path / PARTIAL_FOLDER).exists():
-            raise CSDiffError(
-                f"{path}: this store is not finished; run the same `csdiff embed` command again, it goes on."
-            )
+            raise CSDiffError(f"{path}: this store is not finished; run the same `csdiff embed` again, it goes on.")
         files = (fingerprint or {}).get("files") or {}
         if verify is None:
             verify = sum(file["bytes"] for file in files.values()) <= VERIFY_BYTES
@@ -102,9 +103,8 @@ class EmbeddingStore:
         if fingerprint is None:
             norms = "all rows sampled have norm 1" if store.normalized else "norms vary, so the rows look raw"
             warnings.warn(
-                f"{path} has no {FINGERPRINT_FILE}: unknown are the text and image encoders and their weights, the "
-                f"tokenizer, the preprocessing, the pooling and the checksums; {norms}. It is on you that these "
-                "embeddings fit the encoders used later.",
+                f"{path} has no {FINGERPRINT_FILE}: unknown are the encoders, the tokenizer, the preprocessing and "
+                f"the checksums; {norms}. It is on you that these embeddings fit the encoders used later.",
                 stacklevel=2,
             )
         return store
@@ -119,12 +119,12 @@ class EmbeddingStore:
     @property
     def statistics(self) -> EmbeddingStatistics | None:
         """Statistics of the image embeddings (None without images)."""
-        return self._side_statistics("image_embeds", "statistics")
+        return self._side_statistics("image_embeds")
 
     @property
     def text_statistics(self) -> EmbeddingStatistics | None:
         """Statistics of the text embeddings (None without text)."""
-        return self._side_statistics("text_embeds", "text_statistics")
+        return self._side_statistics("text_embeds")
 
     def read(self, indices: Indices, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Rows in any order, repeats allowed.
@@ -183,8 +183,7 @@ class EmbeddingStore:
         Raises:
             CSDiffError: The store does not say which image a row belongs to.
         """
-        if not self.knows_images:
-            self.image_ids([])
+        self.image_ids([])
         return self.metadata.codes("image_id")
 
     def column(self, name: str, indices: Indices = slice(None)) -> list:
@@ -206,7 +205,7 @@ class EmbeddingStore:
         """
         if not self.fingerprint or not self.fingerprint.get("files"):
             raise CSDiffError(
-                f"{self.path} has no checksums to verify: {FINGERPRINT_FILE} is missing or does not list any."
+                f"{self.path} has no checksums to verify: its {FINGERPRINT_FILE} is missing or lists none."
             )
         check_files(self.path, self.fingerprint["files"], checksums=True)
 
@@ -238,40 +237,21 @@ class EmbeddingStore:
         if bool((norms == 0).any()):
             warn(norms == 0, "hold only zeros; images or captions failed where they were made.")
         elif len(rows) > 1 and bool((values == values[0]).all()):
-            warnings.warn(
-                f"{self.path}: all {side} rows looked at are the same: nothing can be learned from them; look at how "
-                "they were made.",
-                stacklevel=4,
-            )
+            warn(norms >= 0, "are the same: nothing can be learned from them; look at how they were made.")
         deviation = (norms - 1).abs()
         if bool((deviation < UNIT_NORM_TOLERANCE).all()):
             return True
         # Narrower: raw rows of some encoders have norms about 1.
         unit = deviation < UNIT_NORM_TOLERANCE / 5
         if float(unit.double().mean()) > UNIT_SHARE:
-            warn(
-                unit,
-                "have norm 1, the others have not: shards of unit and of raw embeddings are mixed; embed all with one "
-                "tool.",
-            )
+            warn(unit, "have norm 1, the others have not: unit and raw embeddings are mixed; embed all with one tool.")
         return False
 
-    def _side_statistics(self, key: str, name: str) -> EmbeddingStatistics | None:
-        if key not in self._columns:
-            return None
-        if name not in self._statistics:
-            stated = (self.fingerprint or {}).get(name) or {}
-            if "mean" in stated:
-                self._statistics[name] = EmbeddingStatistics.from_dict(stated, f"{self.path}: {name}")
-            else:
-                self._statistics[name] = self._measure(self._columns[key])
-        return self._statistics[name]
-
-    def _measure(self, column: Column, block: int = 4096) -> EmbeddingStatistics:
-        starts = np.arange(0, len(self), block)
-        if len(self) > STATISTICS_SAMPLE:
-            starts = np.linspace(0, len(self) - block, STATISTICS_SAMPLE // block).astype(np.int64)
-        total = Moments.of(torch.empty(0, column.row_shape[-1]))
-        for start in starts.tolist():
-            total = total.merge(Moments.of(column.gather(np.arange(start, min(start + block, len(self))))))
-        return total.statistics()
+    def _side_statistics(self, key: str) -> EmbeddingStatistics | None:
+        if key in self._columns and key not in self._statistics:
+            block, starts = 4096, np.arange(0, len(self), 4096)
+            if len(self) > STATISTICS_SAMPLE:
+                starts = np.linspace(0, len(self) - block, STATISTICS_SAMPLE // block).astype(np.int64)
+            parts = (self.read(slice(start, start + block), [key])[key] for start in starts.tolist())
+            self._statistics[key] = reduce(Moments.merge, map(Moments.of, parts)).statistics()
+        return self._statistics.get(key)

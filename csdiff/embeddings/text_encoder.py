@@ -45,8 +45,8 @@ class TextEncoder(Encoder):
 
     tower = "text"
 
-    def __init__(self, model, tokenizer: CaptionTokenizer, id: str | Path, files: EncoderFiles, pooling: str):
-        super().__init__(model, id, files)
+    def __init__(self, model, tokenizer: CaptionTokenizer, files: EncoderFiles, pooling: str):
+        super().__init__(model, files)
         self.caption_tokenizer, self.pooling = tokenizer, pooling
         # SigLIP's head maps the last token, padding or not; CLIP's projection the end of the text.
         self.projection = getattr(model, "text_projection", None) or getattr(model, "head", None)
@@ -99,10 +99,6 @@ class TextEncoder(Encoder):
         """Token states (B, L, H) in the space of the embeddings (B, L, D): by the projection, else as they are."""
         return self.projection(states) if self.pooling == "projection" else states
 
-    def describe_tokenizer(self) -> dict:
-        """The tokenizer's part of a `csdiff.json`."""
-        return self.caption_tokenizer.describe()
-
 
 def load_text_encoder(
     id: str | Path,
@@ -129,37 +125,37 @@ def load_text_encoder(
         CSDiffError: Nothing there, not a text encoder, weights missing, or pickled weights.
     """
     files = encoder_files(id, "text", revision)
-    model_class, tokenizer, pooling = inspect_text_encoder(id, files, pooling, max_length)
-    model = load_weights(model_class, files, id, device, dtype)
+    model_class, tokenizer, pooling = inspect_text_encoder(files, pooling, max_length)
+    model = load_weights(model_class, files, device, dtype)
     if not hasattr(model.config, "hidden_size"):
-        kind = model.config.model_type
-        raise CSDiffError(f"{id}: expected a text encoder, found a {kind} model; choose another.")
-    return TextEncoder(model, tokenizer, id, files, pooling)
+        raise CSDiffError(f"{id}: expected a text encoder, found a {model.config.model_type} model.")
+    return TextEncoder(model, tokenizer, files, pooling)
 
 
 def inspect_text_encoder(
-    id: str | Path, files: EncoderFiles, pooling: str | None = None, max_length: int | None = None
+    files: EncoderFiles, pooling: str | None, max_length: int | None
 ) -> tuple[type, CaptionTokenizer, str]:
     """Everything about a text encoder but its weights: model class, tokenizer and pooling."""
     import transformers
 
-    config = load_config(id, files)
+    config = load_config(files)
     tower = TEXT_TOWERS.get(config.model_type.removesuffix("_text_model"))
     pooling = pooling or ("projection" if tower else _usual_pooling(files, config))
     if pooling not in POOLINGS or (pooling == "projection") != (tower is not None):
         known = "projection" if tower else ", ".join(POOLINGS[1:])
-        raise CSDiffError(f"{id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}.")
+        raise CSDiffError(
+            f"{files.id}: expected pooling {known} for a {config.model_type} encoder, found {pooling!r}."
+        )
     encoder_only = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "mt5": "MT5EncoderModel"}
     model_class = getattr(transformers, tower or encoder_only.get(config.model_type, "AutoModel"))
     # A SigLIP 2 tower alone has lost the tokenizer that transformers takes for the whole: it writes in lower case.
     name = "Siglip2Tokenizer" if tower == "Siglip2TextModel" else "AutoTokenizer"
-    transformers_tokenizer = read_tokenizer(id, files, name)
-    padding = "longest"
+    tokenizer, padding = read_tokenizer(files, name), "longest"
     if tower and tower.startswith("Siglip"):
         padding = "max_length"
         positions = getattr(config, "text_config", config).max_position_embeddings
-        transformers_tokenizer.model_max_length = min(transformers_tokenizer.model_max_length, positions)
-    return model_class, CaptionTokenizer(transformers_tokenizer, max_length, padding), pooling
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return model_class, CaptionTokenizer(tokenizer, max_length, padding), pooling
 
 
 def _usual_pooling(files: EncoderFiles, config) -> str:

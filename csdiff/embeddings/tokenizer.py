@@ -64,7 +64,7 @@ class CaptionTokenizer:
         counts = (torch.isin(tokens.input_ids, self._special_ids) & tokens.attention_mask.bool()).sum(1)
         leaks = (counts > self._own).tolist()
         if any(leaks):
-            texts = [self._broken(text) if leaks[row] else text for row, text in enumerate(texts)]
+            texts = [self._broken(text) if leak else text for text, leak in zip(texts, leaks, strict=True)]
             tokens = self._tokenize(texts, padding)
         return tokens.input_ids, tokens.attention_mask.bool()
 
@@ -76,21 +76,12 @@ class CaptionTokenizer:
     def describe(self) -> dict:
         """The tokenizer's part of a `csdiff.json`."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return {
-            "class": type(self.tokenizer).__name__,
-            "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "max_length": self.max_length,
-        }
+        digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+        return {"class": type(self.tokenizer).__name__, "vocab_sha256": digest, "max_length": self.max_length}
 
     def _tokenize(self, texts: list[str], padding: str | None):
-        return self.tokenizer(
-            texts,
-            padding=padding or self.padding,
-            max_length=self.max_length,
-            truncation=True,
-            return_tensors="pt",
-            return_attention_mask=True,
-        )
+        options = {"padding": padding or self.padding, "max_length": self.max_length, "truncation": True}
+        return self.tokenizer(texts, **options, return_tensors="pt", return_attention_mask=True)
 
     def _broken(self, text: str) -> str:
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", unicodedata.normalize("NFKC", text))
@@ -109,23 +100,22 @@ def load_caption_tokenizer(
     Raises:
         CSDiffError: No such encoder, or no tokenizer there.
     """
-    return CaptionTokenizer(read_tokenizer(id, encoder_files(id, "text", revision)), max_length)
+    return CaptionTokenizer(read_tokenizer(encoder_files(id, "text", revision)), max_length)
 
 
-def read_tokenizer(id: str | Path, files: EncoderFiles, name: str = "AutoTokenizer"):
+def read_tokenizer(files: EncoderFiles, name: str = "AutoTokenizer"):
     """The transformers tokenizer of a folder, by the name of its class where the folder does not tell."""
     import transformers
 
+    where = f"{files.id}: expected a tokenizer in {files.processor}"
     # Without its files transformers makes an empty tokenizer of the model's type.
     if not any(file for pattern in VOCABULARY_FILES for file in files.processor.glob(pattern)):
-        raise CSDiffError(f"{id}: expected a tokenizer in {files.processor}, found no vocabulary; save it there.")
+        raise CSDiffError(f"{where}, found no vocabulary; save it there.")
     with quiet_loading():
         try:
             tokenizer = getattr(transformers, name).from_pretrained(files.processor, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise CSDiffError(
-                f"{id}: expected a tokenizer in {files.processor}, found none that loads ({error})."
-            ) from error
+            raise CSDiffError(f"{where}, found none that loads ({error}).") from error
     if tokenizer.pad_token is None:
         # Language models have none; the mask hides whatever stands there.
         tokenizer.pad_token = tokenizer.eos_token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,10 @@ DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "|b1"}
 
 
 class StoreWriter:
-    """A store in the making.
+    """A store in the making; its context manager gives up the lock that `begin` takes.
 
     Each shard is written aside into `.partial/`, flushed to the disk and renamed: it is whole or not there. Several
-    processes may do one shard each. When all are there, `finish` moves their files into place and writes `csdiff.json`
-    as the last thing.
+    processes may do one shard each. When all are there, `finish` moves their files into place.
 
     Args:
         path: Folder of the store.
@@ -39,14 +38,13 @@ class StoreWriter:
     def __init__(self, path: str | Path, shards: int, dtype: str = "float16"):
         self.path, self.shards, self.dtype = absolute(path), shards, dtype
         self.partial = self.path / PARTIAL_FOLDER
-        self._lock: FolderLock | None = None
+        self._lock = ExitStack()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(*error)
+        self._lock.close()
 
     def begin(self, plan: dict) -> bool:
         """Start a store, or go on with one that was started with the same plan; whether it is finished already.
@@ -65,18 +63,12 @@ class StoreWriter:
         if plan_file.exists():
             self._compare(read_json(plan_file), plan)
         elif self.path.is_dir() and any(entry.name != PARTIAL_FOLDER for entry in self.path.iterdir()):
-            raise CSDiffError(
-                f"{self.path}: expected an empty folder or an unfinished store, found other files; choose another."
-            )
+            raise CSDiffError(f"{self.path}: expected an empty folder or an unfinished store, found other files.")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CSDiffError(
-                f"{self.path}: the store cannot be written there ({error.strerror}); choose another folder."
-            ) from error
-        lock = FolderLock(self.partial, "this store")
-        lock.__enter__()
-        self._lock = lock
+            raise CSDiffError(f"{self.path}: the store cannot be written there ({error.strerror}).") from error
+        self._lock.enter_context(FolderLock(self.partial, "this store"))
         if not plan_file.exists():
             write_json(plan_file, plan)
         return False
@@ -148,15 +140,11 @@ class StoreWriter:
     def _compare(self, there: dict, plan: dict) -> None:
         # Through JSON, so that tuples and lists compare equal.
         there, plan = flatten(there), flatten(json.loads(json.dumps(plan)))
-        differences = [
-            f"{key} is {there.get(key)!r} there and {plan.get(key)!r} now"
-            for key in sorted(there.keys() | plan.keys())
-            if there.get(key) != plan.get(key)
-        ]
-        if differences:
+        changed = [key for key in sorted(there.keys() | plan.keys()) if there.get(key) != plan.get(key)]
+        if changed:
+            found = "; ".join(f"{key} is {there.get(key)!r} there and {plan.get(key)!r} now" for key in changed[:5])
             raise CSDiffError(
-                f"{self.path} holds a store made with other options: {'; '.join(differences[:5])}; "
-                "choose another output, or delete it first."
+                f"{self.path} holds a store made with other options: {found}; choose another output, or delete it."
             )
 
 
@@ -188,10 +176,10 @@ class ShardWriter:
             finite = stored.flatten(1).isfinite().all(1)
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])
+                found = f"{float(rows[row].float().abs().max()):g} to be stored as {self._dtypes[key]}"
                 raise CSDiffError(
-                    f"{key}, row {count + row} of {self.folder.name}: expected finite values, found "
-                    f"{float(rows[row].float().abs().max()):g} to be stored as {self._dtypes[key]}; use dtype "
-                    "bfloat16 or float32, or precision float32."
+                    f"{key}, row {count + row} of {self.folder.name}: expected finite values, found {found}; use "
+                    "dtype bfloat16 or float32, or precision float32."
                 )
             if key in ("text_embeds", "image_embeds"):
                 part = Moments.of(stored.float())
@@ -247,9 +235,8 @@ def write_store(
     Raises:
         CSDiffError: No embeddings, columns of different lengths, or a folder that is in use.
     """
-    columns = {"text_embeds": text_embeds, "image_embeds": image_embeds, "text_states": text_states}
-    columns |= {"text_mask": text_mask, "image_tokens": image_tokens}
-    columns = {key: value for key, value in columns.items() if value is not None}
+    given = (text_embeds, image_embeds, text_states, text_mask, image_tokens)
+    columns = {key: column for key, column in zip(ARRAY_FOLDERS, given, strict=True) if column is not None}
     texts = {name: list(v) for name, v in (("caption", captions), ("image_id", image_ids)) if v is not None}
     lengths = {name: len(values) for name, values in {**columns, **texts}.items()}
     count = next(iter(lengths.values()), 0)
@@ -258,7 +245,7 @@ def write_store(
     plan = {"rows": count, "dtype": dtype, "shard_size": shard_size}
     with StoreWriter(path, -(-count // shard_size), dtype) as writer:
         if writer.begin(plan):
-            raise CSDiffError(f"{path} holds a store already; choose another folder, or delete it first.")
+            raise CSDiffError(f"{path} holds a store already; choose another folder, or delete it.")
         for number in range(writer.shards):
             part = slice(number * shard_size, (number + 1) * shard_size)
             if not writer.done(number):

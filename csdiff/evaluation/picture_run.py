@@ -33,7 +33,6 @@ from csdiff.pipelines.generate import check_output_folder, read_prompts, samplin
 
 SHOWN = 16
 """Prompts on the contact sheet."""
-_UNIT = 256
 # No name of an extractor.
 _CLIP = "CLIP of --clip"
 
@@ -142,10 +141,9 @@ class PictureRun:
             raise CSDiffError(
                 f"{self.option} {self.source}: expected pictures with captions, found only one of the two."
             )
-        for unit in range(source.units(_UNIT)):
-            for item in source.read(unit, _UNIT):
-                if isinstance(item, Item) and item.image is not None and item.captions and item.captions[0].strip():
-                    yield item
+        for item in source:
+            if isinstance(item, Item) and item.image is not None and item.captions and item.captions[0].strip():
+                yield item
 
     def _references(self) -> Iterator[Image.Image]:
         """The reference pictures, decoded; at their end the hash of captions and pixels is known."""

@@ -134,10 +134,7 @@ class DatasetImages:
         if not source.has_images:
             raise CSDiffError(f"{path} has no images, and an image encoder is to see them at every step.")
         self._images: dict[str, bytes | Path] = {
-            item.id: item.image
-            for unit in range(source.units(10_000))
-            for item in source.read(unit, 10_000)
-            if isinstance(item, Item) and item.image is not None
+            item.id: item.image for item in source if isinstance(item, Item) and item.image is not None
         }
 
     def __call__(self, rows: Tensor) -> list[Image]:

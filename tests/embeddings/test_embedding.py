@@ -54,7 +54,7 @@ def test_the_fingerprint_says_what_made_the_store(store: Path, tiny_clip: Path):
     assert (found["format"], found["kind"], found["rows"], found["dtype"]) == (1, "store", len(ROWS), "float16")
     assert found["text_encoder"] == text.describe()
     assert found["image_encoder"] == image.describe()
-    assert found["tokenizer"] == text.describe_tokenizer()
+    assert found["tokenizer"] == text.caption_tokenizer.describe()
     assert found["preprocessing"].items() >= image.describe_preprocessing().items()
     assert found["normalized"] is False
     opened = EmbeddingStore.open(store)

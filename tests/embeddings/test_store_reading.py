@@ -93,13 +93,6 @@ def test_what_is_written_is_read_rounded_to_the_dtype(tmp_path: Path, dtype: str
     store.verify()
 
 
-def test_files_are_plain_npy_that_numpy_reads_without_pickle(tmp_path: Path):
-    write_store(tmp_path / "s", image_embeds=rows(12, 7), shard_size=5)
-    found = [np.load(tmp_path / f"s/img_emb/img_emb_{k}.npy", allow_pickle=False) for k in range(3)]
-    assert [len(part) for part in found] == [5, 5, 2]
-    assert np.array_equal(np.concatenate(found), rows(12, 7).half().numpy())
-
-
 def test_statistics_are_those_of_the_rows_stored(tmp_path: Path):
     image = rows(2500, 7, 1) + torch.arange(7)
     write_store(tmp_path / "s", image_embeds=image, text_embeds=rows(2500, 5), dtype="float32", shard_size=999)
@@ -155,12 +148,8 @@ def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, messag
     damage(tmp_path / "img_emb/img_emb_1.npy")
     with pytest.raises(CSDiffError, match=message):
         EmbeddingStore.open(tmp_path)
-
-
-def test_large_stores_leave_the_checksums_to_verify(tmp_path: Path):
-    write_store(tmp_path, image_embeds=rows(20, 7), shard_size=8)
-    flip_a_byte(tmp_path / FILE)
-    with pytest.raises(CSDiffError, match=r"img_emb_1\.npy is damaged"):
+    # Large stores leave the checksums to `verify`.
+    with pytest.raises(CSDiffError, match=message):
         EmbeddingStore.open(tmp_path, verify=False).verify()
 
 
@@ -171,7 +160,6 @@ def test_large_stores_leave_the_checksums_to_verify(tmp_path: Path):
         (lambda p: (p / FILE).unlink(), "shard 1 has 4 rows in text_emb and no file in img_emb"),
         (lambda p: save(p / FILE, rows(4, 6)), r"img_emb_1\.npy: expected rows of \(7,\)"),
         (lambda p: np.save(p / FILE, np.array([{}, 1])), r"img_emb_1\.npy"),
-        (lambda p: save(p / FILE, torch.ones(4, 7, dtype=torch.bool)), r"img_emb_1\.npy.* found bool"),
         (lambda p: save(p / FILE, torch.ones(4)), r"img_emb_1\.npy: expected .* 2 dimensions"),
         (lambda p: np.save(p / FILE, np.asfortranarray(rows(4, 7).numpy())), "in Fortran order"),
         (lambda p: np.save(p / FILE, rows(4, 7).numpy().astype(">f4")), "expected float16"),
@@ -181,7 +169,7 @@ def test_large_stores_leave_the_checksums_to_verify(tmp_path: Path):
         (lambda p: [shutil.rmtree(p / name) for name in ("img_emb", "text_emb")], "the clip-retrieval layout"),
         (lambda p: (p / "csdiff.json").write_text("{"), r"csdiff\.json: expected JSON"),
         (lambda p: (p / "csdiff.json").write_text('{"kind": "adapter"}'), 'expected "kind": "store", found'),
-        (lambda p: (p / ".partial").mkdir(), "not finished; run the same `csdiff embed` command again"),
+        (lambda p: (p / ".partial").mkdir(), "not finished; run the same `csdiff embed` again"),
     ],
 )
 def test_foreign_folders_that_do_not_fit_together(tmp_path: Path, spoil, message: str):
@@ -199,8 +187,10 @@ def test_metadata_of_another_length_or_none(tmp_path: Path):
     with pytest.raises(CSDiffError, match="shard 0 has 10 rows in text_emb and 11 rows in metadata"):
         open_foreign(tmp_path)
     shutil.rmtree(tmp_path / "metadata")
-    with pytest.raises(CSDiffError, match="expected the column 'caption' in metadata"):
-        open_foreign(tmp_path).captions([0])
+    store = open_foreign(tmp_path)
+    for ask in (lambda: store.captions([0]), store.image_numbers):
+        with pytest.raises(CSDiffError, match=r"expected the column '.*' in metadata"):
+            ask()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
@@ -272,7 +262,7 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
     cases = {
         "zeros": (without, r"10\.0% .*row 3 of img_emb/img_emb_0\.npy.*zeros"),
         "mixed": (mixed, r"40\.\d% .*row 0 of .*_1\.npy.*norm 1"),
-        "constant": (torch.ones(1000, 16), "all image rows looked at are the same"),
+        "constant": (torch.ones(1000, 16), r"100\.0% of the image rows looked at, .* are the same"),
     }
     for name, (values, message) in cases.items():
         write_store(tmp_path / name, image_embeds=values, shard_size=600)
@@ -285,11 +275,11 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
     ("name", "value", "message"),
     [
         ("text_encoder", "openai/clip", "text_encoder: expected an object or null"),
-        ("rows", "12", "rows: expected a number"),
+        ("rows", "12", "rows: expected a whole number"),
         ("rows", 13, "expected 13 rows, found 12"),
         ("normalized", 1, "normalized: expected true or false"),
-        ("files", {"img_emb/img_emb_0.npy": 5}, "files: expected an object"),
-        ("files", {"img_emb/img_emb_0.npy": {"bytes": "9", "sha256": "0"}}, "files: bytes: expected a number"),
+        ("files", [], "files: expected an object"),
+        ("files", {"img_emb/a.npy": 5}, r"img_emb/a\.npy: bytes: expected a whole number"),
         ("statistics", {"mean": [1, 2]}, "statistics: expected count"),
         ("statistics.std", [-1.0] * 7, "statistics: .*no deviation below 0"),
         ("text_statistics.std", [1.0] * 4, "text_statistics: .* of one length"),
