@@ -161,8 +161,8 @@ def _open_hub(name: str, options: SourceOptions) -> Source:
     try:
         dataset = load_dataset(name, options.subset, split=options.split)
     except Exception as error:  # Network, hub, cache and format errors have no common kind.
-        found = f"found neither ({' '.join(str(error).split())[:200]})"
-        raise CSDiffError(f"{name}: expected a path, or a hub data set's split {options.split!r}, {found}.") from error
+        expected = f"expected a path, or a data set on the hub with the split {options.split!r}"
+        raise CSDiffError(f"{name}: {expected}, found neither ({' '.join(str(error).split())[:200]}).") from error
     # Files of a data set of the hub lie in its caches, and nowhere else.
     folders = [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
     label = "/".join(filter(None, (name, options.subset, options.split)))
