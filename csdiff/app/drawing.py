@@ -21,8 +21,8 @@ from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, find_models
-from csdiff.pipelines.decoding import DrawingOptions
 from csdiff.pipelines.generate import check_config, picture_name, redraw_command, sampling, write_picture
+from csdiff.resources import assets_dir
 
 LARGEST_SEED = 2**31 - 1
 LARGEST_SIDE = 1024
@@ -81,13 +81,19 @@ def to_record(config: GenerateConfig) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from a PNG, a link or the browser's memory, all of which may hold anything: what does not fit is left.
 
-    Adapters and decoders that `csdiff generate` records by their folders are taken by these.
+    `csdiff generate` records of adapters and decoders more than their place, and of the shipped adapter none; older
+    versions recorded the folders of the shipped models.
     """
     found: dict[str, Any] = {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 1}
+    shipped = {
+        "adapter": (SHIPPED, None, str(assets_dir() / "adapter")),
+        "decoder": ("tiny", str(assets_dir() / "decoder")),
+    }
     for name, kind in KEPT.items():
         value = record.get(name)
         if isinstance(value, Mapping):
-            value = value.get("folder") or value.get("source")
+            value = value.get("folder", value.get("source", ""))
+            value = shipped[name][0] if value in shipped.get(name, ()) else value
         try:
             if isinstance(value, (str, int, float)) and value != "":
                 found[name] = kind(value)
@@ -148,39 +154,36 @@ class _Drawing:
     """One press of the button: its models, its settings, its progress."""
 
     def __init__(self, models: Models, config: GenerateConfig, total: int, report: Report):
-        self.models, self.config, self.total, self.report = models, config, total, report
+        self.models, self.total, self.report = models, total, report
         report(Progress("Loading the models"))
         self.card, self.source = find_models(config)
-        self.steps, self.guidance = sampling(config, self.source)
+        self.options = sampling(config, self.source)
         self.embedder, self.decoder = models.embedder(self.card, self.source), models.decoder(self.source)
         self.drawn, self.began = 0, time.monotonic()
 
     def embed(self, prompt: str, generator: torch.Generator) -> Tensor:
         """A prompt through the adapter; the page is told when the text encoder does not read all of it."""
-        encoder = self.embedder.encoder
-        (count,) = encoder.caption_tokenizer.lengths([prompt])
-        if count > encoder.max_length:
-            self.report(Note(f"The prompt has {count} tokens; the text encoder reads the first {encoder.max_length}."))
+        if said := self.embedder.cut(prompt):
+            self.report(Note(said))
         return self.embedder.embed([prompt], [generator])
 
     def draw(
         self, prompt: str, embeds: Tensor, generator: torch.Generator, negative: Tensor | None = None
     ) -> Image.Image:
         """One image, with a report at every step."""
-        if negative is None and self.guidance > 1:
-            negative = self.embedder.negative(self.config.negative_prompt)
-        options = DrawingOptions(self.steps, self.guidance, self.config.negative_prompt)
-        image = self.decoder.draw([prompt], embeds, negative, [generator], options, on_step=self._stepped)[0]
+        if negative is None:
+            negative = self.embedder.negative(self.options)
+        (image,) = self.decoder.draw([prompt], embeds, negative, [generator], self.options, self._stepped)
         self.drawn += 1
         return image
 
     def other_map(self, place: str, name: str, embed: Callable[[str], Tensor]) -> None:
         """The first seed's image from another map than the adapter, or why there is none."""
-        (prompt,), seed, text = self.config.prompt, self.config.seed, self.config.negative_prompt
+        (prompt,), seed, text = self.options.prompt, self.options.seed, self.options.negative_prompt
         try:
             embeds = embed(prompt)
             # without a negative of its own every map shares the decoder's default
-            negative = embed(text) if text and self.guidance > 1 else None
+            negative = embed(text) if text and self.options.guidance > 1 else None
         except CSDiffError as error:
             self.drawn += 1
             self.report(Drawn(None, str(error), place))
@@ -212,7 +215,7 @@ class _Drawing:
         return embedder.encoder.encode([prompt]).embeds
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
-        done, of_all = self.drawn * self.steps + step, self.total * self.steps
+        done, of_all = self.drawn * self.options.steps + step, self.total * self.options.steps
         seconds, left = (time.monotonic() - self.began) / done * (of_all - done), ""
         # the first step of a model is slower than the rest
         if done > 1 and seconds:
@@ -224,10 +227,9 @@ class _Drawing:
 
     def write(self, image: Image.Image, seed: int, more: Mapping[str, Any]) -> str:
         """Writes a PNG that holds its settings, under a name that says what it is; returns the path."""
-        config = replace(self.config, seed=seed, num_images=1, steps=self.steps, guidance=self.guidance)
+        record = to_record(replace(self.options, seed=seed, num_images=1))
         folder = Path(tempfile.mkdtemp(dir=self.models.folder))
-        name = picture_name(config.prompt[0], seed)
-        return str(write_picture(folder, name, image, {**to_record(config), **more}))
+        return str(write_picture(folder, picture_name(record["prompt"], seed), image, record | dict(more)))
 
 
 def read_upload(path: str | None) -> Image.Image:

@@ -53,8 +53,8 @@ class ModelChoice:
 def sampling_of(models: Models, decoder: str | None) -> tuple[int, float]:
     """Steps and guidance that a decoder is made for, as far as the sliders go."""
     options = models.options(decoder=decoder)
-    steps, guidance = sampling(options, resolve_decoder(options.decoder))
-    return min(max(steps, 1), MOST_STEPS), min(max(guidance, 1.0), MOST_GUIDANCE)
+    options = sampling(options, resolve_decoder(options.decoder))
+    return min(options.steps, MOST_STEPS), min(max(options.guidance, 1.0), MOST_GUIDANCE)
 
 
 class Fields:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import write_json, writing
+from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.decoding import Decoder, DrawingOptions
+from csdiff.pipelines.decoding import Decoder
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class PictureFolder:
         image_embeds: Tensor,
         negative: Tensor | None,
         decoder: Decoder,
-        options: DrawingOptions,
+        options: GenerateConfig,
         batch_size: int,
         progress: bool,
     ) -> None:

@@ -27,7 +27,7 @@ from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extracto
 from csdiff.evaluation.picture_metrics import cmmd, prompt_metrics, space_metrics
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
-from csdiff.pipelines.decoding import DrawingOptions, load_decoder
+from csdiff.pipelines.decoding import load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
 from csdiff.pipelines.generate import check_output_folder, read_prompts, sampling
 
@@ -61,8 +61,8 @@ class PictureRun:
             check_pairing(card, self.decoder)
             known_text_encoder(card, self.decoder)
         check_output_folder(config.output)
-        asked = GenerateConfig(steps=config.steps, guidance=config.guidance)
-        self.steps, self.guidance = sampling(asked, self.decoder)
+        size = {"height": config.size, "width": config.size}
+        self.options = sampling(GenerateConfig(steps=config.steps, guidance=config.guidance, **size), self.decoder)
         self.captions = [item.captions[0] for item in self._items()]
         if len(self.captions) < 4:
             raise CSDiffError(
@@ -80,8 +80,8 @@ class PictureRun:
             self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
         self.shown = _spread(len(self.prompts), SHOWN)
         self.references_sha256 = ""
-        decoder = decoder_record(self.decoder)
-        self.sampling = {"decoder": decoder, "steps": self.steps, "guidance": self.guidance, "size": config.size}
+        self.sampling = {"decoder": decoder_record(self.decoder), "size": config.size}
+        self.sampling |= {"steps": self.options.steps, "guidance": self.options.guidance}
         self.sheet: dict[str, list[Image.Image]] = {}
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
@@ -190,10 +190,10 @@ class PictureRun:
         negative = None
         for name, card in self.cards.items():
             # One negative for all, whichever pictures are missing.
-            guides = card is self.first and self.guidance > 1
+            guides = card is self.first and self.options.guidance > 1
             if name in missing or guides:
                 embedder = PromptEmbedder(card, self.decoder, torch.device(device), dtype)
-                negative = embedder.negative(None) if guides else negative
+                negative = embedder.negative(self.options) if guides else negative
             if name in missing:
                 # Not the decoder's numbers again.
                 noise = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
@@ -201,9 +201,8 @@ class PictureRun:
         if any(name in self.baselines for name in missing):
             embedded |= self._baselines(device, dtype)
         decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
-        options = DrawingOptions(self.steps, self.guidance, None, config.size, config.size)
         for name, folder in missing.items():
-            folder.draw(self.jobs, embedded[name], negative, decoder, options, config.batch_size, config.progress)
+            folder.draw(self.jobs, embedded[name], negative, decoder, self.options, config.batch_size, config.progress)
         return folders
 
     def _settings(self, name: str, dtype: torch.dtype) -> dict:
@@ -220,7 +219,7 @@ class PictureRun:
                 "encoders": {side: self.first.metadata.get(f"{side}_encoder") for side in ("text", "image")},
             }
         negative = None
-        if self.guidance > 1 and self.decoder.hand_over == "kandinsky":
+        if self.options.guidance > 1 and self.decoder.hand_over == "kandinsky":
             # The image encoder behind the default negative.
             known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
             negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from csdiff.errors import CSDiffError
+from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource
 from csdiff.pipelines.ip_adapter import ip_adapter_arguments
 from csdiff.pipelines.scheduler import EmbeddingPrior, OneShotScheduler
@@ -23,18 +23,6 @@ from csdiff.pipelines.scheduler import EmbeddingPrior, OneShotScheduler
 OnStep = Callable[[int, int, Callable[[], Image.Image | None]], None]
 """Called after a step with its number from 1, the number of all, and what draws the image as it is now (None where the
 pipeline shows nothing before the end). What it raises ends the drawing."""
-
-
-@dataclass
-class DrawingOptions:
-    """What all images of a run share; `None` leaves it to the pipeline."""
-
-    steps: int
-    guidance: float
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    true_cfg: float = 1.0
 
 
 class Decoder:
@@ -54,7 +42,7 @@ class Decoder:
         return pipeline_class.from_pretrained(self.source.source, dtype=self.dtype, use_safetensors=True, **components)
 
     def _arguments(
-        self, prompts: list[str], image_embeds: Tensor, negative: Tensor | None, options: DrawingOptions
+        self, prompts: list[str], image_embeds: Tensor, negative: Tensor | None, options: GenerateConfig
     ) -> dict[str, Any]:
         """How the pipeline is called; here, all but the image embedding of one that also reads the prompt."""
         return {
@@ -66,7 +54,7 @@ class Decoder:
             "guidance_scale": options.guidance,
         }
 
-    def _decode(self, latents: Tensor, options: DrawingOptions) -> Tensor:
+    def _decode(self, latents: Tensor, options: GenerateConfig) -> Tensor:
         """Latents as pixels from -1 to 1, for a preview."""
         vae = self.pipe.vae
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
@@ -77,7 +65,7 @@ class Decoder:
         image_embeds: Tensor,
         negative_image_embeds: Tensor | None,
         generators: list[torch.Generator],
-        options: DrawingOptions,
+        options: GenerateConfig,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Draws B images.
@@ -87,7 +75,8 @@ class Decoder:
             image_embeds: `(B, D)` raw image embeddings.
             negative_image_embeds: `(B, D)`; None for the decoder's own.
             generators: B generators of the noise.
-            options: What all images share.
+            options: Of these `sampling` (filled), the negative prompt, the size and `true_cfg`; None leaves a size to
+                the pipeline.
             on_step: See `OnStep`; a preview shows the first image of the call.
 
         Raises:
@@ -124,7 +113,7 @@ class Decoder:
         return {"callback": lambda step, timestep, latents: latents.ndim == 4 and report(step + 1, latents)}
 
     @torch.no_grad()
-    def _preview(self, latents: Tensor | None, options: DrawingOptions) -> Image.Image | None:
+    def _preview(self, latents: Tensor | None, options: GenerateConfig) -> Image.Image | None:
         if latents is None:
             return None
         pixels = self._decode(latents[:1], options).float().cpu()

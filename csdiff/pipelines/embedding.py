@@ -15,6 +15,7 @@ from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.errors import CSDiffError
+from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class PromptEmbedder:
             raise CSDiffError("spread: the raw text embedding has no whitened space to draw in; leave --spread out.")
         rows = []
         for row, prompt in enumerate(prompts):
-            self._warn_of_cut(prompt)
+            if said := self.cut(prompt):
+                logger.warning(said)
             text = self.encoder.encode([prompt])
             embeds = text.embeds
             if self.adapter is not None:
@@ -132,23 +134,24 @@ class PromptEmbedder:
         return torch.cat(rows)
 
     @torch.no_grad()
-    def negative(self, prompt: str | None, true_cfg: float = 1.0) -> Tensor | None:
+    def negative(self, options: GenerateConfig) -> Tensor | None:
         """The decoder's negative `(1, D)`: the embedded negative prompt, or what the decoder was trained with.
 
-        For Kandinsky 2.2 that is the embedding of all-zero pixels, for FLUX.1's IP-Adapters that of a black image; the
-        others take zeros, their own default, for which this is None. FLUX.1 reads a negative only with `true_cfg`.
+        For Kandinsky 2.2 that is the embedding of all-zero pixels, for FLUX.1's IP-Adapters that of a black image.
+        None for the others, whose own default is zeros, and where nothing guides by it.
 
         Raises:
             CSDiffError: as `image_tower`; its embedding is not finite.
         """
-        if self.decoder.hand_over == "flux-ip-adapter" and true_cfg <= 1:
+        kind = self.decoder.hand_over
+        if (options.true_cfg if kind == "flux-ip-adapter" else options.guidance) <= 1:
             return None
-        if prompt is not None:
-            return self.embed([prompt])
-        if self.decoder.hand_over not in ("kandinsky", "flux-ip-adapter"):
+        if options.negative_prompt is not None:
+            return self.embed([options.negative_prompt])
+        if kind not in ("kandinsky", "flux-ip-adapter"):
             return None
         black = self.image_tower.blank()[None]
-        embeds = self.image_tower.forward(torch.zeros_like(black) if self.decoder.hand_over == "kandinsky" else black)
+        embeds = self.image_tower.forward(torch.zeros_like(black) if kind == "kandinsky" else black)
         cure = f"copy {self.image_tower.id} again, or give --negative_prompt"
         _check_finite(embeds.embeds, "a black image", cure)
         return embeds.embeds.to(self.dtype)
@@ -169,18 +172,17 @@ class PromptEmbedder:
         known = find_encoder(self.image_encoder, "image", None, where)
         return load_image_encoder(known["id"], self.device, self.dtype, revision=known.get("revision"))
 
-    def _warn_of_cut(self, prompt: str) -> None:
-        limit = self.encoder.max_length
-        (length,) = self.encoder.caption_tokenizer.lengths([prompt])
-        if length > limit:
-            ids = self.encoder.tokenizer(prompt, verbose=False).input_ids
-            logger.warning(
-                "The prompt %r has %d tokens, the text encoder reads %d; this end is cut off: %r",
-                prompt[:60],
-                length,
-                limit,
-                self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True),
-            )
+    def cut(self, prompt: str) -> str | None:
+        """A sentence on the end of a prompt that the text encoder does not read; None where it reads all of it."""
+        (length,), limit = self.encoder.caption_tokenizer.lengths([prompt]), self.encoder.max_length
+        if length <= limit:
+            return None
+        ids = self.encoder.tokenizer(prompt, verbose=False).input_ids
+        end = self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
+        return (
+            f"The prompt {prompt[:60]!r} has {length} tokens, the text encoder reads {limit}; this end is cut off: "
+            f"{end!r}"
+        )
 
 
 def _check_finite(embeds: Tensor, what: str, cure: str) -> None:

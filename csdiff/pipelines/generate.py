@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "csdiff"
 """Keyword of the PNG's text chunk."""
+_RECORDED = ("negative_prompt", "spread", "steps", "guidance", "true_cfg", "batch_size")
 
 
 def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path]:
@@ -57,9 +58,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     prompts = read_prompts(config)
     folder = check_output_folder(config.output)
     card, decoder = find_models(config)
-    steps, guidance = sampling(config, decoder)
-    guided = (config.true_cfg if decoder.hand_over == "flux-ip-adapter" else guidance) > 1
-    if decoder.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and not guided:
+    if decoder.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and config.true_cfg <= 1:
         raise CSDiffError(
             "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both."
         )
@@ -70,12 +69,13 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
     from csdiff.data.items import well_formed
     from csdiff.devices import choose_device
-    from csdiff.pipelines.decoding import DrawingOptions, load_decoder
+    from csdiff.pipelines.decoding import load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
     prompts = [well_formed(prompt) for prompt in prompts]
     if config.negative_prompt is not None:
         config.negative_prompt = well_formed(config.negative_prompt)
+    options = sampling(config, decoder)
     device = choose_device(config.device)
     dtype = decoder.dtype(config.dtype, device)
     embedder = PromptEmbedder(
@@ -92,23 +92,18 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
         image_embeds = embedder.embed([prompt for prompt, _ in jobs], noise, config.spread)
     else:
         image_embeds = embedder.embed(prompts).repeat_interleave(len(seeds), dim=0)
-    negative = embedder.negative(config.negative_prompt, config.true_cfg) if guided else None
+    negative = embedder.negative(options)
     text_encoder = embedder.text_encoder
     del embedder
 
     drawing = load_decoder(decoder, device, dtype, config.offload, config.progress)
-    options = DrawingOptions(steps, guidance, config.negative_prompt, config.height, config.width, config.true_cfg)
     versions = {module.__name__: str(module.__version__) for module in (csdiff, torch, diffusers, transformers)}
     settings = {
-        "adapter": {"folder": str(card.path), "class": card.kind, "sha256": card.sha256} if card else "none",
+        # As they were asked for: of the shipped ones no place on this machine.
+        "adapter": {"folder": config.adapter, "class": card.kind, "sha256": card.sha256} if card else "none",
         "text_encoder": text_encoder,
-        "decoder": {"source": decoder.source, "class": decoder.class_name, "ip_adapter": decoder.ip_adapter},
-        "negative_prompt": config.negative_prompt,
-        "spread": config.spread,
-        "steps": steps,
-        "guidance": guidance,
-        "true_cfg": config.true_cfg,
-        "batch_size": config.batch_size,
+        "decoder": {"source": config.decoder, "class": decoder.class_name, "ip_adapter": decoder.ip_adapter},
+        **{name: getattr(options, name) for name in _RECORDED},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -181,13 +176,13 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def sampling(config: GenerateConfig, decoder: DecoderSource) -> tuple[int, float]:
-    """Steps and guidance: those asked for, else those in the decoder's `csdiff.json`, else its preset's."""
+def sampling(config: GenerateConfig, decoder: DecoderSource) -> GenerateConfig:
+    """The options with steps and guidance: asked for, else of the decoder's `csdiff.json`, else of its preset."""
     preset = decoder.preset or next(preset for preset in PRESETS.values() if preset.hand_over == decoder.hand_over)
     stated = (decoder.fingerprint or {}).get("sampling") or {}
     steps = stated.get("steps", preset.steps) if config.steps is None else config.steps
     guidance = stated.get("guidance", preset.guidance) if config.guidance is None else config.guidance
-    return steps, float(guidance)
+    return replace(config, steps=steps, guidance=float(guidance))
 
 
 def redraw_command(config: GenerateConfig, prompts: list[str], batch: Sequence[tuple[str, int]]) -> str:

@@ -17,7 +17,6 @@ def ip_adapter_image_embeds(
     *,
     guidance: bool = True,
     blend: bool = False,
-    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Shapes one image embedding for the argument `ip_adapter_image_embeds` of Stable Diffusion 1.5 and SDXL.
 
@@ -30,7 +29,6 @@ def ip_adapter_image_embeds(
         guidance: Whether the call uses classifier-free guidance (a guidance scale above 1). diffusers then splits
             the tensor in two and expects the negative half first.
         blend: Let one image be prompted by all `n` rows.
-        dtype: Of the result; that of `image_embeds` by default.
 
     Returns:
         A list (one IP-Adapter) of one tensor `(2, n, D)`, or `(1, n, D)` without guidance.
@@ -49,17 +47,14 @@ def ip_adapter_image_embeds(
             f"image_embeds: expected one embedding a call, found {len(positive)}: the pipeline would show all of them "
             "to every prompt; call it once for each row, or give blend=True for one image of them all."
         )
-    rows = [positive]
-    if guidance:
-        negative = torch.zeros_like(positive)
-        if negative_image_embeds is not None:
-            negative = torch.atleast_2d(negative_image_embeds)
-        if negative.shape[-1] != positive.shape[-1] or negative.shape[0] not in (1, positive.shape[0]):
-            raise CSDiffError(
-                f"negative_image_embeds: expected {tuple(positive.shape)}, found {tuple(negative_image_embeds.shape)}."
-            )
-        rows.insert(0, negative.to(positive).expand_as(positive))
-    return [torch.stack(rows).to(dtype or image_embeds.dtype)]
+    if not guidance:
+        return [positive[None]]
+    negative = torch.zeros_like(positive) if negative_image_embeds is None else torch.atleast_2d(negative_image_embeds)
+    if negative.shape[-1] != positive.shape[-1] or negative.shape[0] not in (1, positive.shape[0]):
+        raise CSDiffError(
+            f"negative_image_embeds: expected {tuple(positive.shape)}, found {tuple(negative_image_embeds.shape)}."
+        )
+    return [torch.stack([negative.to(positive).expand_as(positive), positive])]
 
 
 def ip_adapter_arguments(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,28 +12,6 @@ from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.pipelines.decoders import check_dimensions
 from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
-
-
-@dataclass(frozen=True)
-class PriorSlots:
-    """Names under which a pipeline keeps its prior's parts."""
-
-    prior: str
-    scheduler: str
-    text_encoder: str
-    tokenizer: str
-    image_encoder: str | None
-    # The decoder reads the same text tower, so it must stay as it is
-    shares_text_encoder: bool = False
-
-
-_STABLE_UNCLIP = PriorSlots("prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", None)
-_SLOTS = (
-    PriorSlots("prior_prior", "prior_scheduler", "prior_text_encoder", "prior_tokenizer", "prior_image_encoder"),
-    _STABLE_UNCLIP,
-    PriorSlots("prior", "prior_scheduler", "text_encoder", "tokenizer", None, True),
-    PriorSlots("prior", "scheduler", "text_encoder", "tokenizer", "image_encoder"),
-)
 
 
 def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: bool = True):
@@ -63,7 +40,7 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
         >>> pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
         >>> image = csdiff.load_adapter(pipe, "runs/my-adapter")("a red apple").images[0]
     """
-    slots = _prior_slots(pipe)
+    names = _prior_parts(pipe)
     if isinstance(adapter, (str, os.PathLike)):
         from csdiff.adapters import AutoAdapter
 
@@ -76,25 +53,25 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
             "pass would not look at: mix prompts and pictures with CSDiffPriorPipeline.interpolate instead."
         )
     if check:
-        _check(pipe, slots, adapter)
+        _check(pipe, names, adapter)
 
     parts = {}
     if getattr(adapter, "uses_input_ids", False):
-        if slots.shares_text_encoder:
+        if names["scheduler"] == "prior_scheduler" and names["text_encoder"] == "text_encoder":
             raise CSDiffError(
                 f"{type(pipe).__name__} reads one text encoder for prior and decoder, and this adapter brings its "
                 "own; use `csdiff generate`, which keeps them apart, or an adapter without a text encoder."
             )
         # without PEFT, so that the pipeline saves and reloads as a stock one
-        parts[slots.text_encoder], adapter = adapter.merged_text_encoder(), adapter.as_prior()
-    parts[slots.prior] = adapter
-    parts[slots.scheduler] = OneShotScheduler() if is_one_shot(adapter) else _diffusion_scheduler(slots)
-    text_encoder = getattr(pipe, slots.text_encoder)
-    for name in {slots.prior, slots.text_encoder} & parts.keys():
-        parts[name].to(text_encoder.device)
+        parts[names["text_encoder"]], adapter = adapter.merged_text_encoder(), adapter.as_prior()
+    parts[names["prior"]] = adapter
+    text_encoder = getattr(pipe, names["text_encoder"])
+    for model in parts.values():
+        model.to(text_encoder.device)
         # diffusers warns of every cast, also of one to the dtype that is there
-        if parts[name].dtype != text_encoder.dtype:
-            parts[name].to(dtype=text_encoder.dtype)
+        if model.dtype != text_encoder.dtype:
+            model.to(dtype=text_encoder.dtype)
+    parts[names["scheduler"]] = OneShotScheduler() if is_one_shot(adapter) else _diffusion_scheduler(names)
     pipe.register_modules(**parts)
     inner = getattr(pipe, "prior_pipe", None)
     if inner is not None:
@@ -102,32 +79,32 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     return pipe
 
 
-def _prior_slots(pipe) -> PriorSlots:
-    """Where `pipe` keeps its prior; CSDiffError where it has none."""
-    components = getattr(pipe, "components", {})
-    for slots in _SLOTS:
-        if {slots.prior, slots.scheduler, slots.text_encoder} <= set(components):
-            return slots
-    raise CSDiffError(
-        "load_adapter: expected a pipeline with a prior (KandinskyV22PriorPipeline, a Kandinsky 2.2 combined "
-        f"pipeline, StableUnCLIPPipeline or UnCLIPPipeline), found {type(pipe).__name__}; hand it `image_embeds` from "
-        "CSDiffPriorPipeline instead."
-    )
+def _prior_parts(pipe) -> dict[str, str | None]:
+    """Names under which a pipeline keeps the parts of its prior; CSDiffError where it has none."""
+    components, names = getattr(pipe, "components", {}), {}
+    for part in ("prior", "scheduler", "text_encoder", "image_encoder"):
+        names[part] = next((name for name in (f"prior_{part}", part) if name in components), None)
+    if None in (names["prior"], names["scheduler"], names["text_encoder"]):
+        raise CSDiffError(
+            f"load_adapter: expected a pipeline with a prior (see its docstring), found {type(pipe).__name__}; hand "
+            "it `image_embeds` from CSDiffPriorPipeline instead."
+        )
+    return names
 
 
-def _diffusion_scheduler(slots: PriorSlots):
+def _diffusion_scheduler(names: dict):
     """For adapters that denoise: whitened embeddings reach beyond the [-1, 1] to which schedulers clip by default."""
     from diffusers import DDPMScheduler, UnCLIPScheduler
 
-    if slots is _STABLE_UNCLIP:
-        # it does not say which step comes next, so UnCLIPScheduler would take steps of one
+    if (names["prior"], names["text_encoder"]) == ("prior", "prior_text_encoder"):
+        # stable unCLIP does not say which step comes next, so UnCLIPScheduler would take steps of one
         return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=10.0)
     return UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)
 
 
-def _check(pipe, slots: PriorSlots, adapter):
-    where, old = type(pipe).__name__, getattr(pipe, slots.prior)
-    encoders = {"text": getattr(pipe, slots.text_encoder), "image": getattr(pipe, slots.image_encoder or "", None)}
+def _check(pipe, names: dict, adapter):
+    where, old = type(pipe).__name__, getattr(pipe, names["prior"])
+    encoders = {tower: getattr(pipe, names[f"{tower}_encoder"] or "", None) for tower in ("text", "image")}
     dims = {t: getattr(getattr(encoder, "config", None), "projection_dim", None) for t, encoder in encoders.items()}
     if dims["image"] is None and old is not None:
         dims["image"] = old.config.embedding_dim

@@ -1,28 +1,19 @@
 """A scheduler for priors that answer in one step, and a prior whose answer was computed beforehand."""
 
 import logging
-from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.prior_transformer import PriorTransformer, PriorTransformerOutput
+from diffusers.schedulers.scheduling_unclip import UnCLIPSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 # Stock prior pipelines with an adapter in them cannot be loaded without this module. diffusers then gives notice that
 # the prior is no `PriorTransformer`; an adapter stands in for one.
 logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
     lambda record: not (record.msg.startswith("Expected types for ") and "csdiff." in record.msg)
 )
-
-
-@dataclass
-class OneShotSchedulerOutput(BaseOutput):
-    """Output of `OneShotScheduler.step`: `prev_sample`, shape `(B, D)`, the prior's own prediction."""
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
 
 
 class OneShotScheduler(SchedulerMixin, ConfigMixin):
@@ -59,11 +50,9 @@ class OneShotScheduler(SchedulerMixin, ConfigMixin):
         prev_timestep: int | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> OneShotSchedulerOutput | tuple[torch.Tensor]:
+    ) -> UnCLIPSchedulerOutput | tuple[torch.Tensor]:
         """Returns `model_output`, shape `(B, D)`; every other argument is accepted and ignored."""
-        if not return_dict:
-            return (model_output,)
-        return OneShotSchedulerOutput(prev_sample=model_output, pred_original_sample=model_output)
+        return UnCLIPSchedulerOutput(model_output, model_output) if return_dict else (model_output,)
 
 
 def is_one_shot(prior: torch.nn.Module) -> bool:
