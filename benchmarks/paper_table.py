@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=tuple(TABLE), help="of the table (default all)")
     parser.add_argument("--sweeps", nargs="*", choices=tuple(SWEEPS), default=("choice", "unpaired"))
     parser.add_argument("--data", nargs="*", choices=("shipped", "few", "coco500"), default=available())
-    parser.add_argument("--seeds", type=int, help="of the table (default 5); sweeps take three fifths")
+    parser.add_argument("--seeds", type=int, help="of the first table (default 5); the rest takes three fifths")
     parser.add_argument("--quick", action="store_true", help="the methods of the page's first table, two seeds")
     parser.add_argument("--steps", type=int, help="optimizer steps in place of the recipes'")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")

@@ -19,7 +19,6 @@ class Method:
         unpaired: Rows of the rest that enter without their partners; 1.0 is all of the rest.
         encoder: Needs the text encoder.
         tokens: Needs token states of both sides.
-        most_seeds: Where a seed takes minutes.
     """
 
     title: str
@@ -32,7 +31,6 @@ class Method:
     unpaired: float = 0.0
     encoder: bool = False
     tokens: bool = False
-    most_seeds: int | None = None
 
 
 DIFFUSION = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 64, "encoder_hid_proj_type": None}
@@ -103,11 +101,8 @@ TABLE = {
         options={"token_weight": 0.1},
         changes={"batch_size": 128},
         tokens=True,
-        most_seeds=3,
     ),
-    "lora": Method(
-        "CS-Aligner, LoRA", "lora", changes={"batch_size": 128}, adapter_options={}, encoder=True, most_seeds=3
-    ),
+    "lora": Method("CS-Aligner, LoRA", "lora", changes={"batch_size": 128}, adapter_options={}, encoder=True),
 }
 
 QUICK = (
