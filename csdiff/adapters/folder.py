@@ -161,7 +161,7 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
     found = f"; there is {others[0]}, of another `variant`" if others else ""
     if pickles and not others:
         found = f"; {pickles[0]} is a pickle, which can run code and is never loaded: ask for safetensors"
-    raise CSDiffError(f"Adapter folder {path} is incomplete: {single.name} is missing{found}.")
+    raise CSDiffError(f"The folder {path} is incomplete: {single.name} is missing{found}.")
 
 
 def read_header(files: list[Path]) -> Header:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,15 +120,16 @@ class _Look:
 
     def model_weights(self, folder: Path) -> dict:
         """The weights of a model, without its variants (`model.fp16.safetensors`), or what is in their place."""
-        files = sorted(folder.glob("*.safetensors"))
-        for index in folder.glob("*.safetensors.index.json"):
-            listed = set((self.json(index).get("weight_map") or {}).values())
-            missing = [name for name in sorted(listed) if not (folder / name).is_file()]
-            self.problems += [f"{folder / name} is missing: {index.name} lists it" for name in missing]
-        if not files:
-            pickles = ", ".join(_pickles(folder)) or "none"
-            self.problems.append(f"{folder}: expected *.safetensors, found {pickles} (pickles are never read)")
-        return self.weights(*([file for file in files if file.name.count(".") == 1] or files))
+        from csdiff.adapters.folder import WEIGHTS, find_variant, weight_files
+
+        stems = {file.name.partition(".")[0].partition("-")[0] for file in folder.glob("*.safetensors*")}
+        names = [
+            name for name in ("adapter_model.safetensors", "model.safetensors") if name.partition(".")[0] in stems
+        ]
+        name = names[0] if names else WEIGHTS
+        with self.noting():
+            return self.weights(*weight_files(folder, find_variant(folder, name=name), name))
+        return self.weights()
 
     def read_all(self, files: Iterable[Path]) -> None:
         """Look for values that are not finite."""
@@ -144,21 +145,18 @@ class _Look:
     def adapter(self, folder: Path) -> dict:
         """What `config.json` and `csdiff.json` say, the weights, and the decoders that an adapter fits."""
         from csdiff.adapters import AutoAdapter
-        from csdiff.adapters.folder import WEIGHTS, find_variant, read_config, read_metadata, weight_files
+        from csdiff.adapters.folder import read_config, read_metadata
 
-        config, metadata, files = {}, {}, []
+        config, metadata = {}, {}
         with self.noting():
             config = dict(read_config(folder))
         with self.noting():
             metadata = read_metadata(folder)
-        kind = config.get("_class_name")
-        with self.noting():
-            name = "adapter_model.safetensors" if kind == "LoRAAdapter" else WEIGHTS
-            files = weight_files(folder, find_variant(folder, name=name), name)
-        self.problems += [f"{folder / name} is a pickle, and never read" for name in _pickles(folder)]
+        pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+        self.problems += [f"{file} is a pickle, and never read" for file in pickles]
         facts = {
-            "class": kind,
-            **self.weights(*files),
+            "class": config.get("_class_name"),
+            **self.model_weights(folder),
             **{name: value for name, value in config.items() if not name.startswith("_")},
             **{name: value for name, value in metadata.items() if name not in ("format", "kind")},
             "data": {name: value for name, value in (metadata.get("data") or {}).items() if name != "source"},
@@ -254,7 +252,7 @@ class _Look:
                 components[name] |= self.model_weights(part)
             elif any(part.glob("*.safetensors")):
                 self.problems.append(f"{part / 'config.json'} is missing")
-        with _Look(self.options).noting():
+        with suppress(CSDiffError):
             source = resolve_decoder(folder)
             decoder = {
                 "hand_over": source.hand_over,
@@ -288,10 +286,6 @@ class _Look:
             towers = ("text", "image") if config.get("model_type") == "clip" else (None,)
             facts["weights_sha256"] = {tower or "all": weights_sha256(folder, tower) for tower in towers}
         return facts
-
-
-def _pickles(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
 
 
 def decoders(adapter: dict) -> dict[str, str]:

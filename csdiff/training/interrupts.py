@@ -15,7 +15,7 @@ class Interrupt:
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
-        self._may_leave = self._at_once = False
+        self._level = 0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -29,33 +29,24 @@ class Interrupt:
             self._restore()
 
     @contextmanager
-    def may_leave(self) -> Iterator[None]:
-        """A block that `pause` may end."""
-        self._may_leave = True
+    def may_leave(self, anywhere: bool = False) -> Iterator[None]:
+        """A block that a signal may end: at `pause`, or anywhere in a block that changes nothing of the run."""
+        before, self._level = self._level, 2 if anywhere else 1
         try:
+            self.pause()
             yield
         finally:
-            self._may_leave = False
+            self._level = before
 
     def pause(self) -> None:
         """Leaves a block of `may_leave` by `Stopped` if a signal has come."""
-        if self._may_leave and self.signal is not None:
+        if self._level and self.signal is not None:
             raise Stopped
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within a block of `may_leave`, a block that changes nothing of the run: a signal ends it wherever it is."""
-        self.pause()
-        self._at_once = self._may_leave
-        try:
-            yield
-        finally:
-            self._at_once = False
 
     def _receive(self, number, frame) -> None:
         self.signal = number
         self._restore()
-        if self._at_once:
+        if self._level == 2:
             raise Stopped
 
     def _restore(self) -> None:

@@ -163,7 +163,7 @@ class Run:
             with self.interrupt.may_leave():
                 if self.main and self.config.validation.decoder is not None:
                     trackers = self.accelerator.trackers
-                    draw(self.config, self.exporter, progress.step, self.interrupt.at_once, trackers)
+                    draw(self.config, self.exporter, progress.step, self.interrupt, trackers)
                 if self.validator is not None:
                     better = self._measure(self.validator)
         except Stopped:

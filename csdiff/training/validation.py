@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from csdiff.files import flatten
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.training.config import TrainConfig, ValidationConfig
 from csdiff.training.export import Exporter
+from csdiff.training.interrupts import Interrupt
 from csdiff.training.task import AlignmentTask
 
 
@@ -90,13 +91,11 @@ def check_decoder(name: str, store: EmbeddingStore) -> None:
         raise CSDiffError(f"--validation.decoder: {error}") from error
 
 
-def draw(
-    config: TrainConfig, exporter: Exporter, step: int, at_once: Callable[[], AbstractContextManager], trackers: list
-) -> None:
+def draw(config: TrainConfig, exporter: Exporter, step: int, interrupt: Interrupt, trackers: list) -> None:
     """Draw the prompts of a run with the averaged weights, always from the same noise.
 
-    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. In the context `at_once` a signal
-    may end the drawing; what is left of an unfinished one is removed, whatever ended it.
+    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. A signal may end the drawing; what
+    is left of an unfinished one is removed, whatever ended it.
     """
     from csdiff.pipelines.generate import generate
 
@@ -114,7 +113,7 @@ def draw(
             progress=False,
         )
         try:
-            with at_once():
+            with interrupt.may_leave(anywhere=True):
                 files = generate(drawing)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
