@@ -176,7 +176,7 @@ class _Look:
 
         run = RunFolder(TrainConfig(output_dir=str(folder)))
         steps, newest, finished = run.checkpoints.steps(), run.checkpoints.latest(), (folder / "config.json").is_file()
-        config: dict = {}
+        best, config = run.checkpoints.named("best"), {}
         with self.noting():
             config = run.saved_options()
         facts = {
@@ -185,15 +185,13 @@ class _Look:
             "max_steps": config.get("max_steps"),
             "train": config.get("data.train"),
             "checkpoints": steps,
+            "best": best and best.name,
         }
         if newest is None and not finished:
             self.problems.append(f"{folder}: the run has left no checkpoint yet; the same command starts it anew")
             return facts
-        for name in ("best", "latest"):
-            if (named := run.checkpoints.named(name)) is not None:
-                facts[name] = named.name
-                if not named.is_dir():
-                    self.problems.append(f"{run.checkpoints.folder / name} names {named.name}, which is missing")
+        if best is not None and not best.is_dir():
+            self.problems.append(f"{best}, the best checkpoint, is missing")
         progress = {"progress": self.progress(newest)} if newest else {}
         return facts | progress | self.adapter(folder if finished else newest)
 

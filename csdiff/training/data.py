@@ -42,7 +42,6 @@ class Pairs:
 
     @property
     def epoch_rows(self) -> int:
-        """Rows that an epoch has."""
         return len(self) if self.groups is None else len(self.groups)
 
     def group_by_image(self) -> None:
@@ -134,8 +133,8 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
             raise CSDiffError(f"--data.train {data.train} has no {side} embeddings: pairs need both.")
     if store.normalized and not data.accept_normalized:
         raise CSDiffError(
-            f"--data.train {data.train} holds unit-norm embeddings: image decoders need the norms that were lost. "
-            "Embed the data again with csdiff embed, or set --data.accept_normalized true for retrieval."
+            f"--data.train {data.train} holds unit-norm embeddings, and image decoders need the norms: embed the data "
+            "with csdiff embed, or set --data.accept_normalized true for retrieval."
         )
     for name, other in stores.items():
         if other is not None and other is not store:
@@ -160,11 +159,11 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
         if name != "pairs" and data.unpaired_batch_size is not None:
             option, wanted = "--data.unpaired_batch_size", data.unpaired_batch_size
         if wanted > pairs.epoch_rows:
-            rows = "images" if pairs.groups is not None else "pairs" if name == "pairs" else f"{name} rows"
-            cure = ", or set --data.one_caption_per_image false" if pairs.groups is not None else ""
+            rows, cure = name.replace("_", " "), ""
+            if pairs.groups is not None:
+                rows, cure = "images", " or set --data.one_caption_per_image false"
             raise CSDiffError(
-                f"{option} {wanted} is larger than the {pairs.epoch_rows} {rows} to train on in {pairs.store.path}: "
-                f"lower it or give more data{cure}."
+                f"{option} {wanted}: expected at most {pairs.epoch_rows} {rows} of {pairs.store.path}; lower it{cure}."
             )
     return made
 
@@ -206,11 +205,8 @@ def _check_fits(name: str, other: EmbeddingStore, store: EmbeddingStore) -> None
         mine, theirs = ((s.fingerprint or {}).get(f"{side}_encoder") for s in (store, other))
         check_same_encoder(mine, theirs, side, str(store.path), where)
     if other.normalized != store.normalized:
-        words = {True: "unit-norm", False: "raw"}
-        raise CSDiffError(
-            f"{where} holds {words[other.normalized]} embeddings, {store.path} {words[store.normalized]} ones: use "
-            "two stores of one kind."
-        )
+        found, expected = ("unit-norm" if s.normalized else "raw" for s in (other, store))
+        raise CSDiffError(f"{where} holds {found} embeddings, expected {expected} ones as in {store.path}.")
 
 
 def _split(store: EmbeddingStore, fraction: float) -> tuple[Pairs, Pairs]:
@@ -230,8 +226,8 @@ def _split(store: EmbeddingStore, fraction: float) -> tuple[Pairs, Pairs]:
         held_out = codes <= values[min(max(enough, 2), len(values)) - 1]
     if held_out.all() or not held_out.any():
         raise CSDiffError(
-            f"{store.path}: holding out {fraction:.0%} of {count} rows by image leaves none to train or to validate "
-            "on: give more data, --data.validation, or --data.validation_fraction 0."
+            f"{store.path}: holding out {fraction:.0%} of {count} rows by image leaves none on one side: give "
+            "--data.validation, or --data.validation_fraction 0."
         )
     return Pairs(store, np.flatnonzero(~held_out)), Pairs(store, np.flatnonzero(held_out))
 

@@ -59,25 +59,19 @@ class Run:
 
     def announce(self, start: Path | None) -> None:
         """Say what is trained, on what, with what."""
-        config, train, store = self.config, self.data.train, self.data.store
+        config, train, accelerator = self.config, self.data.train, self.accelerator
         weights = sum(p.numel() for p in self.task.parameters.values())
-        rows = f"{len(train):,} pairs"
-        if train.groups is not None:
-            rows += f" of {train.epoch_rows:,} images, one caption of each an epoch"
-        for name, pairs in self.data.unpaired.items():
-            rows += f", {len(pairs):,} {name.replace('_', ' ')} rows"
+        images = "" if train.groups is None else f" of {train.epoch_rows:,} images, one caption of each an epoch"
+        unpaired = "".join(f", {len(pairs):,} {name} rows" for name, pairs in self.data.unpaired.items())
         held_out = 0 if self.data.validation is None else len(self.data.validation)
-        precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
-        count = self.accelerator.num_processes
         epochs = config.max_steps * config.batch_size / train.epoch_rows
         self.console.say(
-            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {rows}, {held_out:,} held "
-            f"out ({store.path}, text {store.text_dim}, image {store.image_dim})."
+            f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {len(train):,} pairs{images}"
+            f"{unpaired}, {held_out:,} held out ({self.data.store.path})."
         )
         self.console.say(
-            f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs) on {count} "
-            f"process{'es' if count > 1 else ''}, {self.accelerator.device.type}, {precision}; "
-            f"output in {self.folder.path}."
+            f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs), processes: "
+            f"{accelerator.num_processes} on {accelerator.device.type}; output in {self.folder.path}."
         )
         if start is not None:
             self.console.say(f"Continuing from {start} at step {self.loop.progress.step}.")

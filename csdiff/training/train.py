@@ -72,10 +72,10 @@ def train(config: TrainConfig) -> TrainResult:
                 what = f"nothing can be added to {folder.path}"
                 raise CSDiffError(folder.checkpoints.full_message(what)) from error
             if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm")):
+                reason = " ".join(str(error).split())[:200]
                 raise CSDiffError(
-                    "Another process of this run has died or cannot be reached "
-                    f"({' '.join(str(error).split())[:200]}): see what it said last, then start all of them again "
-                    "with the same command to continue."
+                    f"Another process of this run has died or cannot be reached ({reason}): see what it said, and "
+                    "start all of them again to continue."
                 ) from error
             raise
 
@@ -163,8 +163,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise CSDiffError(
-                f"accelerate is configured for {engine}, which splits weights over devices; adapters are trained as "
-                "replicas: launch with --multi_gpu (see docs/scaling.md)."
+                f"accelerate is configured for {engine}, which splits weights; adapters are replicas: use --multi_gpu."
             )
     trackers = [name for name in config.logging.trackers if name != "none"]
     # Accelerate leaves out in silence what is not installed.
@@ -172,8 +171,8 @@ def _accelerator(config: TrainConfig, folder: RunFolder) -> Accelerator:
     absent = [name for name in trackers if name in LOGGER_TYPE_TO_CLASS and name not in ready]
     if absent:
         raise CSDiffError(
-            f"--logging.trackers {absent[0]}: its package is not installed here: install it (pip install "
-            f"{absent[0]}), or use one of those that are ({', '.join(sorted(ready)) or 'none'})."
+            f"--logging.trackers {absent[0]}: its package is not installed: install it, or use one of those that are "
+            f"({', '.join(sorted(ready)) or 'none'})."
         )
     try:
         return Accelerator(

@@ -9,7 +9,7 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.training.run_folder import Checkpoints
 
 
-def train_with_little_space(made, size, said, checkpoints=1):
+def train_with_little_space(made, size, said, checkpoints):
     """A run that may write no file larger than `size` bytes once it has so many checkpoints."""
     import resource
 
@@ -22,9 +22,8 @@ def train_with_little_space(made, size, said, checkpoints=1):
     def limited(self):
         save(self)
         saved.append(self)
-        if len(saved) < checkpoints:
-            return
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        if len(saved) >= checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     run.Run._save = limited
     try:
@@ -34,41 +33,32 @@ def train_with_little_space(made, size, said, checkpoints=1):
         said.write_text(str(error))
 
 
-@pytest.mark.parametrize("size", [2000, 14_000, 17_000])
-def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size):
-    """The limits break the adapter's weights, then the optimizer's moments, then the weights of the state."""
+ADDED = "nothing can be added to"
+
+
+@pytest.mark.parametrize(
+    ("size", "every", "checkpoints", "what", "intact"),
+    [
+        # The limits break the adapter's weights, then the optimizer's moments, then the weights of the state.
+        (2000, 100, 1, "step-00000008 needs about", 4),
+        (14_000, 100, 1, "step-00000008 needs about", 4),
+        (17_000, 100, 1, "step-00000008 needs about", 4),
+        # The metrics, then the finished adapter.
+        (100, 1, 1, ADDED, 4),
+        (2000, 100, 3, ADDED, 12),
+    ],
+)
+def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size, every, checkpoints, what, intact):
     # Nothing else grows to the limit meanwhile.
-    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 100})
-    said = tmp_path / "said"
-    assert processes.finish(processes.start(train_with_little_space, made, size, said)) == [0]
-    folder = tmp_path / "out" / "checkpoints"
-    message = said.read_text()
-    for expected in ("disk is full", "step-00000008 needs about", "MB", f"{folder / 'step-00000004'}, is intact"):
+    options = {"validation.every": 0, "logging.every": every}
+    made, said = processes.config(plain_store, tmp_path / "out", **options), tmp_path / "said"
+    assert processes.finish(processes.start(train_with_little_space, made, size, said, checkpoints)) == [0]
+    folder, message = tmp_path / "out" / "checkpoints", said.read_text()
+    last = folder / f"step-{intact:08d}"
+    for expected in ("disk is full", what, "MB", f"{last}, is intact"):
         assert expected in message
-    assert {path.name for path in folder.iterdir()} == {"step-00000004", "latest"}
-    AutoAdapter.from_pretrained(Checkpoints(folder).named("latest"))
-    assert processes.finish(processes.start(processes.train, made)) == [0]
-    AutoAdapter.from_pretrained(tmp_path / "out")
-
-
-def test_no_room_for_the_metrics(plain_store, tmp_path):
-    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 1})
-    said = tmp_path / "said"
-    assert processes.finish(processes.start(train_with_little_space, made, 100, said)) == [0]
-    message = said.read_text()
-    for expected in ("disk is full", f"nothing can be added to {tmp_path / 'out'}", "step-00000004, is intact"):
-        assert expected in message
-    assert processes.finish(processes.start(processes.train, made)) == [0]
-    AutoAdapter.from_pretrained(tmp_path / "out")
-
-
-def test_no_room_for_the_finished_adapter(plain_store, tmp_path):
-    made = processes.config(plain_store, tmp_path / "out", **{"validation.every": 0, "logging.every": 100})
-    said = tmp_path / "said"
-    assert processes.finish(processes.start(train_with_little_space, made, 2000, said, 3)) == [0]
-    message = said.read_text()
-    for expected in ("disk is full", f"nothing can be added to {tmp_path / 'out'}", "step-00000012, is intact"):
-        assert expected in message
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert {path.name for path in folder.iterdir()} >= {last.name, "latest"}
+    assert not list(folder.glob("*partial*")) + list((tmp_path / "out").glob("config.json"))
+    AutoAdapter.from_pretrained(Checkpoints(folder).latest())
     assert processes.finish(processes.start(processes.train, made)) == [0]
     AutoAdapter.from_pretrained(tmp_path / "out")
