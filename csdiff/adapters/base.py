@@ -111,9 +111,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             return (whitened,)
         return PriorTransformerOutput(predicted_image_embedding=whitened)
 
-    def predict(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def predict(self, text: Tensor, states: Tensor | None, mask: Tensor | None, latents: Tensor | None) -> Tensor:
         """The method itself: whitened text (B, text_dim) to whitened image embeddings (B, embedding_dim)."""
         raise NotImplementedError
 
@@ -241,14 +239,10 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
 
     def _check_states(self, text_states: Tensor | None) -> Tensor:
         width = self.config.states_dim
-        if text_states is None:
+        if text_states is None or text_states.ndim != 3 or text_states.shape[-1] != width:
             raise CSDiffError(
-                f"{type(self).__name__} needs the text encoder's token states; give `text_states` (B, L, {width}), or "
-                "use an adapter on pooled embeddings such as `mlp`."
-            )
-        if text_states.ndim != 3 or text_states.shape[-1] != width:
-            raise CSDiffError(
-                f"{type(self).__name__} expects text states (B, L, {width}), found {tuple(text_states.shape)}."
+                f"{type(self).__name__} needs the text encoder's token states, `text_states` (B, L, {width}), found "
+                f"{None if text_states is None else tuple(text_states.shape)}; `mlp` needs none."
             )
         return text_states
 

@@ -60,10 +60,8 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
     header = {"license": license, "library_name": "csdiff", "tags": ["csdiff", "diffusers", "unclip", "prior", kind]}
     ids = {tower: (metadata.get(f"{tower}_encoder") or {}).get("id") for tower in ("text", "image")}
     names = {tower: f"`{id}`" if id else "an encoder that is not recorded" for tower, id in ids.items()}
-    rows = [
-        f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
-        for name, value in flatten(metadata.get("metrics") or {}).items()
-    ]
+    metrics = flatten(metadata.get("metrics") or {}).items()
+    rows = [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in metrics]
     card = _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         kind=kind,

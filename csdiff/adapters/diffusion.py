@@ -4,7 +4,7 @@ import functools
 import inspect
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UnCLIPScheduler
+from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UnCLIPScheduler  # noqa: F401  see adapters/mlp.py
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
@@ -194,6 +194,3 @@ def _null(part: Tensor) -> Tensor:
 
 def _where(dropped: Tensor, part: Tensor) -> Tensor:
     return torch.where(dropped.view(-1, *[1] * (part.ndim - 1)), _null(part), part)
-
-
-__all__ = ["DiffusionAdapter", "ModelMixin"]

@@ -55,10 +55,9 @@ def read_config(path: Path, cls: type | None = None) -> dict[str, Any]:
     Raises:
         CSDiffError: No folder, no file, no JSON object, another class or an unknown key.
     """
-    if not path.exists():
-        raise CSDiffError(f"Adapter folder {path} does not exist; give a folder saved by `save_pretrained`.")
     if not path.is_dir():
-        raise CSDiffError(f"{path} is a file; give the adapter folder (with {CONFIG}, *.safetensors and {METADATA}).")
+        found = "is a file" if path.exists() else "does not exist"
+        raise CSDiffError(f"Adapter folder {path} {found}; give one with {CONFIG}, *.safetensors and {METADATA}.")
     config = read_part(path / CONFIG)
     found = config.get("_class_name")
     if not isinstance(found, str):
@@ -87,9 +86,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     metadata = read_part(path / METADATA)
     format, kind = metadata.get("format"), metadata.get("kind")
     if (format, kind) != (FORMAT, "adapter"):
-        raise CSDiffError(
-            f'{path / METADATA} must say "format": {FORMAT} and "kind": "adapter"; found {format!r} and {kind!r}.'
-        )
+        expected = f'"format": {FORMAT} and "kind": "adapter"'
+        raise CSDiffError(f"{path / METADATA} must say {expected}; found {format!r} and {kind!r}.")
     for name, (expected, words) in _TYPES.items():
         part, _, key = name.rpartition(".")
         value = (metadata.get(part) or {}).get(key) if part else metadata.get(key)
@@ -132,10 +130,8 @@ def variant_of(file: str) -> str | None:
 
 def find_variant(path: Path, variant: str | None = None, name: str = WEIGHTS) -> str | None:
     """`variant`; without one, that of a folder which holds no other weights."""
-    if variant is None:
-        found = {variant_of(file.name) for file in path.glob(f"{name.partition('.')[0]}*.safetensors")}
-        return found.pop() if len(found) == 1 else None
-    return variant
+    found = {variant_of(file.name) for file in path.glob(f"{name.partition('.')[0]}*.safetensors")}
+    return found.pop() if variant is None and len(found) == 1 else variant
 
 
 def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) -> list[Path]:

@@ -18,12 +18,9 @@ _FILES = ("*.json", "*.safetensors", "README.md")
 
 
 def locate(name_or_path: str | os.PathLike, *, subfolder: str | None = None, **options: Any) -> Path:
-    """The folder of an adapter: a local one as it is, a Hub repository's downloaded snapshot.
+    """The folder of an adapter: a local one as it is, of a Hub repository ("owner/name") the downloaded snapshot.
 
-    Args:
-        name_or_path: A folder, or `"owner/name"`.
-        subfolder: Of either.
-        **options: `OPTIONS`, as `huggingface_hub.snapshot_download` takes them.
+    The other `options` are those of `huggingface_hub.snapshot_download`.
 
     Raises:
         CSDiffError: Neither a folder here nor a repository that can be reached.

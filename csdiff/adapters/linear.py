@@ -99,9 +99,7 @@ class LinearAdapter(Adapter):
         self.linear = nn.Linear(text_dim, embedding_dim)
         start_as_identity(self.linear)
 
-    def predict(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def predict(self, text: Tensor, states: Tensor | None, mask: Tensor | None, latents: Tensor | None) -> Tensor:
         return self.linear(text)
 
     def check_dims(self, adapter: Adapter) -> None:
@@ -168,41 +166,39 @@ class LinearAdapter(Adapter):
         nn.init.zeros_(self.linear.bias)
 
 
-def _paired_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _paired_batches(data: Any, batch_size: int) -> Iterator[list[Tensor]]:
     """Float batches (text, image) from what `LinearAdapter.fit` takes."""
     if hasattr(data, "read"):
         store, starts = data, range(0, len(data), batch_size)
         data = (store.read(torch.arange(at, min(at + batch_size, len(store))).numpy()) for at in starts)
-    seen = 0
     for batch in data:
         if isinstance(batch, dict):
             missing = [name for name in ("text_embeds", "image_embeds") if name not in batch]
             if missing:
                 raise CSDiffError(f"A closed-form map needs pairs; {missing[0]!r} is missing, found {sorted(batch)}.")
             batch = batch["text_embeds"], batch["image_embeds"]
-        text, image = (torch.as_tensor(part).detach().float().cpu() for part in batch)
-        if text.ndim != 2 or image.ndim != 2 or len(text) != len(image):
-            raise CSDiffError(
-                f"Batches must be text (B, Dt) and image (B, D) rows; found {tuple(text.shape)} and "
-                f"{tuple(image.shape)} after {seen} rows."
-            )
-        finite = text.isfinite().all(1) & image.isfinite().all(1)
-        if not finite.all():
-            raise CSDiffError(f"Row {seen + int((~finite).nonzero()[0])} holds a value that is NaN or infinite.")
-        seen += len(text)
-        yield text, image
+        yield [torch.as_tensor(part).detach().float().cpu() for part in batch]
 
 
 def _accumulate(data, holdout, batch_size):
-    fitted = held = None
+    """Moments of the rows to fit and of those held out, and some of the latter."""
+    fitted = held = widths = None
     sample, position = [], 0
     stride = max(2, round(1 / holdout))
     for text, image in _paired_batches(data, batch_size):
+        shapes = text.shape[1:], image.shape[1:]
+        widths = widths or shapes
+        if text.ndim != 2 or image.ndim != 2 or len(text) != len(image) or shapes != widths:
+            raise CSDiffError(
+                f"Batches must be text (B, Dt) and image (B, D) rows, of the same widths in all; found "
+                f"{tuple(text.shape)} and {tuple(image.shape)} after {position} rows."
+            )
+        finite = text.isfinite().all(1) & image.isfinite().all(1)
+        if not finite.all():
+            raise CSDiffError(f"Row {position + int((~finite).nonzero()[0])} holds a value that is NaN or infinite.")
         if fitted is None:
             origins = text.double().mean(0), image.double().mean(0)
             fitted, held = PairedMoments(*origins), PairedMoments(*origins)
-        elif text.shape[1] != fitted.mean_x.numel() or image.shape[1] != fitted.mean_y.numel():
-            raise CSDiffError(f"The batch after {position} rows has other widths than the first one.")
         out = (torch.arange(position, position + len(text)) % stride) == stride - 1
         fitted.add(text[~out], image[~out])
         held.add(text[out], image[out])

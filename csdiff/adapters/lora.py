@@ -83,7 +83,13 @@ class LoRAAdapter(Adapter):
                 f"A LoRA adapter keeps the text encoder's width: {text_encoder} projects to {found}, found text_dim "
                 f"{text_dim} and embedding_dim {embedding_dim}; use mlp or transformer for other image embeddings."
             )
-        _check_targets(base_model, target_modules, text_encoder)
+        linear = {path.rpartition(".")[2] for path, part in base_model.named_modules() if isinstance(part, nn.Linear)}
+        missing = sorted(set(target_modules) - linear)
+        if missing or not target_modules:
+            raise CSDiffError(
+                f"LoRA targets {missing or 'are empty'} do not exist in text encoder {text_encoder}; its linear "
+                f"layers are {sorted(linear)}."
+            )
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none")
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers renames.
@@ -118,9 +124,7 @@ class LoRAAdapter(Adapter):
         """Token ids (B, L) to raw image embeddings (B, D); `options` are `spread` and `generator` of `embed`."""
         return self.embed(self.encode(input_ids, attention_mask)[0], **options)
 
-    def predict(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def predict(self, text: Tensor, states: Tensor | None, mask: Tensor | None, latents: Tensor | None) -> Tensor:
         return text
 
     def set_statistics(
@@ -141,21 +145,18 @@ class LoRAAdapter(Adapter):
     @classmethod
     def _load_folder(cls, path: Path, config: dict[str, Any], options: dict[str, Any]):
         values = {name: value for name, value in config.items() if not name.startswith("_")}
-        weights = (folder.WEIGHTS, PEFT_WEIGHTS)
-        files = [folder.weight_files(path, options.get("variant"), name)[0] for name in weights]
+        names = (folder.WEIGHTS, PEFT_WEIGHTS)
+        files = [folder.weight_files(path, options.get("variant"), name)[0] for name in names]
         headers = [folder.read_header([file]) for file in files]
         peft = folder.read_part(path / PEFT_CONFIG)
-        found, expected = (
-            (kind, rank, sorted(map(str, targets)) if isinstance(targets, list) else targets)
-            for kind, rank, targets in (
-                (peft.get("peft_type"), peft.get("r"), peft.get("target_modules")),
-                ("LORA", values.get("rank"), values.get("target_modules")),
-            )
-        )
+        expected = {"peft_type": "LORA", "r": values.get("rank"), "target_modules": values.get("target_modules")}
+        found = {name: peft.get(name) for name in expected}
+        for side in (expected, found):
+            targets = side["target_modules"]
+            side["target_modules"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
         if found != expected:
             raise CSDiffError(
-                f"{path / PEFT_CONFIG} must have peft_type, r and target_modules {expected} as {folder.CONFIG}, found "
-                f"{found}; save the adapter again."
+                f"{path / PEFT_CONFIG} must have {expected} as {folder.CONFIG}, found {found}; save the adapter again."
             )
         folder.check_sizes(path, values, headers[0] | headers[1])
         with folder.described_by(path, cls):
@@ -171,16 +172,6 @@ class LoRAAdapter(Adapter):
         set_peft_model_state_dict(adapter.peft_model, load_file(files[1]))
         adapter.load_state_dict(load_file(files[0]), strict=False)
         return adapter.eval(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-
-
-def _check_targets(encoder: nn.Module, target_modules: list[str], name: str) -> None:
-    linear = {path.rpartition(".")[2] for path, module in encoder.named_modules() if isinstance(module, nn.Linear)}
-    missing = sorted(set(target_modules) - linear)
-    if missing or not target_modules:
-        raise CSDiffError(
-            f"LoRA targets {missing or 'are empty'} do not exist in text encoder {name}; its linear layers are "
-            f"{sorted(linear)}."
-        )
 
 
 def _is_frozen(name: str) -> bool:

@@ -69,9 +69,7 @@ class MLPAdapter(Adapter):
         start_as_identity(self.skip)
         start_at_zero(self.proj_out)
 
-    def predict(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def predict(self, text: Tensor, states: Tensor | None, mask: Tensor | None, latents: Tensor | None) -> Tensor:
         hidden_states = self.proj_in(text)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:

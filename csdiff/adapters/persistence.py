@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -37,9 +38,8 @@ class Persistent:
     ) -> None:
         """Writes the adapter folder: `config.json`, `*.safetensors`, `csdiff.json` and `README.md` (the model card).
 
-        Everything is written aside first and moved into place when whole, so that an interrupted save leaves what was
-        there before. Arguments are those of diffusers' `ModelMixin.save_pretrained`; only the main process writes.
-        Weights of other variants in the folder stay.
+        It appears when whole: an interrupted save leaves what was there before. Arguments are those of diffusers'
+        `ModelMixin.save_pretrained`; only the main process writes. Weights of other variants in the folder stay.
 
         Raises:
             CSDiffError: The folder cannot be written, or `safe_serialization=False` (no pickle is ever written).
@@ -75,11 +75,8 @@ class Persistent:
             CSDiffError: The Hub cannot be reached or refuses, or `safe_serialization=False`.
         """
         save = {"safe_serialization": options.pop("safe_serialization", True), "variant": variant}
-        return hub.push(
-            repo_id,
-            lambda aside: self.save_pretrained(aside, card_location=repo_id, **save),
-            **{"commit_message": f"Upload {type(self).__name__}", **options},
-        )
+        write = functools.partial(self.save_pretrained, card_location=repo_id, **save)
+        return hub.push(repo_id, write, **{"commit_message": f"Upload {type(self).__name__}", **options})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Persistent:

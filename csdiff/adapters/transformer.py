@@ -1,7 +1,7 @@
 """Transformer over text token states, pooled embedding and a learned query."""
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin  # noqa: F401  diffusers looks this name up here when it reloads a pipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
@@ -147,10 +147,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     def _has_skip(self) -> bool:
         return self.skip is not None or self.config.text_dim == self.config.embedding_dim
 
-    def predict(
-        self, text: Tensor, text_states: Tensor | None, text_mask: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
-        return self._read(self._last_states(text, text_states, text_mask, latents)[:, -1], text)
+    def predict(self, text: Tensor, states: Tensor | None, mask: Tensor | None, latents: Tensor | None) -> Tensor:
+        return self._read(self._last_states(text, states, mask, latents)[:, -1], text)
 
     def _last_states(self, text, text_states, text_mask, latents) -> Tensor:
         """The last block's output (B, l + 3, width), for the l text states that are not padding in every row."""
@@ -176,7 +174,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         )
         positions = torch.cat([self.positional_embedding[:, :length], self.positional_embedding[:, -3:]], dim=1)
         hidden_states = hidden_states + positions
-        allowed = self._allowed(text_mask, len(text), length + 3)
+        allowed = self._allowed(text_mask, length + 3)
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -203,14 +201,13 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         length = int((text_mask.any(0) * places).amax().clamp_min(1))
         return text_states[:, :length], text_mask[:, :length]
 
-    def _allowed(self, text_mask: Tensor | None, batch: int, length: int) -> Tensor:
+    def _allowed(self, text_mask: Tensor | None, length: int) -> Tensor:
         """Who attends to whom, (B or 1, 1, S, S): earlier tokens that are not padding, and always oneself."""
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.query.device).tril()[None]
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.query.device).tril()
         if text_mask is None:
-            return causal[:, None]
-        seen = F.pad(text_mask, (0, 3), value=True)[:, None]
-        oneself = torch.eye(length, dtype=torch.bool, device=seen.device)
-        return (causal & (seen | oneself))[:, None]
+            return causal
+        seen = F.pad(text_mask, (0, 3), value=True)[:, None, None]
+        return causal & (seen | torch.eye(length, dtype=torch.bool, device=seen.device))
 
     def embed_with_tokens(
         self,
@@ -253,6 +250,3 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         self.skip.weight.copy_(linear.linear.weight)
         self.skip.bias.copy_(linear.linear.bias)
         start_at_zero(self.proj_to_clip_embeddings)
-
-
-__all__ = ["TRANSFORMER_PRESETS", "ModelMixin", "TransformerAdapter"]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_number
+from csdiff.losses.arguments import check_finite, check_number
 from csdiff.losses.autograd import without_autocast
 
 
@@ -46,23 +46,19 @@ def gaussian_cauchy_schwarz(
     if bandwidth is not None:
         check_number("bandwidth", bandwidth)
     for name, given in (("mean_x", mean_x), ("cov_x", cov_x), ("mean_y", mean_y), ("cov_y", cov_y)):
-        bad = given[~given.isfinite()]
-        if len(bad):
-            raise ValueError(f"{name} must be finite; found {float(bad[0])} in {len(bad)} of {given.numel()} entries")
+        check_finite(name, given.reshape(dim, -1))
     with without_autocast(mean_x.device):
         dtype = torch.promote_types(torch.promote_types(mean_x.dtype, mean_y.dtype), torch.float32)
         mean_x, cov_x, mean_y, cov_y = (t.to(dtype) for t in (mean_x, cov_x, mean_y, cov_y))
         if bandwidth is not None:
             smoothing = bandwidth**2 / 2 * torch.eye(dim, dtype=dtype, device=mean_x.device)
             cov_x, cov_y = cov_x + smoothing, cov_y + smoothing
-        factors = {}
+        factors = []
         for name, cov in (("cov_x", cov_x), ("cov_y", cov_y), ("cov_x + cov_y", cov_x + cov_y)):
             factor, failed = torch.linalg.cholesky_ex(cov)
             if failed:
                 raise ValueError(f"{name} must be positive definite; its leading minor of order {int(failed)} is not")
-            factors[name] = factor
-        log_det = {name: 2 * factor.diagonal().log().sum() for name, factor in factors.items()}
-        whitened = torch.linalg.solve_triangular(factors["cov_x + cov_y"], (mean_x - mean_y)[:, None], upper=False)
-        gap = whitened.square().sum()
-        shape = log_det["cov_x + cov_y"] - (log_det["cov_x"] + log_det["cov_y"]) / 2 - dim * math.log(2)
-        return gap + shape
+            factors.append(factor)
+        det_x, det_y, det = (2 * factor.diagonal().log().sum() for factor in factors)
+        gap = torch.linalg.solve_triangular(factors[2], (mean_x - mean_y)[:, None], upper=False).square().sum()
+        return gap + (det - (det_x + det_y) / 2 - dim * math.log(2))

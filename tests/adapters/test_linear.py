@@ -182,7 +182,7 @@ BAD = Y.where(torch.arange(20)[:, None] != 7, torch.nan)
         ([(X, Y[:-1])], {}, r"found \(20, 10\) and \(19, 10\)"),
         ([{"text_embeds": X}], {}, "'image_embeds' is missing"),
         ([(X[:10], Y[:10]), (X, BAD)], {}, "Row 17 holds a value that is NaN"),
-        ([(X, Y), (X[:, :4], Y)], {}, "other widths"),
+        ([(X, Y), (X[:, :4], Y)], {}, "same widths in all; found .* after 20 rows"),
         ([(X, Y)], {"penalties": [0.0]}, "`penalties`"),
         ([(X, Y)], {"holdout": 0.9}, "`holdout`"),
     ],

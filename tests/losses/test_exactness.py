@@ -38,17 +38,10 @@ def test_any_block_size(block_size, diagonal, normalize, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bandwidth", [0.1, 0.2, 0.5, 1.5, 4.0, 20.0])
-def test_narrow_to_wide_bandwidths(bandwidth, dtype):
+@pytest.mark.parametrize("bandwidth", [0.1, 0.2, 0.5, 1.5, 4.0, 20.0, (0.3, 0.5, 1.0), (0.1, 5.0)])
+def test_narrow_wide_and_mixed_bandwidths(bandwidth, dtype):
     x, y = two_sets(120, 90)
-    check(x, y, dtype, bandwidth=bandwidth, normalize=True, block_size=32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bandwidth", [(0.3, 0.5, 1.0), (0.1, 5.0)])
-def test_mixed_bandwidths(bandwidth, dtype):
-    x, y = two_sets()
-    check(x, y, dtype, bandwidth=bandwidth, normalize=True, diagonal=False, block_size=10)
+    check(x, y, dtype, bandwidth=bandwidth, normalize=True, block_size=32, diagonal=not isinstance(bandwidth, tuple))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -60,6 +53,10 @@ def test_few_and_duplicated_rows(dtype):
     y[:5] = x[:5]
     for diagonal in (True, False):
         check(x, y, dtype, bandwidth=1.0, diagonal=diagonal, block_size=9)
+    # Clusters far apart within each set.
+    x[20:] += 10.0
+    y[20:] += 10.0
+    check(x.float().double(), y.float().double(), dtype, bandwidth=2.0, block_size=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,14 +73,6 @@ def test_sets_so_far_apart_that_the_kernel_underflows(distance, dtype):
     assert float(found[0]) == pytest.approx(float(right[0]), rel=2e-4)
     for one, other in zip(found[1], right[1], strict=True):
         torch.testing.assert_close(one.sum(dim=0).double(), other.sum(dim=0), rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clusters_far_apart_within_each_set(dtype):
-    x, y = two_sets()
-    x[20:] += 10.0
-    y[20:] += 10.0
-    check(x.float().double(), y.float().double(), dtype, bandwidth=2.0, block_size=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csdiff.losses import (
+    build_objective,
     cauchy_schwarz_divergence,
     gaussian_cauchy_schwarz,
     info_nce,
@@ -15,6 +17,7 @@ from csdiff.losses import (
     resolve_bandwidth,
 )
 
+NUMPY = (np.float16, np.float32, np.float64, np.array)
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.integers(1, 12)
 dims = st.integers(1, 9)
@@ -103,15 +106,6 @@ def test_samples_of_two_gaussians_tend_to_the_closed_form():
         torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
 
 
-def test_terms_of_a_standard_normal_set_tend_to_their_closed_form():
-    dim, bandwidth = 3, 0.8
-    x = torch.randn(5000, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # E k(a, b) for a - b ~ N(0, 2 I): (s^2 / (s^2 + 2))^(d / 2)
-    expected = torch.tensor(dim / 2 * math.log(bandwidth**2 / (bandwidth**2 + 2)), dtype=torch.float64)
-    found = log_mean_kernel(x, bandwidth=bandwidth, diagonal=False)
-    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
-
-
 @few
 @given(seeds, st.integers(1, 4))
 def test_gaussian_closed_form_is_symmetric_zero_for_equals_and_not_negative(seed, dim):
@@ -133,14 +127,6 @@ def test_gaussian_closed_form_against_an_integral():
     one = torch.ones(1, dtype=torch.float64)
     found = gaussian_cauchy_schwarz(0.3 * one, 0.49 * one[None], -1.1 * one, 3.61 * one[None])
     torch.testing.assert_close(found, expected.squeeze())
-
-
-def test_gaussian_closed_form_has_the_right_gradient():
-    means, covs = gaussians(1, 3)
-    assert torch.autograd.gradcheck(
-        lambda m, f: gaussian_cauchy_schwarz(m, f @ f.mT + torch.eye(3, dtype=torch.float64), means[1], covs[1]),
-        (means[0].clone().requires_grad_(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)),
-    )
 
 
 @pytest.mark.parametrize("count", [40, 3000])
@@ -179,10 +165,11 @@ def test_rules_answer_where_all_points_coincide(rule):
     assert cauchy_schwarz_divergence(x, x, bandwidth=rule) == 0
 
 
-@pytest.mark.parametrize("bandwidth", [0.5, torch.tensor(0.5), [0.5], (0.5,), torch.tensor([0.5])])
-def test_one_width_in_every_form(bandwidth):
-    x, y = draw(2, 9, 7, 4)
-    torch.testing.assert_close(
-        cauchy_schwarz_divergence(x, y, bandwidth=bandwidth, normalize=True),
-        cauchy_schwarz_divergence(x, y, bandwidth=0.5, normalize=True),
-    )
+def test_numbers_in_every_form():
+    x, y = draw(2, 9, 9, 4)
+    expected = cauchy_schwarz_divergence(x, y, bandwidth=0.5)
+    for form in (torch.tensor(0.5), [0.5], (0.5,), torch.tensor([0.5]), *(n(0.5) for n in NUMPY)):
+        assert cauchy_schwarz_divergence(x, y, bandwidth=form, block_size=np.int64(9)) == expected
+    for form in (torch.tensor(0.5), *(n(0.5) for n in NUMPY[:3])):
+        assert info_nce(x, y, temperature=form) == info_nce(x, y, temperature=0.5)
+        assert build_objective("cs_aligner", cs_weight=float(form), bandwidth=form).cs_weight == 0.5
