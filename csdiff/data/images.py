@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -101,7 +102,8 @@ def decode_image(image: bytes | Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"it has too many pixels, at most {MAX_PIXELS:,} are decoded ({error})") from error
     except Exception as error:  # Damaged files make Pillow's decoders raise almost anything.
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        # Without the address of bytes in memory, so that a report is the same on every run.
+        raise UnreadableImage(f"{type(error).__name__}: {re.sub(' <.* at 0x.*?>', '', str(error))}") from error
     return rgb if turn is None else rgb.transpose(turn)
 
 

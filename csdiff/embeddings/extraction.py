@@ -114,7 +114,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
                     extraction.run(mine)
             state.wait_for_everyone()
             if state.is_main_process:
-                _finish(config, source, writer, plan, identities)
+                _finish(config, source, writer, identities)
             state.wait_for_everyone()
     content = read_json(writer.path / REPORT_FILE)
     names = ("items", "rows", "skipped", "truncated_captions", "replaced_captions")
@@ -149,7 +149,7 @@ def _identity(config: EmbedConfig, tower: str) -> dict:
     return {"id": encoder_name(id), "revision": files.revision, "weights_sha256": digest}
 
 
-def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, plan: dict, identities: dict[str, dict]) -> None:
+def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities: dict[str, dict]) -> None:
     import numpy
     import transformers
 
@@ -170,7 +170,7 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, plan: dict
         "versions": {module.__name__: module.__version__ for module in (numpy, torch, transformers)},
     }
     content = {"source": config.source, **content, "reasons": {key: REASONS[key] for key in content["skipped"]}}
-    writer.finish(plan, fingerprint, {**content, "not_read": source.not_read})
+    writer.finish(fingerprint, {**content, "not_read": source.not_read})
 
 
 def _counts(counts: dict[str, int]) -> str:

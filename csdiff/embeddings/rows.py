@@ -37,43 +37,11 @@ class ShardRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def usable(self, item: Item) -> list[tuple[int, str, int]]:
-        """Captions of an item that become rows, with place and tokens; what is wrong with the others is noted."""
-
-        def leave_out(reason: str, detail: str) -> None:
-            self.problems.append(Problem(item.id, reason, detail))
-
-        if not item.captions and self.tokenizer is not None:
-            leave_out("no_caption", "the image has no caption")
-        kept = []
-        for place, caption in enumerate(item.captions):
-            text = well_formed(caption).strip()
-            if len(text) > MAX_CAPTION:
-                leave_out("huge_caption", f"caption {place} has {len(text):,} characters and begins {text[:40]!r}")
-            elif text:
-                self.replaced += "\ufffd" in text
-                kept.append((place, text))
-            else:
-                leave_out("empty_caption", f"caption {place} is {caption!r}")
-        if self.config.captions_per_image == "first":
-            kept = kept[:1]
-        elif self.config.captions_per_image == "random" and kept:
-            digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
-            kept = [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
-        if self.tokenizer is None or not kept:
-            return [(place, text, 0) for place, text in kept]
-        fitting, limit = [], self.tokenizer.max_length
-        for (place, text), count in zip(kept, self.tokenizer.lengths([text for _, text in kept]), strict=True):
-            if count > limit and self.config.long_captions == "skip":
-                leave_out("long_caption", f"caption {place} has {count} tokens, the text encoder takes {limit}")
-                continue
-            if count > limit:
-                self.truncated.append(well_formed(f"{item.id}: caption {place} has {count} tokens"))
-            fitting.append((place, text, count))
-        return fitting
-
-    def add(self, item: Item, captions: list[tuple[int, str, int]]) -> None:
-        """Add one row for each caption, or one without a caption."""
+    def add(self, item: Item) -> int:
+        """Add one row for each caption of use, or one without a caption; how many. What is wrong is noted."""
+        captions = self._fitting(item, self._usable(item))
+        if not captions and self.tokenizer is not None:
+            return 0
         for place, text, count in captions or [(None, None, 0)]:
             if text is not None:
                 self.captions.append(text)
@@ -82,6 +50,43 @@ class ShardRows:
             row |= {name: item.extra.get(name) for name in self.config.metadata_columns}
             # Names of files may be no text either.
             self._rows.append({k: well_formed(v) if isinstance(v, str) else v for k, v in row.items()})
+        return max(len(captions), 1)
+
+    def _usable(self, item: Item) -> list[tuple[int, str]]:
+        """Captions that are neither blank nor huge, with their place, as many as are asked for."""
+        if not item.captions and self.tokenizer is not None:
+            self.problems.append(Problem(item.id, "no_caption", "the image has no caption"))
+        kept = []
+        for place, caption in enumerate(item.captions):
+            text = well_formed(caption).strip()
+            if len(text) > MAX_CAPTION:
+                detail = f"caption {place} has {len(text):,} characters and begins {text[:40]!r}"
+                self.problems.append(Problem(item.id, "huge_caption", detail))
+            elif text:
+                self.replaced += "\ufffd" in text
+                kept.append((place, text))
+            else:
+                self.problems.append(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
+        if self.config.captions_per_image == "random" and kept:
+            digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
+            return [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
+        return kept[:1] if self.config.captions_per_image == "first" else kept
+
+    def _fitting(self, item: Item, captions: list[tuple[int, str]]) -> list[tuple[int, str, int]]:
+        """Those that the text encoder takes, with their tokens."""
+        if self.tokenizer is None or not captions:
+            return [(place, text, 0) for place, text in captions]
+        fitting, limit = [], self.tokenizer.max_length
+        counts = self.tokenizer.lengths([text for _, text in captions])
+        for (place, text), count in zip(captions, counts, strict=True):
+            found = f"caption {place} has {count} tokens"
+            if count > limit and self.config.long_captions == "skip":
+                self.problems.append(Problem(item.id, "long_caption", f"{found}, the text encoder takes {limit}"))
+                continue
+            if count > limit:
+                self.truncated.append(well_formed(f"{item.id}: {found}"))
+            fitting.append((place, text, count))
+        return fitting
 
     def table(self, has_captions: bool) -> pa.Table:
         """Metadata of the rows."""

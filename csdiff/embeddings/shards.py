@@ -114,11 +114,10 @@ class Extraction:
             if isinstance(item, Problem):
                 rows.problems.append(item)
             else:
-                captions = rows.usable(item)
-                if captions or self.text is None:
-                    rows.add(item, captions)
+                count = rows.add(item)
+                if count:
                     pixels.append(values)
-                    repeats.append(max(len(captions), 1))
+                    repeats.append(count)
             # A source that does not know its size is judged at the end.
             if rows.problems and self.source.count is not None:
                 check_limit(config, self._problems + len(rows.problems), self.source.count, rows.problems[-1])

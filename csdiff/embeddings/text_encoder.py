@@ -63,13 +63,9 @@ class TextEncoder(Encoder):
         """L, tokens a caption is cut or padded to."""
         return self.caption_tokenizer.max_length
 
-    def tokenize(self, captions: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
-        """Token ids and mask, each (B, L), cut to `max_length` and padded to it (or with "longest" to the batch)."""
-        ids, mask = self.caption_tokenizer(captions, padding)
-        return ids.to(self.device), mask.to(self.device)
-
     def forward(self, input_ids: Tensor, mask: Tensor) -> TextEncoding:
-        """Encode tokens; differentiable when the model's weights are."""
+        """Encode tokens, as `caption_tokenizer` gives them; differentiable when the model's weights are."""
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooling == "projection":
             # Without a mask: CLIP's causal tower never looks at the padding behind, SigLIP was trained with it.
             output = self.model(input_ids)
@@ -88,12 +84,12 @@ class TextEncoder(Encoder):
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEncoding:
         """Encode captions, padded to `max_length`; longer ones are cut."""
-        return self.forward(*self.tokenize(captions))
+        return self.forward(*self.caption_tokenizer(captions, "max_length"))
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Pooled embeddings (B, D) alone, padded no further than the encoder needs."""
-        return self.forward(*self.tokenize(captions, self.caption_tokenizer.padding)).embeds
+        return self.forward(*self.caption_tokenizer(captions)).embeds
 
     def project(self, states: Tensor) -> Tensor:
         """Token states (B, L, H) in the space of the embeddings (B, L, D): by the projection, else as they are."""

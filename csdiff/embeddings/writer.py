@@ -38,7 +38,7 @@ class StoreWriter:
     def __init__(self, path: str | Path, shards: int, dtype: str = "float16"):
         self.path, self.shards, self.dtype = absolute(path), shards, dtype
         self.partial = self.path / PARTIAL_FOLDER
-        self._lock = ExitStack()
+        self._lock, self._plan = ExitStack(), {}
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -55,7 +55,7 @@ class StoreWriter:
         Raises:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
         """
-        plan_file = self.partial / "plan.json"
+        self._plan, plan_file = plan, self.partial / "plan.json"
         if (self.path / FINGERPRINT_FILE).exists():
             self._compare(read_json(self.path / FINGERPRINT_FILE).get("data") or {}, plan)
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -102,12 +102,11 @@ class StoreWriter:
             record = {"parts": parts, "files": files, "moments": moments, **writer.notes}
             write_json(folder / "shard.json", record, indent=None)
 
-    def finish(self, plan: dict, fingerprint: dict, report: dict) -> None:
+    def finish(self, fingerprint: dict, report: dict) -> None:
         """All shards are whole: move them into place, write the report and, as the last thing, the fingerprint.
 
         Args:
-            plan: That of `begin`.
-            fingerprint: What is known of the encoders; statistics, dtype and checksums are added.
+            fingerprint: What is known of the encoders; plan, statistics, dtype and checksums are added.
             report: What was left out.
         """
         files, total = {}, {}
@@ -131,7 +130,7 @@ class StoreWriter:
                 content[name] = statistics[key].to_dict()
         write_json(self.path / REPORT_FILE, report)
         # What is measured here is true of this store, whatever a given fingerprint says of another.
-        write_json(self.path / FINGERPRINT_FILE, {"data": plan, **fingerprint, **content, "files": files})
+        write_json(self.path / FINGERPRINT_FILE, {"data": self._plan, **fingerprint, **content, "files": files})
         shutil.rmtree(self.partial)
 
     def _folder(self, shard: int) -> Path:
@@ -253,4 +252,4 @@ def write_store(
                     shard.append({key: column[part] for key, column in columns.items()})
                     if texts:
                         shard.metadata = pa.table({name: pa.array(v[part], pa.string()) for name, v in texts.items()})
-        writer.finish(plan, fingerprint or {}, {"rows": count})
+        writer.finish(fingerprint or {}, {"rows": count})

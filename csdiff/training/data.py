@@ -14,7 +14,7 @@ from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.fingerprint import check_same_encoder
 from csdiff.embeddings.layout import is_store
-from csdiff.embeddings.order import ImageGroups
+from csdiff.embeddings.loader import ImageGroups
 from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError

@@ -68,7 +68,7 @@ def test_predicted_norms_have_the_real_mean_and_spread(name, stores, tiny_clip, 
     store = EmbeddingStore.open(stores / "held_out")
     rows = store.read(range(len(store)))
     if adapter.uses_input_ids:
-        tokens = load_text_encoder(tiny_clip).tokenize(store.captions(range(len(store))))
+        tokens = load_text_encoder(tiny_clip).caption_tokenizer(store.captions(range(len(store))), "max_length")
         predicted = adapter.embed_input_ids(*tokens)
     elif adapter.uses_text_states:
         predicted = adapter.embed(rows["text_embeds"], rows["text_states"], rows["text_mask"])

@@ -67,17 +67,17 @@ def test_deep_grey_ramps_stay_ramps(content: bytes):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([[0.0, np.nan]], "nan"),
-        ([[-5.0, 90.0]], "-5 to 90"),
-        ([[0.0, 9.0]], "0 to 9"),
-        ([[0.0, 4e5]], "400000"),
+        ([0.0, np.nan], "nan"),
+        ([-5.0, 90.0], "-5 to 90"),
+        ([0.0, 9.0], "0 to 9"),
+        ([0.0, 4e5], "400000"),
+        ([-3, 9], "-3"),
     ],
 )
-def test_floats_of_no_known_range_are_refused(values, expected):
+def test_numbers_of_no_known_range_are_refused(values, expected):
+    dtype = np.int32 if isinstance(values[0], int) else np.float32
     with pytest.raises(UnreadableImage, match=expected):
-        decode_image(saved(Image.fromarray(np.array(values, np.float32)), "TIFF"))
-    with pytest.raises(UnreadableImage, match="-3"):
-        decode_image(saved(Image.fromarray(np.array([[-3, 9]], np.int32)), "TIFF"))
+        decode_image(saved(Image.fromarray(np.array([values], dtype)), "TIFF"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "RGB;16", "L", "1"])
@@ -117,19 +117,15 @@ def test_half_transparent_is_half_white():
     assert np.asarray(_to_rgb(palette)).min() == 255
 
 
-@pytest.mark.parametrize("mode", ["RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_colour_spaces_become_rgb(mode: str):
+def test_colour_spaces_become_rgb():
     from PIL import ImageCms
 
     colours = Image.new("RGB", (8, 8), (200, 60, 40))
-    if mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        image = ImageCms.profileToProfile(colours, ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
-    else:
-        image = colours.convert(mode)
-    content = saved(image, "TIFF") if mode in ("CMYK", "LAB") else None  # Pillow reads the others, and writes none
-    decoded = decode_image(content) if content else _to_rgb(image)
-    assert np.abs(np.asarray(decoded).astype(int) - (200, 60, 40)).max() <= 3
+    lab = ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(colours, ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
+    for image in (colours.convert("CMYK"), lab):
+        decoded = np.asarray(decode_image(saved(image, "TIFF"))).astype(int)
+        assert np.abs(decoded - (200, 60, 40)).max() <= 3, image.mode
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
@@ -145,10 +141,7 @@ def test_every_orientation_comes_out_upright(format: str, orientation: int):
     exif[0x0112] = orientation
     decoded = decode_image(saved(image, format, exif=exif))
     assert decoded.size == (24, 16)
-    red, green, _ = decoded.getpixel((3, 3))
-    assert red > 180
-    assert green < 80
-    assert min(decoded.getpixel((20, 12))) > 180
+    assert decoded.getpixel((3, 3))[1] < 80 < 180 < min(decoded.getpixel((20, 12)))
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
@@ -174,11 +167,11 @@ def test_the_first_frame_of_several(format: str):
     ids=["many pixels", "more", "long", "PostScript", "empty", "SVG", "half a PNG", "half a JPEG"],
 )
 def test_what_is_not_decoded_says_why(content: bytes, reason: str, tmp_path: Path):
-    with pytest.raises(UnreadableImage, match=reason):
-        decode_image(content)
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UnreadableImage, match=reason):
-        decode_image(tmp_path / "a.png")
+    for image in (content, tmp_path / "a.png"):
+        with pytest.raises(UnreadableImage, match=reason) as error:
+            decode_image(image)
+        assert " at 0x" not in str(error.value)  # the report is the same on every run
 
 
 def test_damaged_exif_does_not_cost_the_image():

@@ -25,8 +25,7 @@ def pictures(folder: Path) -> Path:
 
 
 def read(source: Path, **options) -> dict[str, list[str]]:
-    opened = open_source(source, **options)
-    items = [item for unit in range(opened.units(10)) for item in opened.read(unit, 10)]
+    items = list(open_source(source, **options))
     assert all(item.image.is_file() for item in items)
     return {item.image.name: item.captions for item in items}
 

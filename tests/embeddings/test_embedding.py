@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import stat
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -250,18 +247,3 @@ def test_places_are_the_same_by_any_name_and_from_any_folder(
     shutil.move(tmp_path / "clip", tmp_path / "elsewhere/renamed")
     embed(config("../data", "renamed", "../s"))
     assert content(tmp_path / "s") == before
-
-
-def test_file_systems_without_fsync_of_folders_go_on(
-    dataset: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    fsync = os.fsync
-
-    def files_only(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", files_only)
-    embed(config(dataset, tiny_clip, tmp_path / "s"))
-    assert len(EmbeddingStore.open(tmp_path / "s")) == len(ROWS)

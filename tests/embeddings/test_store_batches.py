@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from csdiff.embeddings import EmbeddingStore, ImageGroups, StoreBatches, write_store
-from csdiff.embeddings.order import row_order
+from csdiff.embeddings.loader import row_order
 from csdiff.errors import CSDiffError
 
 

@@ -51,7 +51,7 @@ def test_the_end_of_text_in_a_caption_does_not_cut_it():
     assert not torch.equal(embed[0], embed[1])
     assert not torch.equal(embed[0], embed[2])
     ids, _ = load_caption_tokenizer("tiny-clip")(["a<|endoftext|>b"])
-    assert torch.equal(ids, encoder.tokenize(["a<|endoftext|>b"], "longest")[0])
+    assert torch.equal(ids, encoder.caption_tokenizer(["a<|endoftext|>b"])[0])
 
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tiny_clip: Path):
