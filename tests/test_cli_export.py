@@ -17,7 +17,10 @@ from csdiff.training import train
 from tests.training.training_runs import config as run_config
 from tests.training.training_runs import log
 
-DIM = 16
+DIM, WEIGHTS = 16, "diffusion_pytorch_model.safetensors"
+
+
+TEXTS = ["red apple", "apple"]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,10 @@ def random_lora(clip):
     return named(adapter, clip)
 
 
+def tokenize(tokenizer):
+    return tokenizer(TEXTS, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+
+
 def embed(folder, text):
     with torch.no_grad():
         return AutoAdapter.from_pretrained(folder).embed(text)
@@ -72,32 +79,26 @@ def test_the_adapter_of_a_run_is_exported_as_it_is(run, tmp_path, text, options,
     result = export(ExportConfig(source=str(run), output=str(tmp_path / "out"), **options))
     assert torch.equal(embed(tmp_path / "out", text), embed(run / expected, text))
     assert result.step == int(expected[-2:] if "step" in expected else 12)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "csdiff.json", "README.md", "diffusion_pytorch_model.safetensors",
-    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "csdiff.json", "README.md", WEIGHTS}
 
 
 def test_online_weights_of_a_checkpoint(run, tmp_path):
     export(ExportConfig(source=str(run), output=str(tmp_path / "out"), checkpoint="8", weights="online"))
-    found = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    state = load_file(run / "checkpoints" / "step-00000008" / "state" / "weights.safetensors")
-    for name, tensor in state.items():
+    found, checkpoint = load_file(tmp_path / "out" / WEIGHTS), run / "checkpoints" / "step-00000008"
+    for name, tensor in load_file(checkpoint / "state" / "weights.safetensors").items():
         if name.startswith("online.embedder.adapter."):
             assert torch.equal(found[name.removeprefix("online.embedder.adapter.")], tensor)
-    average = load_file(run / "checkpoints" / "step-00000008" / "diffusion_pytorch_model.safetensors")
-    assert not torch.equal(found["proj_out.weight"], average["proj_out.weight"])
+    assert not torch.equal(found["proj_out.weight"], load_file(checkpoint / WEIGHTS)["proj_out.weight"])
     metadata = json.loads((tmp_path / "out" / "csdiff.json").read_text())
     assert metadata["training"]["weights"] == "online"
-    measured = {line["step"]: line["online"] for line in log(run, "validation")}
-    assert metadata["metrics"] == measured[8]
+    assert metadata["metrics"] == next(line["online"] for line in log(run, "validation") if line["step"] == 8)
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_the_number_format_is_that_of_the_weights_alone(run, tmp_path, text, dtype, kind):
     result = export(ExportConfig(source=str(run), output=str(tmp_path / "out"), dtype=dtype))
-    found = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    assert found["proj_out.weight"].dtype == kind
-    assert found["clip_mean"].dtype == torch.float32
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert (found["proj_out.weight"].dtype, found["clip_mean"].dtype) == (kind, torch.float32)
     assert result.dtype == str(kind).removeprefix("torch.")
     cosine = torch.cosine_similarity(embed(tmp_path / "out", text), embed(run, text))
     assert cosine.min() > 0.99
@@ -160,10 +161,8 @@ def test_a_prior_loads_in_stock_diffusers(make, tiny_clip, tmp_path):
     export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), format="prior"))
     pipe = KandinskyV22PriorPipeline.from_pretrained(tmp_path / "prior")
     assert type(pipe) is KandinskyV22PriorPipeline
-    found = pipe(["red apple", "apple"], guidance_scale=1.0, num_inference_steps=1).image_embeds
-    tokens = pipe.tokenizer(
-        ["red apple", "apple"], padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
-    )
+    found = pipe(TEXTS, guidance_scale=1.0, num_inference_steps=1).image_embeds
+    tokens = tokenize(pipe.tokenizer)
     with torch.no_grad():
         if isinstance(adapter, LoRAAdapter):
             expected = adapter.embed_input_ids(tokens.input_ids, tokens.attention_mask)
@@ -213,9 +212,6 @@ def test_a_pipeline_draws_by_itself(tiny_clip, tiny_decoder, tmp_path):
     options = {"format": "pipeline", "decoder": str(tiny_decoder)}
     export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "whole"), **options))
     pipe = AutoPipelineForText2Image.from_pretrained(tmp_path / "whole")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.prior_pipe.set_progress_bar_config(disable=True)
-    pipe.decoder_pipe.set_progress_bar_config(disable=True)
     image = pipe("red apple", prior_guidance_scale=1.0, num_inference_steps=1, height=32, width=32).images[0]
     assert image.size == (32, 32)
 
@@ -229,10 +225,8 @@ def test_a_merged_adapter_gives_what_the_lora_adapter_gives(tiny_clip, tmp_path)
     merged = AutoAdapter.from_pretrained(tmp_path / "merged")
     assert not merged.uses_input_ids
     text = load_text_encoder(merged.metadata["text_encoder"]["id"])
-    encoded = text.tokenizer(
-        ["red apple"], padding="max_length", max_length=text.tokenizer.model_max_length, return_tensors="pt"
-    )
+    tokens = tokenize(text.tokenizer)
     with torch.no_grad():
-        expected = adapter.embed_input_ids(encoded.input_ids, encoded.attention_mask)
-        found = merged.embed(text.encode(["red apple"]).embeds)
+        expected = adapter.embed_input_ids(tokens.input_ids, tokens.attention_mask)
+        found = merged.embed(text.encode(TEXTS).embeds)
     assert torch.allclose(found, expected, atol=1e-4)
