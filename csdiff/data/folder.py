@@ -20,14 +20,9 @@ _CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 class TableSource(Source):
-    """Rows of captions, with the images that they name in a folder; a file that is not there is a problem.
+    """Rows of captions, with the images that they name in a folder (None: captions alone).
 
-    Args:
-        rows: The items.
-        folder: Of the images; None for captions alone.
-        others: Names of the other files in the folder, which are not read.
-        allow_outside: Read images that a row names outside the folder.
-        problems: Known already, by the file name.
+    `others` are names of files that are not read, `problems` those known already, by the file name.
     """
 
     def __init__(
@@ -73,14 +68,9 @@ def table_source(
     names: Sequence[str] = (),
     images: bool = False,
 ) -> TableSource:
-    """Captions of tables, with the images that they name relative to themselves.
+    """Captions of tables, with the images that they name relative to themselves, or to `folder` for a table elsewhere.
 
-    Args:
-        folder: Of the images; the file names in a table elsewhere are relative to it.
-        tables: Relative to the folder.
-        options: Of the source.
-        names: Of the files in the folder, where they are known.
-        images: Captions alone are refused.
+    `names` are those of the files in the folder, where they are known; with `images` captions alone are refused.
     """
     first, rows = folder / tables[0], []
     for table in tables:
@@ -107,10 +97,7 @@ def table_source(
 
 
 def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
-    """Images with the captions that lie in files beside them.
-
-    Refused are a folder without images, and one without captions in which another file names its images.
-    """
+    """Images with the captions that lie in files beside them."""
     # What is read as text or data anyway is not opened as an image.
     texts = (*_CAPTION_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md")
     images = [n for n in names if is_image_name(n) or (suffix_of(n) not in texts and is_image_content(folder / n))]

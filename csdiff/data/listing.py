@@ -25,10 +25,7 @@ def hidden(name: str) -> bool:
 
 
 def visible_files(folder: Path) -> list[str]:
-    """Names, relative and with `/`, of the files below a folder, in the order of their names.
-
-    Links are followed; a folder that has been seen under another name is not entered again, so no loop has an end.
-    """
+    """Names, relative and with `/`, of the files below a folder, sorted; links are followed, once each."""
     names, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         status = Path(parent).stat()
@@ -42,10 +39,7 @@ def visible_files(folder: Path) -> list[str]:
 
 
 def inside(folder: Path, name: str, allow_outside: bool) -> Path | None:
-    """The place of a file that a table names, or None where it leads out of the folder.
-
-    The name decides, not the disk: links in the folder are followed, they are how the hub's cache is laid out.
-    """
+    """The place of a file that a table names, or None where its name leads out of the folder; links may."""
     place = Path(os.path.normpath(folder / name))
     if not place.exists() and "\\" in name:  # Written on Windows.
         place = Path(os.path.normpath(folder / name.replace("\\", "/")))

@@ -16,14 +16,7 @@ _ROWS_AT_ONCE = 64
 
 
 class RowSource(Source):
-    """Rows of which one column is the image: `{"bytes", "path"}`, bytes, or the name of a file.
-
-    Args:
-        image: Column of the images; None for captions alone.
-        caption: Column of the captions, or None.
-        options: Of the source.
-        folders: Images that a row names are relative to one of these, and lie below it.
-    """
+    """Rows of which a column is the image: `{"bytes", "path"}`, bytes, or a file below one of the folders."""
 
     def __init__(self, image: str | None, caption: str | None, options: SourceOptions, folders: Sequence[Path]):
         self.image, self.caption, self.options, self.folders = image, caption, options, folders

@@ -26,17 +26,7 @@ IMAGE_COLUMNS = (
 
 
 def read_table(path: Path, options: SourceOptions) -> list[Row]:
-    """Rows of a caption table; those that name one file are one, at the place of the first.
-
-    Args:
-        path: `.csv`, `.tsv` (separated by commas, tabs, semicolons or bars: what makes columns of the names known),
-            `.jsonl`, `.json` (a list of objects or strings), `.parquet`, or `.txt` (a caption a line, or a table whose
-            first line names its columns); or a published caption file, unless columns are named.
-        options: Names of the columns, and the split of formats that state it for every image.
-
-    Raises:
-        CSDiffError: Not readable as what its name says, or a column or split is not there.
-    """
+    """Rows of a caption table, or of a published caption file unless columns are named."""
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}) or .tar, found {path.suffix!r}.")
     try:

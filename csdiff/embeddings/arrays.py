@@ -18,10 +18,7 @@ DIMENSIONS = {"text_embeds": 2, "image_embeds": 2, "text_states": 3, "text_mask"
 class Shard:
     """One npy file; never unpickles. It is checked when the shard is made, and mapped on first use.
 
-    Args:
-        path: The npy file.
-        key: Its column, as `EmbeddingStore.read` names it.
-        bfloat16: npy has no bfloat16: such a shard holds its bits as uint16.
+    npy has no bfloat16: such a shard holds its bits as uint16.
     """
 
     def __init__(self, path: Path, key: str, bfloat16: bool = False):

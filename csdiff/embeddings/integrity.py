@@ -102,12 +102,7 @@ def open_shards(
 
 
 class ShardedMetadata:
-    """Columns of `metadata/metadata_{k}.parquet`, each loaded whole on first use.
-
-    Attributes:
-        lengths: Rows of each file.
-        names: Columns that every file has.
-    """
+    """Columns of `metadata/metadata_{k}.parquet`, each loaded whole on first use; `names` are in every file."""
 
     def __init__(self, files: list[Path]):
         self.files, self.lengths, names = files, [], []

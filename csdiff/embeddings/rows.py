@@ -17,13 +17,7 @@ LISTED_TRUNCATIONS = 20
 
 
 class ShardRows:
-    """Collects the rows of one shard; without the tokenizer of a text encoder, items without captions are kept.
-
-    Attributes:
-        captions: Of the rows that have one, in order; `lengths` are their tokens, with a tokenizer.
-        items: Items seen.
-        problems: What was left out.
-    """
+    """Collects the rows of one shard; without the tokenizer of a text encoder, items without captions are kept."""
 
     def __init__(self, config: EmbedConfig, tokenizer: CaptionTokenizer | None):
         self.config, self.tokenizer = config, tokenizer

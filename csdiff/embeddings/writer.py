@@ -148,13 +148,7 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """The files of one shard, while they are written: rows are appended to each column in order.
-
-    Attributes:
-        metadata: One row each; set by the caller, None for none.
-        notes: JSON-able, kept in the shard's record; set by the caller.
-        moments: Of the pooled embeddings, as they stand in the files.
-    """
+    """The files of one shard, while they are written; `metadata` and `notes` (JSON-able) are set by the caller."""
 
     def __init__(self, folder: Path, keys: Sequence[str], dtype: str):
         self.folder = folder
