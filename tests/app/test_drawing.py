@@ -146,7 +146,10 @@ def test_images_of_page_and_command_line_hold_the_settings_that_draw_them_again(
     record = read_settings(path)
     assert str(assets_dir()) not in json.dumps(record)
     # the records of older versions name the folders of the shipped models
-    older = {"adapter": {"folder": str(assets_dir() / "adapter")}, "decoder": {"source": str(assets_dir() / "decoder")}}
+    older = {
+        "adapter": {"folder": str(assets_dir() / "adapter")},
+        "decoder": {"source": str(assets_dir() / "decoder")},
+    }
     for settings in (record, record | older):
         assert from_record(settings) == to_record(config)
     other = {"adapter": {"folder": "runs/mine"}, "decoder": {"source": "kandinsky22"}}
