@@ -93,7 +93,7 @@ class Preset(NamedTuple):
 
     terms: dict[str, Term]
     options: dict[str, object]
-    check: Callable[[Any], None] = lambda objective: None
+    check: Callable[[Any], None] | None = None
 
     @property
     def uses_unpaired(self) -> bool:
@@ -117,7 +117,7 @@ class Objective(nn.Module):
     """
 
     # What terms read where the preset has no such option.
-    learnable_temperature, two_sided, block_size, alpha = False, True, None, 2.0
+    learnable_temperature, two_sided, block_size, alpha, rows = False, True, None, 2.0, None
 
     def __init__(
         self, preset: Preset, *, group: torch.distributed.ProcessGroup | None = None, **options: object
@@ -126,7 +126,8 @@ class Objective(nn.Module):
         self.preset, self.group = preset, group
         for option, value in {**preset.options, **options}.items():
             setattr(self, option, check_option(option, value))
-        preset.check(self)
+        if preset.check is not None:
+            preset.check(self)
         if self.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(self.temperature), dtype=torch.float32))
             if self.temperature < LEAST_TEMPERATURE:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from csdiff.losses import terms
-from csdiff.losses.arguments import check_number
 from csdiff.losses.objective import Objective, Preset, Term
 
 
@@ -77,9 +76,7 @@ class CSAlignerLoss(Objective):
 _KERNEL = {"bandwidth": 0.5, "diagonal": True, "block_size": None}
 
 
-def beside_contrast(
-    name: str, divergence: Callable, check: Callable[[Objective], None] = lambda objective: None, **options: object
-) -> Preset:
+def beside_contrast(name: str, divergence: Callable, check: Callable | None = None, **options: object) -> Preset:
     """`weight * divergence(all text, all images) + info_nce_weight * InfoNCE(pairs)`, without InfoNCE by default."""
     table = {name: Term(divergence, "weight", "unpaired"), "info_nce": Term(terms.contrast, "info_nce_weight")}
     shared = {"weight": 1.0, "info_nce_weight": 0.0, "temperature": 0.07, "two_sided": True}
@@ -93,7 +90,7 @@ OBJECTIVES: dict[str, Preset] = {
             "cs": Term(terms.divergence, "cs_weight", "unpaired"),
             "tokens": Term(terms.token_divergence, "token_weight", "tokens"),
             "source": Term(terms.contrast_with_source, "source_weight", "source_text"),
-            "regression": Term(lambda o, batch: terms.regression(batch, o.regression_rows), "regression_weight"),
+            "regression": Term(terms.regression, "regression_weight"),
         },
         {option.name: option.default for option in fields(CSAlignerLoss) if option.name != "group"},
     ),
@@ -102,11 +99,11 @@ OBJECTIVES: dict[str, Preset] = {
         {"info_nce": Term(terms.contrast)},
         {"temperature": 0.07, "learnable_temperature": False, "two_sided": True, "block_size": None},
     ),
-    "mse": Preset({"mse": Term(terms.squared_error)}, {"rows": "raw"}),
+    "mse": Preset({"mse": Term(terms.regression)}, {"rows": "raw"}),
     # The published weight.
     "eclipse": Preset(
         {
-            "mse": Term(terms.squared_error),
+            "mse": Term(terms.regression),
             "contrast": Term(terms.contrast_with_source, "contrast_weight", "source_text"),
         },
         {"contrast_weight": 0.2, "temperature": 0.07, "rows": "raw", "block_size": None},
@@ -114,9 +111,7 @@ OBJECTIVES: dict[str, Preset] = {
     "mmd": beside_contrast("mmd", terms.discrepancy, **_KERNEL),
     "sinkhorn": beside_contrast("sinkhorn", terms.sinkhorn, terms.check_geomloss, blur=0.1, scaling=0.5),
     "coral": beside_contrast("coral", terms.coral, mean_weight=0.0),
-    "kl": beside_contrast(
-        "kl", terms.kernel_kl, lambda o: check_number("bandwidth", o.bandwidth), bandwidth=0.5, reverse=False
-    ),
+    "kl": beside_contrast("kl", terms.kernel_kl, terms.check_width, bandwidth=0.5, reverse=False),
     "uniform_align": Preset(
         {"align": Term(terms.alignment), "uniform": Term(terms.uniformity, "uniformity_weight")},
         {"alpha": 2.0, "t": 2.0, "uniformity_weight": 1.0},

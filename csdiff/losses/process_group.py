@@ -6,15 +6,14 @@ average is then the gradient one process would find for the whole batch. Gatheri
 the longest share, once to every other process; no gradient is sent.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """Where the local rows stand among those of all `world` processes: rows `start` to `stop` of `total`."""
 
     start: int
@@ -36,18 +35,14 @@ def gather_rows(name: str, local: Tensor, group: dist.ProcessGroup | None) -> tu
     # The length travels with all that has to agree, so that every process raises together.
     tail = [*local.shape[1:], _DTYPES.index(local.dtype) if local.dtype in _DTYPES else -1]
     header = torch.tensor([len(local), *tail], dtype=torch.int64, device=local.device)
-    headers = [torch.empty_like(header) for _ in range(world)]
-    dist.all_gather(headers, header, group=group)
-    headers = torch.stack(headers).tolist()
+    headers = gather_numbers(header, group).tolist()
     if any(other[1:] != headers[0][1:] for other in headers):
         found = [(*other[:-1], str(_DTYPES[other[-1]])) for other in headers]
         raise ValueError(f"{name} must have the same D and dtype on every process; found (N, ..., D, dtype) {found}")
     counts = [other[0] for other in headers]
-    longest = max(counts)
-    padded = local.new_zeros((longest, *local.shape[1:]))
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
     padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group=group)
+    parts = _all(padded, group)
     start = sum(counts[:rank])
     rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     return rows, Share(start, start + counts[rank], sum(counts), world)
@@ -58,11 +53,13 @@ _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bo
 
 def gather_numbers(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`values` of every process stacked along a new first dimension."""
-    if group is None:
-        return values[None]
+    return values[None] if group is None else torch.stack(_all(values, group))
+
+
+def _all(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.stack(parts)
+    return parts
 
 
 def raise_together(error: ValueError | None, group: dist.ProcessGroup | None, device: torch.device) -> None:

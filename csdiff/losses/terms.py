@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_finite
+from csdiff.losses.arguments import check_finite, check_number
 from csdiff.losses.autograd import apart_from_autocast
 from csdiff.losses.cauchy_schwarz import cauchy_schwarz_divergence, log_mean_kernel, squared_mmd
 from csdiff.losses.contrastive import info_nce
@@ -50,11 +50,11 @@ def discrepancy(o: Any, batch: Batch) -> Tensor:
 def token_divergence(o: Any, batch: Batch) -> Tensor | None:
     """The mean divergence between the pairs' tokens on the unit sphere, None without tokens."""
     tokens = (batch.text_tokens, batch.image_tokens)
-    if all(side is None for side in tokens):
+    missing = [name for name in ("text_tokens", "image_tokens") if getattr(batch, name) is None]
+    if len(missing) == 2:
         return None
-    if any(side is None for side in tokens):
-        missing = "text_tokens" if batch.text_tokens is None else "image_tokens"
-        raise ValueError(f"text_tokens and image_tokens must be given together; found no {missing}")
+    if missing:
+        raise ValueError(f"text_tokens and image_tokens must be given together; found no {missing[0]}")
     return token_cauchy_schwarz_divergence(
         *tokens,
         batch.text_mask,
@@ -66,18 +66,15 @@ def token_divergence(o: Any, batch: Batch) -> Tensor | None:
     )
 
 
-def squared_error(o: Any, batch: Batch) -> Tensor:
-    """`regression` over the option `rows`."""
-    return regression(batch, o.rows)
-
-
-def regression(batch: Batch, rows: str) -> Tensor:
+def regression(o: Any, batch: Batch) -> Tensor:
     """Mean squared error over all entries of the pairs.
 
-    `rows`: "raw" as they are; "unit" after division by their lengths, summed over D in place of averaged, so that it
-    is `2 - 2 cos`; "standardized" divided by the mean coordinate variance of the images, so that predicting their mean
-    costs 1 whatever the encoder's scale. Alone on "raw" rows it is ECLIPSE's "Projection" baseline.
+    `rows` (`regression_rows` of `CSAlignerLoss`): "raw" as they are; "unit" after division by their lengths, summed
+    over D in place of averaged, so that it is `2 - 2 cos`; "standardized" divided by the mean coordinate variance of
+    the images, so that predicting their mean costs 1 whatever the encoder's scale. Alone on "raw" rows it is ECLIPSE's
+    "Projection" baseline.
     """
+    rows = o.rows or o.regression_rows
     if rows == "unit":
         return _mean(_square_distances(batch), batch)
     dtype = compute_dtype(batch.prediction.dtype, batch.image.dtype)
@@ -159,6 +156,11 @@ def sinkhorn(o: Any, batch: Batch) -> Tensor:
 
     loss = SamplesLoss("sinkhorn", p=2, blur=o.blur, scaling=o.scaling, backend="tensorized")
     return apart_from_autocast(loss, *unit_rows_of_all(batch))
+
+
+def check_width(o: Any) -> None:
+    """Raise ValueError unless the bandwidth is one number."""
+    check_number("bandwidth", o.bandwidth)
 
 
 def check_geomloss(o: Any) -> None:

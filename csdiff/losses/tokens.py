@@ -13,6 +13,8 @@ from csdiff.losses.tiles import compute_dtype, factor_dtype, multiply, unit_rows
 
 # Kernel values evaluated at once when no block size is given.
 KERNELS_AT_ONCE = 2**18
+# `(b, n, D)` and their mask `(b, n)`.
+Tokens = tuple[Tensor, Tensor]
 
 
 def token_cauchy_schwarz_divergence(
@@ -77,39 +79,34 @@ def token_cauchy_schwarz_divergence(
     widths = resolve_bandwidth(bandwidth, *(gather_rows("tokens", rows, group)[0] for rows in pooled))
     factor = factor_dtype(x_tokens, y_tokens)
 
-    def divergences(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor) -> Tensor:
-        # What masked tokens hold may be anything; zeros have no gradient.
-        x, y = (prepare(t.masked_fill(~mask[..., None], 0), dtype) for t, mask in ((x, x_mask), (y, y_mask)))
-        means = (t.detach().sum(1) / mask.sum(1, keepdim=True) for t, mask in ((x, x_mask), (y, y_mask)))
-        centre = sum(means)[:, None] / 2
+    def divergences(*chunk: Tensor) -> Tensor:
+        sides = []
+        for tokens, mask in zip(chunk[:2], chunk[2:], strict=True):
+            # What masked tokens hold may be anything; zeros have no gradient.
+            sides.append((prepare(tokens.masked_fill(~mask[..., None], 0), dtype), mask))
+        centre = sum(rows.detach().sum(1) / mask.sum(1, keepdim=True) for rows, mask in sides)[:, None] / 2
         # Rounded once, so that squared norms and products are those of the same points.
-        x, y = ((t - centre).to(factor).to(dtype) for t in (x, y))
-        options = (widths, diagonal, factor)
-        within = [_log_mean_kernels(t, mask, t, mask, *options) for t, mask in ((x, x_mask), (y, y_mask))]
-        found = within[0] + within[1] - 2 * _log_mean_kernels(x, x_mask, y, y_mask, *options)
+        x, y = (((rows - centre).to(factor).to(dtype), mask) for rows, mask in sides)
+        xx, yy, xy = (_log_mean_kernels(*pair, widths, diagonal, factor) for pair in ((x, x), (y, y), (x, y)))
+        found = xx + yy - 2 * xy
         return (found.clamp_min(0) if diagonal else found).sum()
 
     at_once = block_size or max(1, KERNELS_AT_ONCE // max(x_tokens.shape[1], y_tokens.shape[1]) ** 2)
     total = torch.zeros((), dtype=dtype, device=x_tokens.device)
-    for x, y, *masks in zip(*(t.split(at_once) for t in (x_tokens, y_tokens, x_mask, y_mask)), strict=True):
-        total = total + apart_from_autocast(lambda a, b, m=tuple(masks): divergences(a, b, *m), x, y)
+    for chunk in zip(*(t.split(at_once) for t in (x_tokens, y_tokens, x_mask, y_mask)), strict=True):
+        total = total + apart_from_autocast(divergences, *chunk)
     return global_sum(total, group) / global_sum(torch.full_like(total, len(x_tokens)), group).detach()
 
 
 def _log_mean_kernels(
-    x: Tensor,
-    x_mask: Tensor,
-    y: Tensor,
-    y_mask: Tensor,
-    widths: tuple[float, ...],
-    diagonal: bool,
-    factor: torch.dtype,
+    left: Tokens, right: Tokens, widths: tuple[float, ...], diagonal: bool, factor: torch.dtype
 ) -> Tensor:
-    """`log V` of each pair of token sets `(b, n, D)` and `(b, m, D)`, `(b,)`; within one set where x is y."""
-    product = x @ y.mT if factor == x.dtype else _Product.apply(x, y, factor)
-    distance = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :] - 2 * product
+    """`log V` of each pair of token sets, `(b,)`; within one set where left is right."""
+    (x, x_mask), (y, y_mask) = left, right
+    squares = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :]
+    distance = squares - 2 * (x @ y.mT if factor == x.dtype else _Product.apply(x, y, factor))
     pair = x_mask[:, :, None] & y_mask[:, None, :]
-    if x is y:
+    if left is right:
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         distance = distance.masked_fill(itself, 0)
         pair = pair if diagonal else pair & ~itself
