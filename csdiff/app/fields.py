@@ -14,7 +14,7 @@ from csdiff.pipelines.decoders import find_models, resolve_decoder
 from csdiff.pipelines.generate import sampling
 from csdiff.pipelines.presets import PRESETS
 
-MOST_STEPS, MOST_GUIDANCE = 200, 30.0
+MOST = {"seed": LARGEST_SEED, "steps": 200, "guidance": 30.0}
 LONGEST_PROMPT = 2000
 
 
@@ -54,7 +54,7 @@ def sampling_of(models: Models, decoder: str | None) -> tuple[int, float]:
     """Steps and guidance that a decoder is made for, as far as the sliders go."""
     options = models.options(decoder=decoder)
     options = sampling(options, resolve_decoder(options.decoder))
-    return min(options.steps, MOST_STEPS), min(max(options.guidance, 1.0), MOST_GUIDANCE)
+    return min(options.steps, MOST["steps"]), min(max(options.guidance, 1.0), MOST["guidance"])
 
 
 class Fields:
@@ -70,8 +70,8 @@ class Fields:
             self.random = gr.Checkbox(False, label="New each time", min_width=160)
         with gr.Row():
             place = {"min_width": 150, "elem_id": f"{name}steps"}
-            self.steps = gr.Slider(1, MOST_STEPS, value=steps, step=1, label="Steps", **place)
-            self.guidance = gr.Slider(1, MOST_GUIDANCE, value=guidance, step=0.5, label="Guidance", min_width=150)
+            self.steps = gr.Slider(1, MOST["steps"], value=steps, step=1, label="Steps", **place)
+            self.guidance = gr.Slider(1, MOST["guidance"], value=guidance, step=0.5, label="Guidance", min_width=150)
 
     def all(self) -> list:
         return [self.negative, self.seed, self.random, self.steps, self.guidance]

@@ -7,8 +7,8 @@ from urllib.parse import urlencode
 
 import gradio as gr
 
-from csdiff.app.drawing import LARGEST_SEED, Drawn, blend, check, create, from_record, read_upload, settings, to_record
-from csdiff.app.fields import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, Fields, ModelChoice, gallery
+from csdiff.app.drawing import KEPT, Drawn, blend, check, create, from_record, read_upload, settings, to_record
+from csdiff.app.fields import LONGEST_PROMPT, MOST, Fields, ModelChoice, gallery
 from csdiff.app.inspection import Inspector, inside_tab
 from csdiff.app.models import Models
 from csdiff.app.press import ASIDE, PRIVATE, Progress, press, status, stream
@@ -29,7 +29,7 @@ STRIP = {
 }
 WAY = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Uploads and images are kept so long, in seconds.
-KEPT = 6 * 3600
+SECONDS_KEPT = 6 * 3600
 WORKPLACE = {"equal_height": False, "elem_classes": "workplace"}
 ASKED = {"scale": 2, "min_width": 320, "elem_classes": "asked"}
 ANSWERED = {"scale": 3, "min_width": 320, "elem_classes": "answered"}
@@ -37,7 +37,7 @@ ANSWERED = {"scale": 3, "min_width": 320, "elem_classes": "answered"}
 
 def build_page(models: Models, inspector: Inspector) -> gr.Blocks:
     """The Gradio blocks; everything that someone does stays in their own session."""
-    with gr.Blocks(title="csdiff", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+    with gr.Blocks(title="csdiff", analytics_enabled=False, delete_cache=(SECONDS_KEPT // 6, SECONDS_KEPT)) as page:
         words = "A prompt becomes an image embedding in one step; an unCLIP decoder draws it."
         gr.HTML(f"<h1>csdiff</h1><p>{words}</p>", elem_id="head")
         choice = ModelChoice(models)
@@ -132,13 +132,9 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
 
     def shown(record: dict) -> list:
         """Settings as values of the fields; what they leave open stays as it is."""
-        most = {"num_images": models.config.max_images, "seed": LARGEST_SEED, "steps": MOST_STEPS}
-        most |= {"guidance": MOST_GUIDANCE}
-        given = {
-            name: min(value, most[name]) if name in most else value for name, value in from_record(record).items()
-        }
-        names = ("prompt", "num_images", "negative_prompt", "seed", "steps", "guidance", "adapter", "decoder")
-        return [given.get(name, gr.skip()) for name in names]
+        given, most = from_record(record), MOST | {"num_images": models.config.max_images}
+        given |= {name: min(given[name], bound) for name, bound in most.items() if name in given}
+        return [given.get(name, gr.skip()) for name in KEPT]
 
     def take(path: str | None) -> list:
         """The fields as the settings in a PNG say."""

@@ -8,33 +8,23 @@ import shlex
 
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    KandinskyV22CombinedPipeline,
-    KandinskyV22ControlnetPipeline,
-    KandinskyV22InpaintPipeline,
-    MotionAdapter,
-    UnCLIPScheduler,
-)
+from diffusers import ControlNetModel, MotionAdapter
 from PIL import Image
-from tiny_pipelines import (
-    DIM,
-    clip_parts,
-    flux,
-    flux_ip_adapter_weights,
-    ip_adapter_weights,
-    kandinsky_parts,
-    karlo_folder,
-    prior_transformer,
-    stable_cascade_prior,
-    stable_diffusion,
-    stable_diffusion_xl,
-    stable_unclip_img2img,
-)
+from tiny_pipelines import build, ip_adapter_weights, karlo_folder
 
 from csdiff.cli import run_command
 
 PAGE = "docs/decoders.md"
+PIPELINES = {
+    "kandinsky-community/kandinsky-2-2-decoder": "KandinskyV22CombinedPipeline",
+    "kandinsky-community/kandinsky-2-2-decoder-inpaint": "KandinskyV22InpaintPipeline",
+    "kandinsky-community/kandinsky-2-2-controlnet-depth": "KandinskyV22ControlnetPipeline",
+    "stabilityai/stable-diffusion-2-1-unclip-small": "StableUnCLIPImg2ImgPipeline",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "stabilityai/stable-cascade-prior": "StableCascadePriorPipeline",
+}
 
 
 def snippets(text: str) -> list[str]:
@@ -46,39 +36,24 @@ def stand_ins(tiny_clip, tmp_path_factory) -> dict[str, str]:
     """A tiny folder for each repository."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("hub")
-    prior = {"prior": prior_transformer(tiny_clip, DIM), "scheduler": UnCLIPScheduler(prediction_type="sample")}
-    prior = {f"prior_{name}": part for name, part in {**prior, **clip_parts(tiny_clip)}.items()}
-    sd15, sdxl, flux1 = stable_diffusion(tiny_clip), stable_diffusion_xl(tiny_clip), flux(tiny_clip)
+    pipes = {class_name: build(class_name, tiny_clip) for class_name in PIPELINES.values()}
+    sd15 = pipes["StableDiffusionPipeline"]
     motion = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
-    pipelines = {
-        "kandinsky-community/kandinsky-2-2-decoder": KandinskyV22CombinedPipeline(**kandinsky_parts(DIM), **prior),
-        "kandinsky-community/kandinsky-2-2-decoder-inpaint": KandinskyV22InpaintPipeline(
-            **kandinsky_parts(DIM, in_channels=9)
-        ),
-        "kandinsky-community/kandinsky-2-2-controlnet-depth": KandinskyV22ControlnetPipeline(
-            **kandinsky_parts(DIM, in_channels=8, hint=True)
-        ),
-        "stabilityai/stable-diffusion-2-1-unclip-small": stable_unclip_img2img(tiny_clip, DIM),
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
-        "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
-        "black-forest-labs/FLUX.1-dev": flux1,
-        "stabilityai/stable-cascade-prior": stable_cascade_prior(tiny_clip, DIM),
-        "lllyasviel/control_v11f1p_sd15_depth": ControlNetModel.from_unet(
-            sd15.unet, conditioning_embedding_out_channels=(8, 16)
-        ),
+    control = {"conditioning_embedding_out_channels": (8, 16)}
+    folders = {name: pipes[class_name] for name, class_name in PIPELINES.items()} | {
+        "lllyasviel/control_v11f1p_sd15_depth": ControlNetModel.from_unet(sd15.unet, **control),
         "guoyww/animatediff-motion-adapter-v1-5-2": MotionAdapter(**motion, motion_norm_num_groups=8),
     }
-    for name, pipe in pipelines.items():
-        pipe.save_pretrained(root / name)
-    karlo_folder(root / "kakaobrain/karlo-v1-alpha", tiny_clip, DIM)
-    for folder, file, unet in (
-        ("models", "ip-adapter_sd15.safetensors", sd15.unet),
-        ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors", sdxl.unet),
+    for name, part in folders.items():
+        part.save_pretrained(root / name)
+    karlo_folder(root / "kakaobrain/karlo-v1-alpha", tiny_clip)
+    for place, class_name in (
+        ("h94/IP-Adapter/models/ip-adapter_sd15.safetensors", "StableDiffusionPipeline"),
+        ("h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "StableDiffusionXLPipeline"),
+        ("XLabs-AI/flux-ip-adapter-v2/ip_adapter.safetensors", "FluxPipeline"),
     ):
-        weights = root / "h94/IP-Adapter" / folder
-        ip_adapter_weights(weights, unet, DIM).rename(weights / file)
-    flux_ip_adapter_weights(root / "XLabs-AI/flux-ip-adapter-v2", flux1.transformer, DIM)
-    names = [*pipelines, "kakaobrain/karlo-v1-alpha", "h94/IP-Adapter", "XLabs-AI/flux-ip-adapter-v2"]
+        ip_adapter_weights((root / place).parent, pipes[class_name]).rename(root / place)
+    names = [*folders, "kakaobrain/karlo-v1-alpha", "h94/IP-Adapter", "XLabs-AI/flux-ip-adapter-v2"]
     return {f'"{name}"': f'"{root / name}"' for name in names}
 
 

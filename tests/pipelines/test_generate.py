@@ -11,19 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import (
-    DIM,
-    flux,
-    flux_ip_adapter_weights,
-    ip_adapter_weights,
-    karlo_folder,
-    prior_transformer,
-    random_adapter,
-    stable_diffusion,
-    stable_diffusion_xl,
-    stable_unclip,
-    stable_unclip_img2img,
-)
+from tiny_pipelines import DIM, prior_transformer, random_adapter, save_decoder
 
 from csdiff import CSDiffError
 from csdiff.adapters import LoRAAdapter, TransformerAdapter
@@ -209,63 +197,33 @@ def test_overlong_prompts_warn_with_what_is_cut(config, caplog):
     assert "prompt" in caplog.records[-1].getMessage()[-10:]
 
 
-def stable_unclip_with_prior(folder, clip):
-    stable_unclip(clip, DIM).save_pretrained(folder)
-    return {}
+DECODERS = [
+    "StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline", "UnCLIPPipeline", "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline", "FluxPipeline",
+]  # fmt: skip
 
 
-def stable_unclip_with_image_embeds(folder, clip):
-    stable_unclip_img2img(clip, DIM).save_pretrained(folder)
-    return {}
-
-
-def karlo(folder, clip):
-    karlo_folder(folder, clip, DIM)
-    return {"height": None, "width": None}
-
-
-def flux_with_ip_adapter(folder, clip):
-    pipe = flux(clip)
-    pipe.save_pretrained(folder)
-    weights = flux_ip_adapter_weights(folder.with_name("weights"), pipe.transformer, DIM)
-    return {"ip_adapter": str(weights.parent)}
-
-
-def _ip_adapter(pipe, folder):
-    pipe.save_pretrained(folder)
-    return {"ip_adapter": str(ip_adapter_weights(folder.with_name("weights"), pipe.unet, DIM))}
-
-
-def sd15(folder, clip):
-    return _ip_adapter(stable_diffusion(clip), folder)
-
-
-def sdxl(folder, clip):
-    return _ip_adapter(stable_diffusion_xl(clip), folder)
-
-
-KINDS = [stable_unclip_with_prior, stable_unclip_with_image_embeds, karlo, sd15, sdxl, flux_with_ip_adapter]
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_every_kind_of_decoder_folder_is_recognised(make, config, tiny_clip, tmp_path):
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_kind_of_decoder_folder_is_recognised(name, config, tiny_clip, tmp_path):
     torch.manual_seed(0)
-    options = make(tmp_path / "decoder", tiny_clip)
-    changes = {"decoder": str(tmp_path / "decoder"), "prompt": ["a cat", "a dog"], "grid": False, **options}
+    size = dict.fromkeys(("height", "width"), None if name == "UnCLIPPipeline" else 32)
+    changes = {**save_decoder(name, tiny_clip, tmp_path / "decoder"), **size, "grid": False}
     steps = []
-    paths = generate(config(**changes, batch_size=2), lambda *args: steps.append((*args[:2], args[2]())))
-    calls = 2 if "ip_adapter" in options else 1
+    paths = generate(
+        config(**changes, prompt=["a cat", "a dog"], batch_size=2), lambda *args: steps.append((*args[:2], args[2]()))
+    )
+    calls = 2 if "ip_adapter" in changes else 1
     assert [step[:2] for step in steps] == [(step, 2 * calls) for step in range(1, 2 * calls + 1)]
-    assert (steps[-1][2] is None) == (make is karlo)
+    assert (steps[-1][2] is None) == (name == "UnCLIPPipeline")
     assert len({path.read_bytes() for path in paths}) == 2
-    (again,) = generate(config(**{**changes, "prompt": ["a dog"]}, output=str(tmp_path / "again"), batch_size=1))
+    (again,) = generate(config(**changes, prompt=["a dog"], output=str(tmp_path / "again"), batch_size=1))
     left, right = (torch.tensor(list(Image.open(path).tobytes()), dtype=torch.int) for path in (paths[1], again))
     assert (left - right).abs().max() <= 1
 
 
 def test_flux_guides_by_a_negative_only_when_asked(config, tiny_clip, tmp_path):
     torch.manual_seed(0)
-    options = {"decoder": tmp_path / "decoder", **flux_with_ip_adapter(tmp_path / "decoder", tiny_clip)}
+    options = save_decoder("FluxPipeline", tiny_clip, tmp_path / "decoder")
     with pytest.raises(CSDiffError, match="--true_cfg"):
         generate(config(**options, negative_prompt="blurry"))
     changes = [{}, {"true_cfg": 3.0}, {"true_cfg": 3.0, "negative_prompt": "blurry"}]
@@ -370,8 +328,7 @@ def test_bad_options(changes, words, config, tmp_path):
 
 
 def test_karlo_says_what_it_cannot_do(config, tiny_clip, tmp_path):
-    karlo(tmp_path / "decoder", tiny_clip)
-    changes = {"decoder": str(tmp_path / "decoder"), "height": None, "width": None}
+    changes = {**save_decoder("UnCLIPPipeline", tiny_clip, tmp_path / "decoder"), "height": None, "width": None}
     with pytest.raises(CSDiffError, match="Karlo takes no negative prompt"):
         generate(config(**changes, negative_prompt="blurry"))
     assert not (tmp_path / "pictures").exists()
@@ -407,11 +364,10 @@ def test_a_picture_that_overflows_names_the_number_format(config, tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-@pytest.mark.parametrize("make", [karlo, stable_unclip_with_image_embeds])
-def test_pickled_decoders_say_how_to_convert_them(make, config, tiny_clip, tmp_path):
-    options = make(tmp_path / "decoder", tiny_clip)
-    prior_transformer(tiny_clip, DIM).save_pretrained(tmp_path / "decoder" / "prior")
-    changes = {**options, "decoder": str(tmp_path / "decoder")}
+@pytest.mark.parametrize("name", ["UnCLIPPipeline", "StableUnCLIPImg2ImgPipeline"])
+def test_pickled_decoders_say_how_to_convert_them(name, config, tiny_clip, tmp_path):
+    changes = {**save_decoder(name, tiny_clip, tmp_path / "decoder"), "height": None, "width": None}
+    prior_transformer(tiny_clip).save_pretrained(tmp_path / "decoder" / "prior")
     for file in (tmp_path / "decoder").glob("*/*.safetensors"):
         name = "pytorch_model.bin" if file.name == "model.safetensors" else file.with_suffix(".bin").name
         torch.save(load_file(file), file.with_name(name))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
 from PIL import Image
-from tiny_pipelines import DIM, PROMPT, clip_parts, prior_transformer
+from tiny_pipelines import DIM, PROMPT, build, clip_parts, prior_transformer
 
 from csdiff import CSDiffError
 from csdiff.pipelines import CSDiffPriorPipeline, OneShotScheduler
@@ -191,11 +191,8 @@ def test_optional_components_may_be_absent(pipe, tmp_path):
     np.testing.assert_allclose(reloaded(**inputs, generator=torch.Generator().manual_seed(0))[0], output, atol=1e-4)
 
 
-def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(parts, tiny_clip, adapter, embed, tmp_path):
-    prior = prior_transformer(tiny_clip, DIM)
-    KandinskyV22PriorPipeline(
-        prior=prior, scheduler=UnCLIPScheduler(prediction_type="sample"), **parts
-    ).save_pretrained(tmp_path)
+def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(tiny_clip, adapter, embed, tmp_path):
+    build("KandinskyV22PriorPipeline", tiny_clip).save_pretrained(tmp_path)
     pipe = CSDiffPriorPipeline.from_pretrained(tmp_path, prior=adapter)
     pipe.set_progress_bar_config(disable=True)
     torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
@@ -231,7 +228,7 @@ def test_interpolate_mixes_prompts_and_pictures(pipe, adapter, encoders, embed, 
 
 def test_a_diffusion_prior_keeps_its_scheduler_and_steps(parts, tiny_clip):
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
-    prior = prior_transformer(tiny_clip, DIM)
+    prior = prior_transformer(tiny_clip)
     torch.nn.init.ones_(prior.clip_std)
     pipe = CSDiffPriorPipeline(prior, **parts, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)

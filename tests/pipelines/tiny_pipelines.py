@@ -1,31 +1,22 @@
-"""Tiny, random, real components of every decoder an adapter drives; all take image embeddings of `dim` numbers."""
+"""Tiny, random, real pipelines of every kind that an adapter drives; all take image embeddings of `DIM` numbers."""
 
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
-    DDPMWuerstchenScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PriorTransformer,
-    StableCascadePriorPipeline,
-    StableCascadeUNet,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    StableUnCLIPImg2ImgPipeline,
-    StableUnCLIPPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
 )
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
@@ -42,14 +33,41 @@ from transformers import (
 from csdiff.adapters import MLPAdapter
 from csdiff.embeddings.encoders import quiet_loading
 
-TEXT_WIDTH = 16
 PROMPT = "a red apple"
+# Also the width of the decoders' own text towers.
 DIM = 16
 
+_PHOTO, _MASK, _HINT = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255), torch.rand(1, 3, 64, 64)
+_FLUX_PHOTO = {"image": _PHOTO, "strength": 1.0}
+CALLS = {
+    "KandinskyV22Pipeline": {},
+    "KandinskyV22Img2ImgPipeline": {"image": _PHOTO, "strength": 0.6},
+    "KandinskyV22InpaintPipeline": {"image": _PHOTO, "mask_image": _MASK},
+    "KandinskyV22ControlnetPipeline": {"hint": _HINT},
+    "KandinskyV22ControlnetImg2ImgPipeline": {"hint": _HINT, "image": _PHOTO, "strength": 0.6},
+    "StableUnCLIPImg2ImgPipeline": {"noise_level": 0},
+    "StableDiffusionPipeline": {},
+    "StableDiffusionControlNetPipeline": {"image": _PHOTO},
+    "AnimateDiffPipeline": {"num_frames": 2},
+    "StableDiffusionXLPipeline": {},
+    "StableDiffusionXLControlNetPipeline": {"image": _PHOTO},
+    "FluxPipeline": {},
+    "FluxImg2ImgPipeline": _FLUX_PHOTO,
+    "FluxInpaintPipeline": {**_FLUX_PHOTO, "mask_image": _MASK},
+    "FluxControlNetPipeline": {"control_image": _PHOTO},
+    "FluxKontextPipeline": {"image": _PHOTO, "_auto_resize": False, "max_area": 64 * 64},
+    "StableCascadePriorPipeline": {},
+    "KandinskyV22CombinedPipeline": {},
+    "KandinskyV22Img2ImgCombinedPipeline": {"image": _PHOTO, "strength": 0.6},
+    "KandinskyV22InpaintCombinedPipeline": {"image": _PHOTO, "mask_image": _MASK},
+    "StableUnCLIPPipeline": {},
+}
+"""Pipeline classes, and what a call needs beside the prompt and the embedding."""
 
-def random_adapter(dim: int = DIM, seed: int = 0, **options) -> MLPAdapter:
+
+def random_adapter(dim: int = DIM, **options) -> MLPAdapter:
     """An MLP adapter whose answers differ from its input, with statistics to un-whiten by."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     adapter = MLPAdapter(embedding_dim=dim, **options).eval()
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -57,6 +75,45 @@ def random_adapter(dim: int = DIM, seed: int = 0, **options) -> MLPAdapter:
     mean, std = torch.randn(dim, generator=generator), torch.rand(dim, generator=generator) + 0.5
     adapter.set_statistics(mean, std)
     return adapter
+
+
+def build(name: str, clip: Path):
+    """A pipeline by the name of its class, over the vocabulary of a CLIP folder."""
+    if "Kandinsky" in name:
+        prior = prior_parts(clip)
+        parts = {**_kandinsky(name), **{f"prior_{part}": value for part, value in prior.items()}}
+        parts |= prior if "Prior" in name else {}
+    else:
+        make = {"Flux": _flux, "UnCLIP": _stable_unclip, "XL": _sdxl, "Cascade": _cascade, "": _stable_diffusion}
+        parts = next(value for word, value in make.items() if word in name)(clip)
+    if "ControlNet" in name:
+        parts["controlnet"] = _control(parts)
+    pipeline_class = getattr(diffusers, name)
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    pipe = pipeline_class(**{part: value for part, value in parts.items() if part in taken})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_with_ip_adapter(name: str, clip: Path, folder: Path):
+    """The same, with an IP-Adapter whose weights are written into a folder."""
+    pipe = build(name, clip)
+    path = ip_adapter_weights(folder, pipe)
+    tower = "image_encoder_pretrained_model_name_or_path" if "Flux" in name else "image_encoder_folder"
+    folder = {"subfolder": ""} if "Flux" not in name else {}
+    pipe.load_ip_adapter(str(path.parent), weight_name=path.name, **folder, **{tower: None})
+    return pipe
+
+
+def save_decoder(name: str, clip: Path, folder: Path) -> dict[str, str]:
+    """Writes a decoder folder; returns the options of `generate` that draw with it."""
+    if name == "UnCLIPPipeline":
+        return {"decoder": str(karlo_folder(folder, clip))}
+    pipe = build(name, clip)
+    pipe.save_pretrained(folder)
+    if "ip_adapter_image_embeds" not in inspect.signature(pipe.__call__).parameters:
+        return {"decoder": str(folder)}
+    return {"decoder": str(folder), "ip_adapter": str(ip_adapter_weights(folder.with_name("weights"), pipe))}
 
 
 def clip_parts(clip: Path) -> dict:
@@ -70,304 +127,167 @@ def clip_parts(clip: Path) -> dict:
         }
 
 
-def prior_transformer(clip: Path, dim: int) -> PriorTransformer:
+def prior_transformer(clip: Path) -> diffusers.PriorTransformer:
     """A stock diffusion prior."""
     config = CLIPConfig.from_pretrained(clip).text_config
-    return PriorTransformer(
+    return diffusers.PriorTransformer(
         num_attention_heads=2,
         # as wide as the token states, which then need no projection
         attention_head_dim=config.hidden_size // 2,
         num_layers=1,
-        embedding_dim=dim,
+        embedding_dim=DIM,
         num_embeddings=config.max_position_embeddings,
         encoder_hid_proj_type=None,
     )
 
 
-def kandinsky_unet(dim: int, in_channels: int = 4, hint: bool = False) -> UNet2DConditionModel:
-    """A Kandinsky 2.2 UNet; nine channels for inpainting, a hint for controlnet."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
+def prior_parts(clip: Path) -> dict:
+    """Every component of a stock prior pipeline."""
+    scheduler = UnCLIPScheduler(prediction_type="sample")
+    return {"prior": prior_transformer(clip), "scheduler": scheduler, **clip_parts(clip)}
+
+
+def _unet(**options) -> UNet2DConditionModel:
+    usual = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": DIM,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**usual, **options}).eval()
+
+
+# The blocks of Kandinsky and of Karlo.
+_RESNET = {
+    "sample_size": 8,
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "resnet_time_scale_shift": "scale_shift",
+}
+
+
+def _kandinsky(name: str) -> dict:
+    hint = "Controlnet" in name
+    unet = _unet(
+        **_RESNET,
+        in_channels=9 if "Inpaint" in name else 8 if hint else 4,
         out_channels=8,
         addition_embed_type="image_hint" if hint else "image",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        encoder_hid_dim=dim,
+        encoder_hid_dim=DIM,
         encoder_hid_dim_type="image_proj",
-        cross_attention_dim=dim,
-        attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-        norm_num_groups=8,
-    ).eval()
-
-
-def movq() -> VQModel:
-    """A MoVQ with Kandinsky's factor of 8."""
-    return VQModel(
+    )
+    # a MoVQ with Kandinsky's factor of 8
+    movq = diffusers.VQModel(
         block_out_channels=(32, 32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
         latent_channels=4,
         num_vq_embeddings=12,
         vq_embed_dim=4,
         norm_num_groups=8,
         norm_type="spatial",
     ).eval()
-
-
-def kandinsky_parts(dim: int, **unet_options) -> dict:
-    """`unet`, `scheduler` and `movq` of a Kandinsky 2.2 decoder."""
     scheduler = DDPMScheduler(beta_schedule="linear", clip_sample=False, variance_type="learned_range")
-    return {"unet": kandinsky_unet(dim, **unet_options), "scheduler": scheduler, "movq": movq()}
+    return {"unet": unet, "scheduler": scheduler, "movq": movq}
 
 
-def vae() -> AutoencoderKL:
+def _vae(**options) -> AutoencoderKL:
     """An autoencoder of factor 2."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    ).eval()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**{**blocks, "block_out_channels": (8, 8), "norm_num_groups": 4, **options}).eval()
 
 
-def text_tower(clip: Path, projected: bool = False) -> CLIPTextModel:
+def _text_tower(clip: Path, projected: bool = False) -> CLIPTextModel:
     """A text encoder for the decoder itself, over the vocabulary of `clip`."""
+    names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     base = CLIPConfig.from_pretrained(clip).text_config
-    config = CLIPTextConfig(
-        vocab_size=base.vocab_size,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=base.max_position_embeddings,
-        projection_dim=TEXT_WIDTH,
-        bos_token_id=base.bos_token_id,
-        eos_token_id=base.eos_token_id,
-        pad_token_id=base.pad_token_id,
-    )
+    sizes = {"hidden_size": DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(projection_dim=DIM, **sizes, **{name: getattr(base, name) for name in names})
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def stable_unclip_parts(clip: Path, dim: int) -> dict:
-    """What both stable unCLIP pipelines share; at noise level 0 the embedding goes through unchanged."""
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        class_embed_type="projection",
-        # image embedding and embedded noise level
-        projection_class_embeddings_input_dim=2 * dim,
-        cross_attention_dim=TEXT_WIDTH,
-        use_linear_projection=True,
-        norm_num_groups=8,
-    ).eval()
+def _stable_diffusion(clip: Path, **unet_options) -> dict:
+    """Stable Diffusion 1.5, and AnimateDiff."""
+    motion = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
     return {
-        "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim=dim),
-        "image_noising_scheduler": DDPMScheduler(beta_start=1e-12, beta_schedule="linear"),
-        "tokenizer": CLIPTokenizer.from_pretrained(clip),
-        "text_encoder": text_tower(clip),
-        "unet": unet,
+        "unet": _unet(**unet_options),
         "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        "vae": vae(),
-    }
-
-
-def stable_unclip(clip: Path, dim: int) -> StableUnCLIPPipeline:
-    """Stable unCLIP with a stock prior."""
-    parts = clip_parts(clip)
-    return StableUnCLIPPipeline(
-        prior_tokenizer=parts["tokenizer"],
-        prior_text_encoder=parts["text_encoder"],
-        prior=prior_transformer(clip, dim),
-        prior_scheduler=UnCLIPScheduler(prediction_type="sample"),
-        **stable_unclip_parts(clip, dim),
-    )
-
-
-def stable_unclip_img2img(clip: Path, dim: int) -> StableUnCLIPImg2ImgPipeline:
-    """Stable unCLIP that takes images or image embeddings."""
-    parts = clip_parts(clip)
-    return StableUnCLIPImg2ImgPipeline(
-        feature_extractor=parts["image_processor"],
-        image_encoder=parts["image_encoder"],
-        **stable_unclip_parts(clip, dim),
-    )
-
-
-def karlo_components(clip: Path, dim: int) -> dict:
-    """Every component of Karlo but the prior, under its folder's name."""
-    decoder = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=6,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity",
-        norm_num_groups=8,
-    ).eval()
-
-    def super_resolution() -> UNet2DModel:
-        return UNet2DModel(
-            sample_size=16,
-            in_channels=6,
-            out_channels=3,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-        ).eval()
-
-    return {
-        # Karlo projects token states and embeddings alike, so they have one width
-        "text_encoder": text_tower(clip, projected=True),
+        "vae": _vae(latent_channels=4),
+        "text_encoder": _text_tower(clip),
         "tokenizer": CLIPTokenizer.from_pretrained(clip),
-        "text_proj": UnCLIPTextProjModel(clip_embeddings_dim=dim, time_embed_dim=64, cross_attention_dim=16),
-        "decoder": decoder,
-        "super_res_first": super_resolution(),
-        "super_res_last": super_resolution(),
-        "prior_scheduler": UnCLIPScheduler(prediction_type="sample", num_train_timesteps=1000),
-        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range", num_train_timesteps=1000),
-        "super_res_scheduler": UnCLIPScheduler(num_train_timesteps=1000),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+        "motion_adapter": diffusers.MotionAdapter(**motion, motion_norm_num_groups=8),
     }
 
 
-def karlo_folder(folder: Path, clip: Path, dim: int) -> Path:
-    """A folder laid out like Karlo's repository, index included."""
-    for name, part in karlo_components(clip, dim).items():
-        part.save_pretrained(folder / name)
-    index = {
-        "_class_name": "UnCLIPPipeline",
-        "_diffusers_version": "0.12.0",
-        "text_proj": ["unclip", "UnCLIPTextProjModel"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def _text_to_image_unet(**options) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        **options,
-    ).eval()
-
-
-def stable_diffusion(clip: Path) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5."""
-    return StableDiffusionPipeline(
-        unet=_text_to_image_unet(cross_attention_dim=TEXT_WIDTH, attention_head_dim=4),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        vae=vae(),
-        text_encoder=text_tower(clip),
-        tokenizer=CLIPTokenizer.from_pretrained(clip),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def stable_diffusion_xl(clip: Path) -> StableDiffusionXLPipeline:
-    """SDXL."""
-    unet = _text_to_image_unet(
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
+def _sdxl(clip: Path) -> dict:
+    unet = {
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "transformer_layers_per_block": (1, 1),
         # six embedded sizes and the pooled text
-        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
-        cross_attention_dim=2 * TEXT_WIDTH,
-    )
-    return StableDiffusionXLPipeline(
-        unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        vae=vae(),
-        text_encoder=text_tower(clip),
-        text_encoder_2=text_tower(clip, projected=True),
-        tokenizer=CLIPTokenizer.from_pretrained(clip),
-        tokenizer_2=CLIPTokenizer.from_pretrained(clip),
-    )
-
-
-def ip_adapter_weights(folder: Path, unet: UNet2DConditionModel, dim: int, tokens: int = 4) -> Path:
-    """IP-Adapter weights for a UNet, in the layout of the published ones."""
-    torch.manual_seed(0)
-    width = unet.config.cross_attention_dim
-    tensors = {
-        "image_proj.proj.weight": torch.randn(tokens * width, dim),
-        "image_proj.proj.bias": torch.randn(tokens * width),
-        "image_proj.norm.weight": torch.ones(width),
-        "image_proj.norm.bias": torch.zeros(width),
+        "projection_class_embeddings_input_dim": 6 * 8 + DIM,
+        "cross_attention_dim": 2 * DIM,
     }
-    # the published files number the attention layers of the UNet, cross-attention on the odd ones
-    for index, name in enumerate(unet.attn_processors):
-        if name.endswith("attn2.processor"):
-            layer = unet.get_submodule(name.removesuffix(".processor"))
-            for kind, linear in {"to_k_ip": layer.to_k, "to_v_ip": layer.to_v}.items():
-                tensors[f"ip_adapter.{index}.{kind}.weight"] = torch.randn_like(linear.weight) / width**0.5
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ip-adapter.safetensors"
-    save_file(tensors, path)
-    return path
+    second = {"text_encoder_2": _text_tower(clip, projected=True), "tokenizer_2": CLIPTokenizer.from_pretrained(clip)}
+    return _stable_diffusion(clip, **unet) | second
 
 
-def flux_parts(clip: Path, in_channels: int = 4) -> dict:
-    """Every component of FLUX.1 but its optional image tower, of one double and one single block."""
+def _stable_unclip(clip: Path) -> dict:
+    """Both stable unCLIP pipelines; at noise level 0 the embedding goes through unchanged."""
+    # image embedding and embedded noise level
+    unet = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * DIM}
+    prior = prior_parts(clip)
+    return _stable_diffusion(clip, **unet, use_linear_projection=True) | {
+        "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim=DIM),
+        "image_noising_scheduler": DDPMScheduler(beta_start=1e-12, beta_schedule="linear"),
+        "feature_extractor": prior["image_processor"],
+        "image_encoder": prior["image_encoder"],
+        "prior": prior["prior"],
+        **{f"prior_{name}": prior[name] for name in ("scheduler", "text_encoder", "tokenizer")},
+    }
+
+
+def _control(parts: dict):
+    if "unet" in parts:
+        return ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
+    names = ("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
+    names += ("pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "in_channels")
+    return diffusers.FluxControlNetModel(**{name: parts["transformer"].config[name] for name in names})
+
+
+def _flux(clip: Path) -> dict:
+    """FLUX.1 of one double and one single block."""
     tokenizer = CLIPTokenizer.from_pretrained(clip)
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
-        in_channels=in_channels,
+        in_channels=4,
         out_channels=4,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
-        pooled_projection_dim=TEXT_WIDTH,
+        pooled_projection_dim=DIM,
         axes_dims_rope=[4, 4, 8],
         guidance_embeds=True,
     ).eval()
     t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
-    autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=1,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-    ).eval()
+    scale = {"latent_channels": 1, "shift_factor": 0.06, "scaling_factor": 1.5}
     return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
-        "vae": autoencoder,
-        "text_encoder": text_tower(clip),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        "vae": _vae(**scale, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": _text_tower(clip),
         "tokenizer": tokenizer,
         "text_encoder_2": T5EncoderModel(t5).eval(),
         "tokenizer_2": tokenizer,
@@ -375,48 +295,67 @@ def flux_parts(clip: Path, in_channels: int = 4) -> dict:
     }
 
 
-def flux(clip: Path) -> FluxPipeline:
-    """FLUX.1."""
-    return FluxPipeline(**flux_parts(clip))
-
-
-def flux_ip_adapter_weights(folder: Path, transformer: FluxTransformer2DModel, dim: int, tokens: int = 4) -> Path:
-    """IP-Adapter weights for FLUX.1, with the names that XLabs gave them."""
-    torch.manual_seed(0)
-    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
-    tensors = {
-        "ip_adapter_proj_model.proj.weight": torch.randn(tokens * width, dim),
-        "ip_adapter_proj_model.proj.bias": torch.randn(tokens * width),
-        "ip_adapter_proj_model.norm.weight": torch.ones(width),
-        "ip_adapter_proj_model.norm.bias": torch.zeros(width),
-    }
-    for block in range(transformer.config.num_layers):
-        for kind in ("k", "v"):
-            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
-            tensors[f"{name}.weight"] = torch.randn(inner, width) / width**0.5
-            tensors[f"{name}.bias"] = torch.zeros(inner)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ip_adapter.safetensors"
-    save_file(tensors, path)
-    return path
-
-
-def stable_cascade_prior(clip: Path, dim: int) -> StableCascadePriorPipeline:
+def _cascade(clip: Path) -> dict:
     """Stage C of Stable Cascade."""
-    prior = StableCascadeUNet(
-        conditioning_dim=32,
-        block_out_channels=(16, 16),
-        num_attention_heads=(2, 2),
-        down_num_layers_per_block=(1, 1),
-        up_num_layers_per_block=(1, 1),
-        clip_image_in_channels=dim,
-        clip_text_in_channels=TEXT_WIDTH,
-        clip_text_pooled_in_channels=TEXT_WIDTH,
-        switch_level=(False,),
-    ).eval()
-    return StableCascadePriorPipeline(
-        tokenizer=CLIPTokenizer.from_pretrained(clip),
-        text_encoder=text_tower(clip, projected=True),
-        prior=prior,
-        scheduler=DDPMWuerstchenScheduler(),
-    )
+    widths = {f"clip_{name}_channels": DIM for name in ("image_in", "text_in", "text_pooled_in")}
+    unet = diffusers.StableCascadeUNet(
+        conditioning_dim=32, block_out_channels=(16, 16), up_num_layers_per_block=(1, 1), switch_level=(False,),
+        num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1), **widths,
+    )  # fmt: skip
+    tower, tokenizer = _text_tower(clip, projected=True), CLIPTokenizer.from_pretrained(clip)
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    return {"tokenizer": tokenizer, "text_encoder": tower, "prior": unet.eval(), "scheduler": scheduler}
+
+
+def karlo_folder(folder: Path, clip: Path) -> Path:
+    """A folder laid out like Karlo's repository without its prior, index included."""
+    scaling = {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}
+    scaling |= {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    scaling |= {"sample_size": 16, "in_channels": 6, "out_channels": 3}
+    parts = {
+        # Karlo projects token states and embeddings alike, so they have one width
+        "text_encoder": _text_tower(clip, projected=True),
+        "tokenizer": CLIPTokenizer.from_pretrained(clip),
+        "text_proj": UnCLIPTextProjModel(clip_embeddings_dim=DIM, time_embed_dim=64, cross_attention_dim=DIM),
+        "decoder": _unet(**_RESNET, in_channels=3, out_channels=6, class_embed_type="identity"),
+        "super_res_first": diffusers.UNet2DModel(**scaling),
+        "super_res_last": diffusers.UNet2DModel(**scaling),
+        "prior_scheduler": UnCLIPScheduler(prediction_type="sample"),
+        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range"),
+        "super_res_scheduler": UnCLIPScheduler(),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {"_class_name": "UnCLIPPipeline", "text_proj": ["unclip", "UnCLIPTextProjModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def ip_adapter_weights(folder: Path, pipe) -> Path:
+    """IP-Adapter weights for a pipeline, with the names of h94's, or for FLUX.1 of XLabs'."""
+    torch.manual_seed(0)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    flux = hasattr(pipe, "transformer")
+    width = model.config.joint_attention_dim if flux else model.config.cross_attention_dim
+    tensors = {
+        "proj.weight": torch.randn(4 * width, DIM),
+        "proj.bias": torch.randn(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    tensors = {f"{'ip_adapter_proj_model' if flux else 'image_proj'}.{name}": rows for name, rows in tensors.items()}
+    if flux:
+        for kind in ("k", "v"):
+            name = f"double_blocks.0.processor.ip_adapter_double_stream_{kind}_proj"
+            tensors[f"{name}.weight"] = torch.randn(model.inner_dim, width) / width**0.5
+            tensors[f"{name}.bias"] = torch.zeros(model.inner_dim)
+    else:
+        # the published files number the attention layers of the UNet, cross-attention on the odd ones
+        crossed = [name for name in model.attn_processors if name.endswith("attn2.processor") and "motion" not in name]
+        for index, name in enumerate(crossed):
+            layer = model.get_submodule(name.removesuffix(".processor"))
+            for kind, linear in {"to_k_ip": layer.to_k, "to_v_ip": layer.to_v}.items():
+                tensors[f"ip_adapter.{2 * index + 1}.{kind}.weight"] = torch.randn_like(linear.weight) / width**0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "ip_adapter.safetensors")
+    return folder / "ip_adapter.safetensors"
