@@ -107,7 +107,7 @@ class Inspector:
 
     def _store(self, seen: Look, folder: Path, report: Report) -> None:
         seen.title = "Embedding store"
-        pairs = read_pairs("the store", EmbeddingStore.open(folder), "store", MOST_ROWS)
+        pairs = read_pairs("the store", EmbeddingStore.open(folder), MOST_ROWS)
         report(Progress("Measuring", 1, 2))
         _measure(seen, pairs, {}, None, report)
         seen.note = (
@@ -118,8 +118,8 @@ class Inspector:
     def _held_out(self, card: AdapterCard, store: str, report: Report) -> HeldOutPairs:
         if store:
             opened = EmbeddingStore.open(Path(store).expanduser())
-            check_fits(card, opened, store, "store")
-            return read_pairs(store, opened, "store", MOST_ROWS)
+            check_fits(card, opened, store)
+            return read_pairs(store, opened, MOST_ROWS)
         if (card.metadata.get("image_encoder") or {}).get("id") != "tiny-clip":
             raise CSDiffError(
                 "No plots and metrics: this adapter belongs to other encoders than the shipped images; give a store."
@@ -127,11 +127,11 @@ class Inspector:
         key = str(card.metadata.get("text_encoder"))
         if key not in self._pairs:
             report(Progress("Embedding the shipped held-out images, once"))
-            opened = open_store(str(self.held_out), "data", card, self.device, progress=False, split="train")
+            opened = open_store(str(self.held_out), card, self.device, "train")
             opened = self.resources.enter_context(opened)
-            self._pairs[key] = read_pairs("the shipped held-out images", opened, "data", MOST_ROWS)
+            self._pairs[key] = read_pairs("the shipped held-out images", opened, MOST_ROWS)
         pairs = self._pairs[key]
-        check_fits(card, pairs.store, pairs.source, "store")
+        check_fits(card, pairs.store, pairs.source)
         return pairs
 
 

@@ -31,6 +31,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluate": ["evaluate"],
         "extractors": ["Extractor", "load_extractor"],
         "metrics": ["METRICS", "Metric", "metric"],
-        "retrieval": ["Ranks", "image_identities", "retrieval", "retrieval_ranks"],
+        "retrieval": ["Ranks", "image_identities", "retrieval_ranks"],
     },
 )

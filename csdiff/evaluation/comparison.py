@@ -12,7 +12,7 @@ from torch import Tensor
 from csdiff.evaluation.distances import unit
 from csdiff.evaluation.embedding_metrics import BANDWIDTH
 from csdiff.evaluation.metrics import metric
-from csdiff.evaluation.retrieval import first_rows, retrieval_ranks
+from csdiff.evaluation.retrieval import RECALLS, first_rows, retrieval_ranks
 
 IMAGES = 5000
 """So many images are resampled at most, drawn evenly; what their captions search in is every image."""
@@ -63,10 +63,10 @@ def compare(
         first = first_rows(image_ids)
     first = first[image_ids[first].argsort()]
     drawn = torch.randint(len(first), (resamplings, len(first)), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.cat([torch.arange(len(first))[None], drawn])
     # How often a resample holds an image; the first row is the sample itself.
-    weights = torch.ones(resamplings + 1, len(first), dtype=torch.float64)
-    weights[1:] = 0
-    weights[1:].scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=weights.dtype))
+    weights = torch.zeros(drawn.shape, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
     values = {
         name: _values(prediction, image, text, image_ids, first, weights, gallery)
         for name, prediction in predictions.items()
@@ -95,9 +95,7 @@ def _difference(key: str, a: str, b: str, one: Tensor, other: Tensor) -> dict:
     # Equal values summed in another order differ in their last bits.
     equal = abs(difference) <= 1e-9 * max(1.0, one[0].abs().item())
     real = not equal and not low <= 0 <= high
-    better = None
-    if real and kind.better:
-        better = a if (difference > 0) == (kind.better == "higher") else b
+    better = (a if (difference > 0) == (kind.better == "higher") else b) if real and kind.better else None
     pair = {"metric": key, "first": a, "second": b}
     return {**pair, "difference": difference, "low": low, "high": high, "real": real, "better": better}
 
@@ -112,13 +110,7 @@ def _interval(values: Tensor, key: str) -> tuple[float, float]:
 
 
 def _values(
-    prediction: Tensor,
-    image: Tensor,
-    text: Tensor,
-    ids: Tensor,
-    first: Tensor,
-    weights: Tensor,
-    gallery: tuple[Tensor, Tensor],
+    prediction: Tensor, image: Tensor, text: Tensor, ids: Tensor, first: Tensor, weights: Tensor, gallery: tuple
 ) -> dict[str, Tensor]:
     """Every metric `(B,)` under every row of weights `(B, P)` of the images, whose first rows are `first`."""
     images = image[first]
@@ -127,7 +119,7 @@ def _values(
     forward = retrieval_ranks(prediction, gallery[0], ids, gallery[1])
     backward = retrieval_ranks(images, prediction, ids[first], ids)
     for name, ranks, weight in (("text_to_image", forward, rows), ("image_to_text", backward, weights)):
-        for k in (1, 5, 10):
+        for k in RECALLS:
             result[f"{name}.r@{k}"] = _mean(ranks.hits(k), weight)
         result[f"{name}.median_rank"] = _median(ranks.expected(), weight)
     p, y = unit(prediction), unit(images)

@@ -1,11 +1,13 @@
 """Every option of `csdiff evaluate`: the command line, the YAML file, the help text and the checks come from here."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import restricted_number_type
 
 from csdiff.errors import CSDiffError
+from csdiff.files import absolute
 from csdiff.options import PositiveFloat, PositiveInt, Seed, Steps, check_options
 
 PictureBaseline = Literal["raw_text", "mean_shift", "ridge", "image"]
@@ -100,9 +102,11 @@ def check(config: EvaluateConfig) -> None:
     if config.prompts is not None and config.decoder is None:
         raise CSDiffError("prompts: expected a decoder to draw them with, found none; give --decoder.")
     names = config.compare
-    if len(set(names)) != len(names) or (len(names) == 1 and config.adapter is None):
+    if len({absolute(name) for name in names}) != len(names) or (len(names) == 1 and config.adapter is None):
         raise CSDiffError(f"compare: expected two or more different adapters, found {', '.join(names)}.")
     if config.size is not None and config.size % 8:
         raise CSDiffError(f"size: expected a multiple of 8 pixels, found {config.size}.")
-    if config.seed > 2**63 - config.num_images:
-        raise CSDiffError(f"seed: expected at most 2**63 - num_images, found {config.seed}.")
+    for option in ("json", "report"):
+        path = getattr(config, option)
+        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise CSDiffError(f"{option}: expected the name of a file in an existing folder, found {path!r}.")

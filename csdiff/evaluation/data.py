@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -74,32 +75,34 @@ class HeldOutPairs:
         }
 
 
-def check_source(path: str, option: str, card: AdapterCard) -> None:
+def check_source(path: str, card: AdapterCard) -> None:
     """A CSDiffError where nothing is there, or the adapter does not say which encoders to embed it with."""
     if is_store(path):
         return
     if not Path(path).exists():
-        raise CSDiffError(
-            f"--{option} {path}: expected an embedding store, or captions with images, found nothing there."
-        )
+        raise CSDiffError(f"{path}: expected an embedding store, or captions with images, found nothing there.")
     for tower in ("text", "image"):
         find_encoder(card.metadata.get(f"{tower}_encoder"), tower, of=f"the adapter {card.path}")
 
 
 @contextmanager
 def open_store(
-    path: str, option: str, card: AdapterCard, device: str, progress: bool, split: str, concepts: str | None = None
+    path: str, card: AdapterCard, device: str, split: str, concepts: str | None = None, progress: bool = False
 ) -> Iterator[EmbeddingStore]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
     Raises what :func:`check_source` raises.
     """
-    check_source(path, option, card)
+    check_source(path, card)
     if is_store(path):
         yield EmbeddingStore.open(path)
         return
     from csdiff.embeddings.extraction import embed
 
+    columns = [concepts] if concepts else []
+    if not concepts and Path(path).suffix == ".parquet":
+        with suppress(OSError, ValueError):  # What is wrong with it, the reader says.
+            columns = [name for name in CONCEPT_COLUMNS if name in pq.read_schema(path).names][:1]
     text, image = (card.metadata[f"{side}_encoder"] for side in ("text", "image"))
     options = text_encoder_options(text, card)
     with tempfile.TemporaryDirectory(prefix="csdiff-evaluate-") as folder:
@@ -112,7 +115,7 @@ def open_store(
                 text_revision=options.pop("revision"),
                 image_encoder=image["id"],
                 image_revision=image.get("revision"),
-                metadata_columns=[concepts] if concepts else _concept_columns(path),
+                metadata_columns=columns,
                 **options,
                 dtype="float32",
                 device=device,
@@ -122,40 +125,27 @@ def open_store(
         yield EmbeddingStore.open(f"{folder}/store")
 
 
-def _concept_columns(path: str) -> list[str]:
-    """The column of concepts of a parquet file, where it has one."""
-    import pyarrow.parquet as pq
-
-    names: list[str] = []
-    if Path(path).suffix == ".parquet":
-        with suppress(OSError, ValueError):  # What is wrong with it, the reader says.
-            names = pq.read_schema(path).names
-    return [name for name in CONCEPT_COLUMNS if name in names][:1]
-
-
 def read_pairs(
     source: str,
     store: EmbeddingStore,
-    option: str,
     max_rows: int | None = None,
     concepts: str | None = None,
     split: str | None = None,
 ) -> HeldOutPairs:
     """At most `max_rows` pairs of a store, evenly spread.
 
-    `source` (with its `split`) and `option` are what was asked for, for messages and the manifest; `concepts` is the
-    metadata column of what an image shows, by default concept or label, where there is one.
+    `source` (with its `split`) is what was asked for, for messages and the manifest; `concepts` is the metadata column
+    of what an image shows, by default concept or label, where there is one.
 
     Raises:
         CSDiffError: one side or the column is missing, there are too few images, or a row is not finite.
     """
     for side in ("text", "image"):
         if getattr(store, f"{side}_dim") is None:
-            raise CSDiffError(f"--{option} {source}: expected text and image embeddings, found no {side} embeddings.")
+            raise CSDiffError(f"{source}: expected text and image embeddings, found no {side} embeddings.")
     count = len(store) if max_rows is None else min(max_rows, len(store))
     rows = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
-    values = store.read(rows, ["text_embeds", "image_embeds"])
-    text, image = values["text_embeds"], values["image_embeds"]
+    text, image = store.read(rows, ["text_embeds", "image_embeds"]).values()
     ids = torch.from_numpy(store.image_numbers()[rows]) if store.knows_images else image_identities(image)
     known = store.metadata.names if store.metadata is not None else ()
     column = concepts or next((name for name in CONCEPT_COLUMNS if name in known), None)
@@ -176,25 +166,23 @@ def training_store(card: AdapterCard) -> str | None:
     return None
 
 
-def check_fits(card: AdapterCard, store: EmbeddingStore, source: str, option: str) -> None:
+def check_fits(card: AdapterCard, store: EmbeddingStore, source: str) -> None:
     """A CSDiffError for a store of other dimensions, of other encoders, or of rows without their norms."""
-    named, fingerprint = f"as the adapter {card.path} was trained on", store.fingerprint or {}
-    for side, expected in (("text", card.text_dim), ("image", card.embedding_dim)):
-        found = getattr(store, f"{side}_dim")
-        if found is not None and found != expected:
+    norms = {True: "unit-norm", False: "raw"}
+    facts = [
+        ("embeddings that are", norms[bool(card.metadata.get("normalized"))], norms[store.normalized]),
+        ("text embeddings of width", card.text_dim, store.text_dim),
+        ("image embeddings of width", card.embedding_dim, store.image_dim),
+    ]
+    for what, expected, found in facts:
+        if found not in (None, expected):
             raise CSDiffError(
-                f"--{option} {source}: expected {side} embeddings of {expected} dimensions, {named}, found {found}; "
+                f"{source}: expected {what} {expected}, as the adapter {card.path} was trained on, found {found}; "
                 "embed the data with the adapter's encoders."
             )
-        records = (record.get(f"{side}_encoder") for record in (card.metadata, fingerprint))
+    for side in ("text", "image"):
+        records = (record.get(f"{side}_encoder") for record in (card.metadata, store.fingerprint or {}))
         check_same_encoder(*records, side, str(card.path), source)
-    kinds = {True: "unit-norm", False: "raw"}
-    trained = bool(card.metadata.get("normalized"))
-    if store.normalized != trained:
-        raise CSDiffError(
-            f"--{option} {source}: expected {kinds[trained]} embeddings, {named}, found {kinds[store.normalized]} "
-            "ones; embed the data again with `csdiff embed`."
-        )
 
 
 @torch.no_grad()
@@ -209,12 +197,11 @@ def predict(card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device =
     """
     from csdiff.adapters import AutoAdapter
 
-    known = card.metadata.get("text_encoder") or {}
+    known, store = card.metadata.get("text_encoder") or {}, pairs.store
     moved = {"text_encoder": known["id"]} if card.kind == "LoRAAdapter" and Path(known.get("id", "")).is_dir() else {}
     adapter = AutoAdapter.from_pretrained(card.path, **moved).to(device).eval()
-    tokenize = encoder = None
-    size = 512
-    if adapter.uses_input_ids or (adapter.uses_text_states and "text_states" not in pairs.store.keys):
+    encoder, size = None, 512
+    if adapter.uses_input_ids or (adapter.uses_text_states and "text_states" not in store.keys):
         known = {"id": adapter.config.get("text_encoder"), **known}
         known = find_encoder(known, "text", of=f"the adapter {card.path}")
         if adapter.uses_input_ids:
@@ -222,21 +209,20 @@ def predict(card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device =
         else:
             encoder, size = load_text_encoder(known["id"], device, **text_encoder_options(known, card)), 64
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for rows, text in zip(torch.from_numpy(pairs.rows).split(size), pairs.text.split(size), strict=True):
+
+    def embed(rows: Tensor, text: Tensor) -> Tensor:
+        if adapter.uses_input_ids:
+            return adapter.embed_input_ids(*(tokens.to(device) for tokens in tokenize(store.captions(rows))))
         tokens = ()
-        if tokenize is not None:
-            ids, mask = tokenize(pairs.store.captions(rows))
-            parts.append(adapter.embed_input_ids(ids.to(device), mask.to(device)).float().cpu())
-            continue
         if encoder is not None:
-            encoding = encoder.encode(pairs.store.captions(rows))
+            encoding = encoder.encode(store.captions(rows))
             tokens = encoding.states.float(), encoding.mask
         elif adapter.uses_text_states:
-            stored = pairs.store.read(rows, ["text_states", "text_mask"])
-            tokens = stored["text_states"].to(device), stored["text_mask"].to(device)
-        parts.append(adapter.embed(text.to(device), *tokens, generator=generator).float().cpu())
-    prediction = torch.cat(parts)
+            tokens = (value.to(device) for value in store.read(rows, ["text_states", "text_mask"]).values())
+        return adapter.embed(text.to(device), *tokens, generator=generator)
+
+    blocks = zip(torch.from_numpy(pairs.rows).split(size), pairs.text.split(size), strict=True)
+    prediction = torch.cat([embed(*block).float().cpu() for block in blocks])
     if not prediction.isfinite().all():
         raise CSDiffError(
             f"{card.path}: expected finite predictions, found NaN or infinity; the adapter has diverged, train it "

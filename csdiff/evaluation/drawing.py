@@ -1,4 +1,4 @@
-"""Drawing a set of pictures for measurement: batched, and kept on disk, so that an interrupted run goes on."""
+"""The pictures of a list of prompts, kept on disk, so that an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import write_json, writing
-from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.decoding import Decoder
 
 
 @dataclass(frozen=True)
@@ -87,33 +82,6 @@ class PictureFolder:
                 f"{self.file(job)}: expected a drawn picture, found a damaged file ({error}); delete it to have it "
                 f"drawn again."
             ) from error
-
-    def draw(
-        self,
-        wanted: list[Job],
-        image_embeds: Tensor,
-        negative: Tensor | None,
-        decoder: Decoder,
-        options: GenerateConfig,
-        batch_size: int,
-        progress: bool,
-    ) -> None:
-        """Draw what is missing of `wanted` from its raw image embeddings, with the decoder's negative `(1, D)`."""
-        places = self.missing(wanted)
-        done = len(wanted) - len(places)
-        with tqdm(total=len(wanted), initial=done, desc=self.path.name, disable=not progress) as bar:
-            for start in range(0, len(places), batch_size):
-                batch = places[start : start + batch_size]
-                drawn = decoder.draw(
-                    [wanted[place].prompt for place in batch],
-                    image_embeds[batch],
-                    None if negative is None else negative.expand(len(batch), -1),
-                    [torch.Generator("cpu").manual_seed(wanted[place].noise_seed) for place in batch],
-                    options,
-                )
-                for place, picture in zip(batch, drawn, strict=True):
-                    self.write(wanted[place], picture)
-                bar.update(len(batch))
 
 
 def decoder_record(decoder: DecoderSource) -> dict:

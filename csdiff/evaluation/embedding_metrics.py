@@ -24,7 +24,7 @@ from csdiff.evaluation.distances import (
     unit,
 )
 from csdiff.evaluation.extras import require
-from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
+from csdiff.evaluation.retrieval import RECALLS, first_rows, image_identities, retrieval_ranks
 from csdiff.losses import cauchy_schwarz_divergence
 
 BANDWIDTH = 0.5
@@ -188,7 +188,7 @@ def embedding_metrics(
         samples = {
             "kernel_distance": torch.tensor([kernel_distance(x, y) for x, y in blocks]),
             "cs_divergence": torch.tensor([divergence(x, y, BANDWIDTH) for x, y in blocks]),
-            **{f"{name}.r@{k}": found.hits(k) for name, found in ranks.items() for k in (1, 5, 10)},
+            **{f"{name}.r@{k}": found.hits(k) for name, found in ranks.items() for k in RECALLS},
         }
         result["estimated"] = {"queries": len(captions), "kernel_rows": half}
         result["errors"] = {key: sample.std().item() / len(sample) ** 0.5 for key, sample in samples.items()}

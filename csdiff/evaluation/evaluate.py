@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +31,7 @@ from csdiff.evaluation.data import (
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.extras import require
 from csdiff.evaluation.metrics import BASELINES
-from csdiff.files import write_json
+from csdiff.files import absolute, write_text
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.plain import plain
 from csdiff.resources import assets_dir
@@ -62,16 +62,13 @@ def evaluate(config: EvaluateConfig) -> dict:
     """
     check(config)
     cards = read_cards(config)
-    _check_writable(config.json, "json")
-    _check_writable(config.report, "report")
-    drawing, plots = None, {}
+    device = str(choose_device(config.device))
+    drawing = measured = None
     if config.decoder is not None:
         from csdiff.evaluation.picture_run import PictureRun
 
-        drawing = PictureRun(config, cards)
-    device = str(choose_device(config.device))
-    if drawing is not None:
-        drawing.prepare(device)
+        drawing = PictureRun(config, cards, device)
+        drawing.load()
     result: dict = {}
     manifest = {
         "adapters": {
@@ -81,40 +78,39 @@ def evaluate(config: EvaluateConfig) -> dict:
         "versions": versions(),
     }
     if config.data is not None:
-        pairs, predictions, baselines, fitted = _predictions(config, cards, device)
+        *measured, fitted = _predictions(config, cards, device)
+        pairs, predictions, baselines = measured
         fitted_on = {**dict.fromkeys(baselines, fitted["words"]), "raw_text": "nothing"}
         fitted_on |= {name: _trained_on(card) for name, card in cards.items()}
         result = _metrics(config, pairs, predictions, baselines, fitted_on)
         manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
-        plots = {"pairs": pairs, "predictions": predictions, "baselines": baselines}
     if drawing is not None:
-        result["pictures"], manifest["pictures"] = drawing.measure(device)
+        result["pictures"], manifest["pictures"] = drawing.measure()
     result = plain({**result, "manifest": manifest})
     if config.json is not None:
-        try:
-            write_json(Path(config.json), _rounded(result))
-        except OSError as error:
-            raise CSDiffError(f"--json {config.json} cannot be written ({error.strerror}).") from error
+        # Twelve digits: the last bits of linear algebra can differ between two runs, a score must not.
+        rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.12g}"))
+        _write("json", config.json, json.dumps(rounded, indent=2, ensure_ascii=False) + "\n")
     if config.report is not None:
-        from csdiff.evaluation.report import write_report
+        from csdiff.evaluation.report import html_page
 
-        write_report(Path(config.report), result, drawing=drawing, **plots)
+        _write("report", config.report, html_page(result, measured, drawing))
     return result
 
 
 def read_cards(config: EvaluateConfig) -> dict[str, AdapterCard]:
     """The adapters by a short name each, with their encoders where the options say they are."""
-    paths = list(dict.fromkeys([*([config.adapter] if config.adapter else []), *config.compare]))
-    paths = paths or [str(assets_dir() / "adapter")]
+    paths = [*([config.adapter] if config.adapter else []), *config.compare]
+    paths = list({absolute(path): path for path in paths}.values()) or [str(assets_dir() / "adapter")]
     names, cards = short_names(paths), {}
     for path in paths:
         card = read_adapter_card(path)
-        moved = {}
         for tower in ("text", "image"):
-            if (place := getattr(config, f"{tower}_encoder")) is not None:
-                known = card.metadata.get(f"{tower}_encoder")
-                moved[f"{tower}_encoder"] = find_encoder(known, tower, place, f"the adapter {card.path}")
-        cards[names[path]] = replace(card, metadata={**card.metadata, **moved})
+            key = f"{tower}_encoder"
+            if (place := getattr(config, key)) is not None:
+                found = find_encoder(card.metadata.get(key), tower, place, f"the adapter {card.path}")
+                card = replace(card, metadata={**card.metadata, key: found})
+        cards[names[path]] = card
     return cards
 
 
@@ -125,10 +121,9 @@ def short_names(paths: list[str]) -> dict[str, str]:
     def short(path: str) -> str:
         for depth in range(1, len(parts[path]) + 1):
             end = parts[path][-depth:]
-            alike = [other for other in paths if parts[other][-depth:] == end]
-            if alike == [path] and "/".join(end) not in RESERVED:
+            if sum(other[-depth:] == end for other in parts.values()) == 1 and "/".join(end) not in RESERVED:
                 return "/".join(end)
-        return path  # Two ways to write the path of one folder.
+        return path
 
     return {path: short(path) for path in paths}
 
@@ -146,11 +141,9 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
     """Pairs, predictions of the adapters and of the baselines, and what the baselines were fitted to."""
     first = next(iter(cards.values()))
     require("sklearn", "linear separability")
-    own = None if config.train is not None else training_store(first)
-    fit_on = config.train or own
-    check_source(config.data, "data", first)
+    fit_on = config.train or training_store(first)
     if fit_on is not None:
-        check_source(fit_on, "train", first)
+        check_source(fit_on, first)
     elif isinstance(named := (first.metadata.get("data") or {}).get("train"), str):
         logger.warning(
             "The store that %s was trained on (%s) is not at hand: mean shift and ridge are fitted to the held-out "
@@ -160,32 +153,34 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         )
     with ExitStack() as stack:
 
-        def opened(path: str, option: str, split: str) -> EmbeddingStore:
-            store = open_store(path, option, first, device, config.progress, split, config.concepts)
-            return stack.enter_context(store)
+        def opened(path: str, split: str) -> EmbeddingStore:
+            return stack.enter_context(open_store(path, first, device, split, config.concepts, config.progress))
 
-        store = opened(config.data, "data", config.split)
+        store = opened(config.data, config.split)
         source = ((store.fingerprint or {}).get("data") or {}).get("source")
         for name, card in cards.items():
-            check_fits(card, store, config.data, "data")
+            check_fits(card, store, config.data)
             trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
             if trained is not None and trained == source:
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
         split = None if is_store(config.data) else config.split
-        most = None if config.full else config.max_rows
-        pairs = read_pairs(config.data, store, "data", most, config.concepts, split)
+        pairs = read_pairs(config.data, store, None if config.full else config.max_rows, config.concepts, split)
         predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:
             baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
-            fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
-        else:
-            fitting = opened(fit_on, "train", "train")
-            check_fits(first, fitting, fit_on, "train")
-            train = read_pairs(fit_on, fitting, "train", None if config.full else TRAIN_ROWS)
-            baselines = baseline_predictions(train.text, train.image, pairs.text)
-            words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
-            fitted = {**train.describe(), "own_training_store": own is not None, "words": words}
-    return pairs, predictions, baselines, fitted
+            return (
+                pairs,
+                predictions,
+                baselines,
+                {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"},
+            )
+        fitting = opened(fit_on, "train")
+        check_fits(first, fitting, fit_on)
+        train = read_pairs(fit_on, fitting, None if config.full else TRAIN_ROWS)
+        baselines = baseline_predictions(train.text, train.image, pairs.text)
+        words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
+        fitted = {**train.describe(), "own_training_store": config.train is None, "words": words}
+        return pairs, predictions, baselines, fitted
 
 
 def _metrics(
@@ -194,17 +189,15 @@ def _metrics(
     """The numbers of adapters and baselines, and what each was fitted on."""
     rows, options = (pairs.image, pairs.text, pairs.image_ids), (config.bandwidths, config.seed)
     limit, most = (None, None) if config.full else (LIMIT, IMAGES)
-    columns = [*predictions.items(), *baselines.items()]
-    measured = [
-        {**held_out_metrics(prediction, *rows, *options, limit, pairs.concepts), "fitted_on": fitted_on[name]}
-        for name, prediction in tqdm(columns, "measuring", disable=not config.progress)
-    ]
-    adapters = dict(zip(predictions, measured, strict=False))
-    result = dict(measured[0])
-    result["baselines"] = dict(zip(baselines, measured[len(adapters) :], strict=True))
+    columns = {
+        name: {**held_out_metrics(prediction, *rows, *options, limit, pairs.concepts), "fitted_on": fitted_on[name]}
+        for name, prediction in tqdm({**predictions, **baselines}.items(), "measuring", disable=not config.progress)
+    }
+    result = dict(columns[next(iter(predictions))])
+    result["baselines"] = {name: columns[name] for name in baselines}
     result["baselines"]["real"] = real_metrics(pairs.image, pairs.image_ids, *options, limit)
-    if len(adapters) > 1:
-        result["adapters"] = adapters
+    if len(predictions) > 1:
+        result["adapters"] = {name: columns[name] for name in predictions}
         result["comparison"] = compare(predictions, *rows, config.bootstrap, config.seed, most)
     return result
 
@@ -217,19 +210,8 @@ def _trained_on(card: AdapterCard) -> str:
     return f"{name}, {rows:,} rows" if isinstance(rows, int) else name
 
 
-def _check_writable(path: str | None, option: str) -> None:
-    if path is None:
-        return
-    if not path or Path(path).is_dir():
-        raise CSDiffError(f"--{option}: expected the name of a file, found {path!r}.")
-    if not Path(path).absolute().parent.is_dir():
-        raise CSDiffError(f"--{option} {path}: expected an existing folder for it, found none; make it first.")
-
-
-def _rounded(value):
-    """Numbers to twelve digits: the last bits of linear algebra can differ between two runs, a score must not."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
-    return float(f"{value:.12g}") if isinstance(value, float) else value
+def _write(option: str, path: str, text: str) -> None:
+    try:
+        write_text(Path(path), text)
+    except OSError as error:
+        raise CSDiffError(f"--{option} {path} cannot be written ({error.strerror}).") from error

@@ -112,11 +112,6 @@ def metric(key: str) -> Metric:
     return _BY_KEY[key]
 
 
-def main_metrics(*more: str) -> list[Metric]:
-    """The metrics of a first table, and more of them by key."""
-    return [metric(key) for key in (*MAIN, *more)]
-
-
 def lookup(result: Mapping, key: str) -> float | None:
     """Value at a dotted key, or None."""
     value: object = result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from csdiff.evaluation.distances import feature_frechet_distance, frechet_extrapolated, unbiased_mmd, unit
 from csdiff.evaluation.extras import require
-from csdiff.evaluation.retrieval import first_rows, retrieval
+from csdiff.evaluation.retrieval import first_rows, retrieval_ranks
 
 
 def fid(drawn: Tensor, real: Tensor) -> float:
@@ -87,6 +87,6 @@ def prompt_metrics(picture: Tensor, prompts: Tensor, prompt_ids: Tensor) -> dict
     first = first_rows(prompt_ids)
     return {
         "clip_score": clip_score(picture, prompts),
-        "picture_to_prompt": retrieval(picture, prompts[first], prompt_ids, prompt_ids[first]),
+        "picture_to_prompt": retrieval_ranks(picture, prompts[first], prompt_ids, prompt_ids[first]).summary(),
         "diversity": diversity(picture, prompt_ids),
     }

@@ -40,7 +40,7 @@ _CLIP = "CLIP of --clip"
 class PictureRun:
     """Draws and measures pictures.
 
-    Options, pairing and sources are checked here, networks that measure are loaded by :meth:`prepare`, and those that
+    Options, pairing and sources are checked here, networks that measure are loaded by :meth:`load`, and those that
     draw by :meth:`measure`. Bad input is a CSDiffError.
 
     Attributes:
@@ -48,15 +48,16 @@ class PictureRun:
         sheet_prompts: Prompts of the sheet.
     """
 
-    def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard]):
-        self.config, self.cards, self.first = config, cards, next(iter(cards.values()))
-        self.source, self.option = config.pictures or config.data, "--pictures" if config.pictures else "--data"
+    def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
+        self.config, self.cards, self.device = config, cards, torch.device(device)
+        self.first, self.source = next(iter(cards.values())), config.pictures or config.data
         if is_store(self.source):
             raise CSDiffError(
                 f"--pictures: expected captioned reference pictures, found the embedding store {self.source}; give "
                 "the pictures it was made from."
             )
         self.decoder = resolve_decoder(config.decoder)
+        self.dtype = self.decoder.dtype("auto", self.device)
         for card in cards.values():
             check_pairing(card, self.decoder)
             known_text_encoder(card, self.decoder)
@@ -64,16 +65,16 @@ class PictureRun:
         size = {"height": config.size, "width": config.size}
         self.options = sampling(GenerateConfig(steps=config.steps, guidance=config.guidance, **size), self.decoder)
         self.captions = [item.captions[0] for item in self._items()]
-        if len(self.captions) < 4:
-            raise CSDiffError(
-                f"{self.option} {self.source}: expected at least 4 pictures with captions, found {len(self.captions)}."
-            )
         self.own_prompts = config.prompts is None
         prompts = self.captions if self.own_prompts else read_prompts(GenerateConfig(prompts_file=config.prompts))
         self.places = _spread(len(prompts), config.num_prompts or len(prompts))
         self.prompts = [prompts[place] for place in self.places]
-        if len(self.prompts) < 2:
-            raise CSDiffError(f"--prompts {config.prompts}: expected at least 2 prompts, found {len(self.prompts)}.")
+        for what, least, found, place in (
+            ("pictures with captions", 4, self.captions, self.source),
+            ("prompts", 2, self.prompts, config.prompts),
+        ):
+            if len(found) < least:
+                raise CSDiffError(f"{place}: expected at least {least} {what}, found {len(found)}.")
         self.jobs = jobs(self.prompts, config.num_images, config.seed)
         self.baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
         if self.decoder.embedding_dim != self.first.text_dim:
@@ -85,20 +86,20 @@ class PictureRun:
         self.sheet: dict[str, list[Image.Image]] = {}
         self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
-    def prepare(self, device: str) -> None:
+    def load(self) -> None:
         """Load what measures pictures, and see that the encoders are there: nothing is drawn in vain."""
         needed = [("text", known_text_encoder(card, self.decoder)) for card in self.cards.values()]
         for side, known in [*needed, *(self._encoders().items() if self.baselines else ())]:
             encoder_files(known["id"], side, known.get("revision"))
         names = self.config.extractors or ["efficientnet-lite0"]
-        self.extractors = {name: load_extractor(name, device) for name in dict.fromkeys(names)}
-        self.clip = ClipExtractor(self.config.clip, device)
-        self.texts = _encode(load_text_encoder(self.config.clip, device), self.prompts)
+        self.extractors = {name: load_extractor(name, self.device) for name in dict.fromkeys(names)}
+        self.clip = ClipExtractor(self.config.clip, self.device)
+        self.texts = _encode(load_text_encoder(self.config.clip, self.device), self.prompts)
         if self.texts.shape[1] != self.clip.dim:
             raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
 
-    def measure(self, device: str) -> tuple[dict, dict]:
-        """Draw what is missing, and measure; after :meth:`prepare`.
+    def measure(self) -> tuple[dict, dict]:
+        """Draw what is missing, and measure; after :meth:`load`.
 
         Returns:
             `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest. Metrics are `count`,
@@ -106,7 +107,7 @@ class PictureRun:
         """
         networks = {**self.extractors, _CLIP: self.clip}
         self.real = self._features(self._references(), networks, "reference pictures", len(self.captions))
-        folders = self._draw(device)
+        folders = self._draw()
         prompt = torch.tensor([job.row for job in self.jobs])
         result = {}
         for name, folder in folders.items():
@@ -128,19 +129,16 @@ class PictureRun:
         left, right = (
             {name: value[rows] for name, value in self.real.items()} for rows in order.tensor_split([count // 2])
         )
-        result = self._distances(left, right)
-        if self.own_prompts and len(self.places) > 1:
+        own = dict.fromkeys(("clip_score", "picture_to_prompt", "diversity"))
+        if self.own_prompts:
             own = prompt_metrics(self.real[_CLIP][self.places], self.texts, torch.arange(len(self.places)))
-            return {**result, **own}
-        return {**result, "clip_score": None, "picture_to_prompt": None, "diversity": None}
+        return {**self._distances(left, right), **own}
 
     def _items(self) -> Iterator[Item]:
         """Captioned pictures of the source."""
         source = open_source(self.source, split=self.config.split)
         if not (source.has_images and source.has_captions):
-            raise CSDiffError(
-                f"{self.option} {self.source}: expected pictures with captions, found only one of the two."
-            )
+            raise CSDiffError(f"{self.source}: expected pictures with captions, found only one of the two.")
         for item in source:
             if isinstance(item, Item) and item.image is not None and item.captions and item.captions[0].strip():
                 yield item
@@ -155,7 +153,7 @@ class PictureRun:
                 picture = decode_image(item.image)
             except UnreadableImage as error:
                 raise CSDiffError(
-                    f"{self.option} {self.source}: the picture {item.id} cannot be decoded ({error}); remove it."
+                    f"{self.source}: the picture {item.id} cannot be decoded ({error}); remove it."
                 ) from error
             digest.update(item.captions[0].encode() + np.asarray(picture).tobytes())
             if place in shown:
@@ -177,13 +175,11 @@ class PictureRun:
         return {name: torch.cat(values) for name, values in parts.items()}
 
     @torch.no_grad()
-    def _draw(self, device: str) -> dict[str, PictureFolder]:
-        config, dtype = self.config, self.decoder.dtype("auto", torch.device(device))
-        folders = {
-            name: PictureFolder(config.output, name, self._settings(name, dtype))
-            for name in [*self.cards, *self.baselines]
-        }
-        missing = {name: folder for name, folder in folders.items() if folder.missing(self.jobs)}
+    def _draw(self) -> dict[str, PictureFolder]:
+        """Draw what is missing; the folders by name."""
+        config, names = self.config, [*self.cards, *self.baselines]
+        folders = {name: PictureFolder(config.output, name, self._settings(name)) for name in names}
+        missing = {name: places for name, folder in folders.items() if (places := folder.missing(self.jobs))}
         if not missing:
             return folders
         embedded: dict[str, Tensor] = {}
@@ -192,20 +188,31 @@ class PictureRun:
             # One negative for all, whichever pictures are missing.
             guides = card is self.first and self.options.guidance > 1
             if name in missing or guides:
-                embedder = PromptEmbedder(card, self.decoder, torch.device(device), dtype)
+                embedder = PromptEmbedder(card, self.decoder, self.device, self.dtype)
                 negative = embedder.negative(self.options) if guides else negative
             if name in missing:
                 # Not the decoder's numbers again.
                 noise = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
                 embedded[name] = embedder.embed([job.prompt for job in self.jobs], noise)
         if any(name in self.baselines for name in missing):
-            embedded |= self._baselines(device, dtype)
-        decoder = load_decoder(self.decoder, torch.device(device), dtype, offload=False, progress=False)
-        for name, folder in missing.items():
-            folder.draw(self.jobs, embedded[name], negative, decoder, self.options, config.batch_size, config.progress)
+            embedded |= self._baselines()
+        decoder = load_decoder(self.decoder, self.device, self.dtype, offload=False, progress=False)
+        for name, places in missing.items():
+            bar = tqdm(torch.tensor(places).split(config.batch_size), f"drawing {name}", disable=not config.progress)
+            for batch in bar:
+                wanted = [self.jobs[place] for place in batch.tolist()]
+                drawn = decoder.draw(
+                    [job.prompt for job in wanted],
+                    embedded[name][batch],
+                    None if negative is None else negative.expand(len(wanted), -1),
+                    [torch.Generator("cpu").manual_seed(job.noise_seed) for job in wanted],
+                    self.options,
+                )
+                for job, picture in zip(wanted, drawn, strict=True):
+                    folders[name].write(job, picture)
         return folders
 
-    def _settings(self, name: str, dtype: torch.dtype) -> dict:
+    def _settings(self, name: str) -> dict:
         """Everything that decides the pictures of an adapter or a baseline, but prompt and seed."""
         if name in self.cards:
             made_by = {"adapter": self.cards[name].sha256}
@@ -223,7 +230,7 @@ class PictureRun:
             # The image encoder behind the default negative.
             known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
             negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        return {**made_by, **self.sampling, "negative": negative, "dtype": str(dtype).removeprefix("torch.")}
+        return {**made_by, **self.sampling, "negative": negative, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _encoders(self) -> dict[str, dict]:
         """The encoders of the baselines, by side."""
@@ -238,15 +245,15 @@ class PictureRun:
             )
         return known
 
-    def _baselines(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _baselines(self) -> dict[str, Tensor]:
         """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
-        known = self._encoders()
-        encoder = load_text_encoder(known["text"]["id"], device, **text_encoder_options(known["text"], self.first))
+        text, known = self._encoders().values()
+        encoder = load_text_encoder(text["id"], self.device, **text_encoder_options(text, self.first))
         captions = _encode(encoder, self.captions)
         # Usually the very model of --clip, whose features are there.
         image = self.real[_CLIP]
-        if known["image"]["id"] != self.config.clip:
-            extractor = ClipExtractor(known["image"]["id"], device, known["image"].get("revision"))
+        if known["id"] != self.config.clip:
+            extractor = ClipExtractor(known["id"], self.device, known.get("revision"))
             networks, count = {_CLIP: extractor}, len(self.captions)
             image = self._features(self._references(), networks, "embedding reference pictures", count)[_CLIP]
         if self.own_prompts:
@@ -255,7 +262,7 @@ class PictureRun:
         else:
             made = baseline_predictions(captions, image, _encode(encoder, self.prompts))
         rows = [job.row for job in self.jobs]
-        return {name: value[rows].to(device, dtype) for name, value in made.items()}
+        return {name: value[rows].to(self.device, self.dtype) for name, value in made.items()}
 
     def _manifest(self, folders: dict[str, PictureFolder]) -> dict:
         config, prompts, references = self.config, _hash(self.prompts), self.references_sha256

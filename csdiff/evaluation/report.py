@@ -7,20 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from csdiff.errors import CSDiffError
 from csdiff.evaluation.extras import require
 from csdiff.evaluation.metrics import (
     BASELINES,
     IMAGE_METRICS,
+    MAIN,
     METRICS,
     SPACE_METRICS,
     Metric,
-    main_metrics,
     metric,
     metric_rows,
 )
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
-from csdiff.files import write_text
 from csdiff.tables import number, text_table
 
 
@@ -43,18 +41,15 @@ def tables(result: Mapping) -> list[Table]:
     if "count" in result:
         adapters = result.get("adapters") or {next(iter(result["manifest"]["adapters"])): result}
         columns = {**adapters, **{BASELINES[name]: column for name, column in result["baselines"].items()}}
-        main = main_metrics()
-        more = [entry for entry in METRICS if entry not in main and entry.key != "cs_divergence"]
+        more = [entry for entry in METRICS if entry.key not in (*MAIN, "cs_divergence")]
         more += [metric(f"cs_divergence_at.{width}") for width in result["cs_divergence_at"]]
         head = ["metric", "better", *columns]
         fitted = ["fitted on", "", *(column.get("fitted_on", "") for column in columns.values())]
-        made.append(Table(_measured_on(result), head, [*metric_rows(columns, main), fitted]))
-        made.append(Table("More of them", head, metric_rows(columns, more)))
-    if "comparison" in result:
-        made.append(_differences(result["comparison"]))
-    if "pictures" in result:
-        made.append(_images(result))
-    return made
+        main = metric_rows(columns, [metric(key) for key in MAIN])
+        made += [Table(_measured_on(result), head, [*main, fitted])]
+        made += [Table("More of them", head, metric_rows(columns, more))]
+    made += [_differences(result["comparison"])] if "comparison" in result else []
+    return made + ([_images(result)] if "pictures" in result else [])
 
 
 def _measured_on(result: Mapping) -> str:
@@ -97,36 +92,30 @@ def _images(result: Mapping) -> Table:
     return Table(title, ["metric", "better", *columns], rows + metric_rows(columns, IMAGE_METRICS))
 
 
-def write_report(path: Path, result: Mapping, *, drawing=None, pairs=None, predictions=None, baselines=None) -> None:
-    """Writes the report of a result of `evaluate` into an HTML file, whole or not at all.
+def html_page(result: Mapping, measured=None, drawing=None) -> str:
+    """The report of a result of `evaluate` as one HTML page.
 
     Args:
-        path: The file.
         result: The numbers.
+        measured: The `HeldOutPairs` behind them, and predictions `(N, D)` of adapters and of baselines by name, for
+            the plots.
         drawing: The `PictureRun` that made `result["pictures"]`, for the contact sheet.
-        pairs: The `HeldOutPairs` behind the numbers, for the plots.
-        predictions: `(N, D)` of each adapter.
-        baselines: `(N, D)` of each baseline.
 
     Raises:
-        CSDiffError: the file cannot be written, or jinja2 is not installed.
+        CSDiffError: jinja2 or matplotlib is not installed.
     """
     require("jinja2", "report")
     from jinja2 import Template
 
     template = Path(__file__).with_name("report.html").read_text("utf-8")
-    page = Template(template, autoescape=True, trim_blocks=True).render(
+    return Template(template, autoescape=True, trim_blocks=True).render(
         names=", ".join(result["manifest"]["adapters"]),
         tables=tables(result),
-        plots=[] if pairs is None else _plots(pairs, predictions, baselines),
+        plots=_plots(*measured) if measured else [],
         sheet=drawing and {name: [_thumbnail(image) for image in column] for name, column in drawing.sheet.items()},
         prompts=drawing and drawing.sheet_prompts,
         manifest=json.dumps(result["manifest"], indent=2, ensure_ascii=False),
     )
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise CSDiffError(f"--report {path} cannot be written ({error.strerror}).") from error
 
 
 def _plots(pairs, predictions: Mapping, baselines: Mapping) -> Iterator[tuple[str, list[str]]]:

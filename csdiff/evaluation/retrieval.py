@@ -1,6 +1,5 @@
 """Retrieval by cosine similarity, with ties and with several captions an image."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RECALLS = (1, 5, 10)
 _BLOCK = 2048
 
 
@@ -60,9 +60,9 @@ class Ranks:
         """`(Q,)` expected rank of the first right item, from 1."""
         return 1 + self.nearer + self.tied / (self.right + 1)
 
-    def summary(self, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-        """`r@k` for every k, in [0, 1], and `median_rank`, from 1."""
-        recalls = {f"r@{k}": self.hits(k).mean().item() for k in ks}
+    def summary(self) -> dict[str, float]:
+        """`r@1`, `r@5` and `r@10`, in [0, 1], and `median_rank`, from 1."""
+        recalls = {f"r@{k}": self.hits(k).mean().item() for k in RECALLS}
         return {**recalls, "median_rank": self.expected().quantile(0.5).item()}
 
 
@@ -89,10 +89,3 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_i
         tied.append((tie & ~positive).sum(1))
         right.append((tie & positive).sum(1))
     return Ranks(*(torch.cat(parts).double().cpu() for parts in (nearer, tied, right)))
-
-
-def retrieval(
-    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, ks: tuple[int, ...] = (1, 5, 10)
-) -> dict[str, float]:
-    """The :meth:`Ranks.summary` of :func:`retrieval_ranks`."""
-    return retrieval_ranks(query, gallery, query_ids, gallery_ids).summary(ks)

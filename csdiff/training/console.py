@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from csdiff.evaluation.metrics import main_metrics, metric_rows
+from csdiff.evaluation.metrics import MAIN, metric, metric_rows
 from csdiff.tables import text_table
 
 
@@ -53,7 +53,7 @@ class Console:
 
     def table(self, title: str, columns: dict[str, dict]) -> None:
         """Metrics side by side, one column a model; `columns` holds nested metrics by name."""
-        shown = main_metrics("cs_divergence", "norm.mean_ratio", "norm.std_ratio")
+        shown = [metric(key) for key in (*MAIN, "cs_divergence", "norm.mean_ratio", "norm.std_ratio")]
         count = max(metrics.get("count", 0) for metrics in columns.values())
         head = [f"{title}, {count:,} rows", "better", *columns]
         self.say(f"\n{text_table(head, metric_rows(columns, shown))}\n")

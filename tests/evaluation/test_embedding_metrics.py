@@ -27,7 +27,7 @@ from csdiff.evaluation.embedding_metrics import (
 )
 from csdiff.evaluation.metrics import lookup
 from csdiff.evaluation.picture_metrics import cmmd
-from csdiff.evaluation.retrieval import image_identities, retrieval
+from csdiff.evaluation.retrieval import image_identities, retrieval_ranks
 
 
 def cloud(n, d, seed=0, shift=0.0):
@@ -38,7 +38,7 @@ def test_retrieval_against_ranks_counted_by_hand():
     query, gallery, ids = cloud(40, 6), cloud(40, 6, seed=1), torch.arange(40)
     similarity = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T
     ranks = (similarity > similarity.diagonal()[:, None]).sum(1) + 1
-    found = retrieval(query, gallery, ids, ids)
+    found = retrieval_ranks(query, gallery, ids, ids).summary()
     for k in (1, 5, 10):
         assert found[f"r@{k}"] == pytest.approx((ranks <= k).double().mean().item())
     assert found["median_rank"] == ranks.double().quantile(0.5)
@@ -46,7 +46,7 @@ def test_retrieval_against_ranks_counted_by_hand():
 
 def test_collapsed_predictions_score_what_guessing_scores():
     ids = torch.arange(100)
-    found = retrieval(cloud(100, 8), torch.ones(100, 8), ids, ids)
+    found = retrieval_ranks(cloud(100, 8), torch.ones(100, 8), ids, ids).summary()
     assert (found["r@10"], found["median_rank"]) == (pytest.approx(0.1), pytest.approx(50.5))
 
 
@@ -65,10 +65,10 @@ def test_several_captions_an_image():
 def test_ties_between_right_and_wrong_items_are_drawn_without_replacement():
     gallery = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 3)
     ids = torch.tensor([7, 7, 1, 2, 3, 4, 5, 6])
-    found = retrieval(gallery[:1], gallery, ids[:1], ids, ks=(1, 2, 3, 4))
+    found = retrieval_ranks(gallery[:1], gallery, ids[:1], ids)
     for k in (1, 2, 3):
-        assert found[f"r@{k}"] == pytest.approx(1 - math.comb(3, k) / math.comb(5, k))
-    assert (found["r@4"], found["median_rank"]) == (1, 1 + 3 / 3)
+        assert found.hits(k).item() == pytest.approx(1 - math.comb(3, k) / math.comb(5, k))
+    assert (found.hits(4), found.expected()) == (1, 1 + 3 / 3)
 
 
 def test_centroid_gap_of_opposite_points():
@@ -242,7 +242,10 @@ def test_estimates_agree_with_all_rows_within_their_errors():
         (lambda: embedding_metrics(cloud(4, 3), torch.ones(4, 3)), "2 different images"),
         (lambda: held_out_metrics(cloud(3, 4), cloud(3, 4)), "8 different images to evaluate on, found 3"),
         (lambda: kernel_distance(cloud(1, 3), cloud(4, 3)), "at least 2 rows"),
-        (lambda: retrieval(cloud(2, 3), cloud(2, 3), torch.tensor([0, 5]), torch.tensor([0, 1])), "no right item"),
+        (
+            lambda: retrieval_ranks(cloud(2, 3), cloud(2, 3), torch.tensor([0, 5]), torch.tensor([0, 1])),
+            "no right item",
+        ),
     ],
 )
 def test_refuses_what_cannot_be_measured(measure, expected):

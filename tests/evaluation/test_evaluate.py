@@ -4,7 +4,6 @@ import shutil
 import sys
 from importlib import import_module
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,8 +11,6 @@ from tiny import make_plain_store
 
 from csdiff.adapters import TransformerAdapter
 from csdiff.embeddings import EmbeddingStore, write_store
-from csdiff.errors import CSDiffError
-from csdiff.evaluation import EvaluateConfig, evaluate
 from csdiff.evaluation.comparison import compare
 from csdiff.evaluation.data import open_store, predict, read_pairs
 from csdiff.evaluation.evaluate import short_names
@@ -60,8 +57,6 @@ def test_baselines_are_fitted_to_train(adapters, plain_store, scores):
     crossed, fitted = scores(*options), scores(*options, "--train", plain_store)
     cosines = [found["baselines"]["mean_shift"]["cosine"]["paired"] for found in (crossed, fitted)]
     assert cosines[0] < cosines[1]
-    assert fitted["manifest"]["baselines_fitted_to"]["rows"] == 64
-    assert crossed["manifest"]["baselines_fitted_to"]["folds"] == 5
 
 
 @pytest.mark.parametrize(
@@ -180,8 +175,8 @@ def test_more_images_than_are_resampled_keep_the_whole_gallery():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"image_dim": 12}, "expected image embeddings of 16 dimensions, as the adapter"),
-        ({"unit_norm": True}, "expected raw embeddings, as the adapter"),
+        ({"image_dim": 12}, "expected image embeddings of width 16, as the adapter"),
+        ({"unit_norm": True}, "expected embeddings that are raw, as the adapter"),
         ({"n": 5}, "at least 8 different images to evaluate on, found 5"),
     ],
 )
@@ -205,38 +200,21 @@ def test_refuses_another_encoder(adapters, copy_store, changed, run):
     ("arguments", "expected"),
     [
         ((), "data: expected held-out pairs"),
-        (("--data", "nowhere/at/all"), "--data nowhere/at/all: expected an embedding store"),
+        (("--data", "nowhere/at/all"), "nowhere/at/all: expected an embedding store"),
         (("--data", "x", "--adapter", "nowhere/at/all"), "nowhere/at/all"),
-        (("--data", "x", "--json", "nowhere/at/all.json"), "expected an existing folder for it"),
-        (("--data", "x", "--compare", "a", "a"), "two or more different adapters"),
+        (("--data", "x", "--json", "nowhere/at/all.json"), "a file in an existing folder"),
+        (("--data", "x", "--compare", "a", "./a"), "two or more different adapters"),
         (("--data", "x", "--prompts", "p.txt"), "prompts: expected a decoder to draw them with"),
         (("--data", "x", "--picture_baselines", "magic"), "found magic"),
         (("--data", "x", "--device", "foo"), "device 'foo': expected auto, cpu"),
+        (("--data", "x", "--steps", "0"), "steps"),
+        (("--data", "x", "--max_rows", "3"), "max_rows"),
+        (("--data", "x", "--size", "12"), "size: expected a multiple of 8 pixels, found 12"),
     ],
 )
 def test_bad_options_are_one_sentence(arguments, expected, run):
     code, said = run(*arguments)
     assert (code, len(said.splitlines()), expected in said) == (2, 1, True)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("steps", 0), ("steps", 1001), ("seed", -1), ("seed", 2**63), ("size", 12), ("max_rows", 3), ("bootstrap", 3)],
-)
-def test_numbers_out_of_range_are_named_on_the_command_line_and_in_python(option, value, run):
-    code, said = run("--data", "nowhere", f"--{option}", value)
-    assert (code, option in said, str(value) in said) == (2, True, True)
-    with pytest.raises(CSDiffError, match=option):
-        evaluate(EvaluateConfig(data="nowhere", **{option: value}))
-
-
-def test_refuses_numbers_that_are_not_finite(adapters, plain_store, run, tmp_path):
-    store = shutil.copytree(plain_store, tmp_path / "store")
-    rows = np.load(store / "text_emb/text_emb_0.npy")
-    rows[3, 2] = np.nan
-    np.save(store / "text_emb/text_emb_0.npy", rows)
-    code, said = run("--adapter", adapters["good"], "--data", store)
-    assert (code, "row 3 of text_emb/text_emb_0.npy is not finite" in said) == (2, True)
 
 
 def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tmp_path):
@@ -246,7 +224,6 @@ def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tm
         assert short_names([name]) == {name: f"{tmp_path.name}/{name}"}
     assert list(short_names(["a/x", "b/x", "b/y"]).values()) == ["a/x", "b/x", "y"]
     assert list(short_names(["1/a/x", "2/a/x"]).values()) == ["1/a/x", "2/a/x"]
-    assert list(short_names(["a/x", "./a/x"]).values()) == ["a/x", "./a/x"]
 
 
 def test_data_the_adapter_was_trained_on_is_told_of(adapters, copy_store, changed, run, caplog):
@@ -261,7 +238,7 @@ def nothing_is_measured(*_, **__):
     raise AssertionError("measured before everything was checked")
 
 
-@pytest.mark.parametrize("missing", ["train", "scikit-learn"])
+@pytest.mark.parametrize("missing", ["nowhere/at/all", "scikit-learn"])
 def test_what_is_missing_is_refused_before_data_is_embedded(
     missing, picture_adapter, captioned_pictures, monkeypatch, run
 ):
@@ -269,7 +246,7 @@ def test_what_is_missing_is_refused_before_data_is_embedded(
     if missing == "scikit-learn":
         # None in sys.modules is how Python itself marks a module that cannot be imported
         monkeypatch.setitem(sys.modules, "sklearn", None)
-    more = ("--train", "nowhere/at/all") if missing == "train" else ()
+    more = ("--train", missing) if "/" in missing else ()
     code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *more)
     assert (code, missing in said) == (2, True)
 
@@ -310,7 +287,7 @@ def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned
 
     monkeypatch.setattr("csdiff.embeddings.extraction.embed", embed)
     card = read_adapter_card(changed(picture_adapter, change))
-    with pytest.raises(InterruptedError), open_store(str(captioned_pictures), "data", card, None, False, "test"):
+    with pytest.raises(InterruptedError), open_store(str(captioned_pictures), card, None, "test"):
         pass
 
 
@@ -322,6 +299,6 @@ def test_captions_are_encoded_as_the_adapter_was_trained(plain_store, tiny_clip,
         raise InterruptedError
 
     monkeypatch.setattr("csdiff.evaluation.data.load_text_encoder", load)
-    pairs = read_pairs(str(plain_store), EmbeddingStore.open(plain_store), "data", 64)
+    pairs = read_pairs(str(plain_store), EmbeddingStore.open(plain_store), 64)
     with pytest.raises(InterruptedError):
         predict(read_adapter_card(reader(text_encoder=encoder, tokenizer={"max_length": 9})), pairs)

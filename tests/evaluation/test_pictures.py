@@ -139,8 +139,10 @@ def folders(picture_adapter, options, monkeypatch):
     monkeypatch.setattr("csdiff.evaluation.drawing.PictureFolder.missing", lambda *_: [])
 
     def make(device="cpu", **changes):
-        run = PictureRun(EvaluateConfig(**{**options, **changes}), {"identity": read_adapter_card(picture_adapter)})
-        return {name: folder.path for name, folder in run._draw(device).items()}
+        run = PictureRun(
+            EvaluateConfig(**{**options, **changes}), {"identity": read_adapter_card(picture_adapter)}, device
+        )
+        return {name: folder.path for name, folder in run._draw().items()}
 
     return make
 
