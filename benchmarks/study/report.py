@@ -93,15 +93,19 @@ def sweep_table(records: list[dict], part: str) -> str:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """The page's one figure: retrieval against kernel distance, a panel a split, a point a method with its errors."""
+    """The page's one figure: retrieval against kernel distance, a panel a split, with errors over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mine = [r for r in records if r["part"] == "table" and r["method"] != "real"]
+    mine = [r for r in records if r["part"] == "table" and r["method"] in QUICK and r["method"] != "real"]
     panels = [(data, split) for data in dict.fromkeys(r["data"] for r in mine) for split in splits(mine, data)]
-    figure = Figure(figsize=(4.4 * len(panels), 4.2), dpi=110, layout="constrained")
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(4.4 * min(3, len(panels)), 3.8 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (data, split) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    axes = figure.subplots(rows, min(3, len(panels)), squeeze=False).ravel()
+    for unused in axes[len(panels) :]:
+        unused.set_axis_off()
+    for axis, (data, split) in zip(axes, panels, strict=False):
         for key in dict.fromkeys(r["method"] for r in mine):
             points = [
                 [value(r, split, k) for k in ("kernel_distance", "text_to_image.r@1")]
@@ -112,11 +116,11 @@ def plot(records: list[dict], path: Path) -> None:
                 continue
             x, y = zip(*points, strict=True)
             errors = [stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in (x, y)]
-            chosen = key == DEFAULT
-            colour = "#009e73" if chosen else "#0072b2" if key in OPPONENTS else "0.6"
+            colour = "#009e73" if key == DEFAULT else "#0072b2" if key in OPPONENTS else "0.6"
             axis.errorbar(mean(x), mean(y), errors[1], errors[0], "o", color=colour)
-            if chosen or key in QUICK:
-                axis.annotate(TABLE[key].title, (mean(x), mean(y)), (4, 4), textcoords="offset points", fontsize=7)
+            # ECLIPSE and its scaled form lie on one another where rows are standardized.
+            below = -11 if key == "eclipse_standardized" else 4
+            axis.annotate(TABLE[key].title, (mean(x), mean(y)), (5, below), textcoords="offset points", fontsize=7)
         axis.set(title=f"{data}, {split}", xlabel=label("kernel_distance"), ylabel=label("text_to_image.r@1"))
         axis.set_xscale("symlog", linthresh=10)
         axis.grid(alpha=0.3)
