@@ -1,6 +1,6 @@
 """The comparison of the paper on the shipped data, and on real CLIP pairs where they are present; several seeds.
 
-python benchmarks/paper_table.py                 # tables and sweeps, in under an hour on two cores
+python benchmarks/paper_table.py                 # tables and sweeps, on two cores
 python benchmarks/paper_table.py --quick         # a few methods, two seeds, no sweeps
 python benchmarks/paper_table.py --part pictures # images of a few methods, by the shipped decoder
 python benchmarks/paper_table.py --write-page    # the tables and the figure of the docs from the results

@@ -95,10 +95,11 @@ def writing_folder(
     aside.mkdir()
     try:
         yield aside
+        readers = aside.stat().st_mode & 0o444
         for path in (aside, *aside.rglob("*")):
             # safetensors makes files that their owner alone may read; whoever may read the folder may read them.
             with suppress(OSError):
-                path.chmod(path.stat().st_mode | aside.stat().st_mode & 0o444)
+                path.chmod(path.stat().st_mode | readers)
             fsync(path)
         if whole and target.exists():
             replaced = parent / f"{PARTIAL}{os.getpid()}-replaced-{target.name}"
