@@ -124,3 +124,9 @@ def test_files_of_half_the_size_load_as_float32():
     model = CLIPModel.from_pretrained(ASSETS / "clip")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def test_the_record_of_the_shipped_adapter_names_no_place_of_the_machine_that_made_it():
+    record = json.loads((ASSETS / "adapter/csdiff.json").read_text())
+    assert record["data"]["train"] == "assets/data/train.parquet"
+    assert "store" not in record["data"]

@@ -15,7 +15,7 @@ from csdiff.app.press import ASIDE, PRIVATE, Progress, press, status, stream
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.generate import read_settings, redraw_command
 
-# Of the sixteen of docs/pictures.md, four where raw text, ridge and adapter visibly differ.
+# Of the sixteen of docs/pictures.md, four where the raw text visibly fails.
 EXAMPLES = (
     "a sunflower in a pot, 3d style",
     "a snowman with a hat, flat style",
