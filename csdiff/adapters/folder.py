@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csdiff.embeddings.encoders import nearby
+from csdiff.embeddings.fingerprint import HUB_ID
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json, read_safetensors_header
+from csdiff.hub import download
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +28,8 @@ METADATA = "csdiff.json"
 CARD = "README.md"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+_HUB_FILES = ("*.json", "*.safetensors", "README.md")
 
 Header = dict[str, tuple[str, tuple[int, ...], Path]]
 
@@ -40,6 +48,23 @@ _TYPES: dict[str, tuple[type, str]] = {
     }.items()
     for name in names.split()
 }
+
+
+def locate(name_or_path: str | os.PathLike, *, subfolder: str | None = None, **options: Any) -> Path:
+    """The folder of an adapter: a local one as it is, of a hub repository ("owner/name") the downloaded snapshot.
+
+    The other `options` are those of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        CSDiffError: Neither a folder here nor a repository that can be reached.
+    """
+    path = Path(name_or_path)
+    is_id = isinstance(name_or_path, str) and HUB_ID.fullmatch(name_or_path) is not None
+    # `runs/adapter` looks like an id too: where `runs` is a folder here, a missing `adapter` is meant.
+    if not path.exists() and is_id and not path.parent.is_dir():
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _HUB_FILES]
+        path = download(name_or_path, "an adapter", allow_patterns=patterns, **options)
+    return path / subfolder if subfolder else path
 
 
 def complete_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +124,59 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if metadata.get(f"{tower}_encoder"):
             metadata[f"{tower}_encoder"] = nearby(metadata[f"{tower}_encoder"], tower, path)
     return metadata
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter folder says of itself.
+
+    Attributes:
+        path: The folder.
+        config: `config.json`, with `embedding_dim` and `text_dim`.
+        metadata: `csdiff.json`.
+    """
+
+    path: Path
+    config: dict
+    metadata: dict
+
+    @property
+    def kind(self) -> str:
+        """Class name of the adapter."""
+        return self.config.get("_class_name", "unknown")
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """D, the width of the image embeddings it makes."""
+        return self.config.get("embedding_dim")
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the text embeddings it takes."""
+        return self.config.get("text_dim") or self.embedding_dim
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the configuration and the weights as first read: the same for copies of one adapter."""
+        digest = hashlib.sha256()
+        files = [file for file in self.path.rglob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
+        for file in sorted(files):
+            digest.update(file.relative_to(self.path).as_posix().encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+
+def read_adapter_card(adapter: str | os.PathLike) -> AdapterCard:
+    """Reads the JSON files of an adapter folder or hub repository.
+
+    Raises:
+        CSDiffError: no such folder, a file is missing, or a JSON file is broken.
+    """
+    path = locate(adapter)
+    config = read_config(path)
+    if not isinstance(config.get("embedding_dim"), int):
+        raise CSDiffError(f"{path / CONFIG} has no embedding_dim; it is not the configuration of an adapter.")
+    return AdapterCard(path, config, read_metadata(path))
 
 
 def read_part(file: Path) -> dict[str, Any]:

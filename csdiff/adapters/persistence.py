@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from csdiff.adapters import folder, hub
+from csdiff.adapters import folder
 from csdiff.adapters.card import model_card
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.errors import CSDiffError
 from csdiff.files import writing_folder
+from csdiff.hub import push
 
 
 class Persistent:
@@ -76,7 +77,7 @@ class Persistent:
         """
         save = {"safe_serialization": options.pop("safe_serialization", True), "variant": variant}
         write = functools.partial(self.save_pretrained, card_location=repo_id, **save)
-        return hub.push(repo_id, write, **{"commit_message": f"Upload {type(self).__name__}", **options})
+        return push(repo_id, write, **{"commit_message": f"Upload {type(self).__name__}", **options})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Persistent:
@@ -95,8 +96,8 @@ class Persistent:
                 of `csdiff.json` of another type, tensors missing, left over or of another shape, weights that are not
                 finite, deviations that are not positive, an encoder with other weights than the adapter's.
         """
-        where = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
-        path = hub.locate(pretrained_model_name_or_path, **where)
+        where = {name: kwargs.pop(name) for name in folder.HUB_OPTIONS if name in kwargs}
+        path = folder.locate(pretrained_model_name_or_path, **where)
         config = folder.read_config(path, cls)
         metadata = folder.read_metadata(path)
         for tower in ("text", "image"):

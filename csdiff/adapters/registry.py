@@ -70,10 +70,10 @@ class AutoAdapter:
         Raises:
             CSDiffError: As `Adapter.from_pretrained`, and when the config names a class that is not an adapter here.
         """
-        from csdiff.adapters import folder, hub
+        from csdiff.adapters import folder
 
-        where = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
-        path = hub.locate(pretrained_model_name_or_path, **where)
+        where = {name: kwargs.pop(name) for name in folder.HUB_OPTIONS if name in kwargs}
+        path = folder.locate(pretrained_model_name_or_path, **where)
         found = folder.read_config(path)["_class_name"]
         if found not in CLASS_NAMES:
             raise CSDiffError(

@@ -10,9 +10,8 @@ from csdiff.app.drawing import LARGEST_SEED
 from csdiff.app.models import RAW_TEXT, SHIPPED, Models
 from csdiff.app.press import ASIDE, status
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.decoders import find_models, resolve_decoder
+from csdiff.pipelines.decoders import PRESETS, find_models, resolve_decoder
 from csdiff.pipelines.generate import sampling
-from csdiff.pipelines.presets import PRESETS
 
 MOST = {"seed": LARGEST_SEED, "steps": 200, "guidance": 30.0}
 LONGEST_PROMPT = 2000

@@ -255,9 +255,9 @@ class _Look:
             decoder = {
                 "hand_over": source.hand_over,
                 "embedding_dim": source.embedding_dim,
-                "preset": source.preset and source.preset.name,
+                "preset": source.name or None,
                 "image_encoder": (source.encoder("image") or {}).get("id"),
-                "sampling": (source.fingerprint or {}).get("sampling"),
+                "sampling": {"steps": source.steps, "guidance": source.guidance},
             }
         metadata = self.json(folder / "csdiff.json")
         return {
@@ -289,19 +289,16 @@ class _Look:
 def decoders(adapter: dict) -> dict[str, str]:
     """Which decoder presets an adapter (its `embedding_dim`, `image_encoder`, `normalized`) fits, or why not."""
     from csdiff.embeddings.fingerprint import compare_encoders
-    from csdiff.pipelines.decoders import resolve_decoder
-    from csdiff.pipelines.presets import PRESETS
+    from csdiff.pipelines.decoders import PRESETS, resolve_decoder
 
     verdicts = {}
     for name, preset in PRESETS.items():
-        shipped = resolve_decoder(name) if preset.embedding_dim is None else None
-        width = preset.embedding_dim or shipped.embedding_dim
-        encoder = shipped.encoder("image") if shipped else {"id": preset.image_encoder}
-        found = compare_encoders(encoder, adapter.get("image_encoder"), "image")
+        decoder = resolve_decoder(name) if preset.embedding_dim is None else preset
+        found = compare_encoders(decoder.encoder("image"), adapter.get("image_encoder"), "image")
         words = {"same": "fits", "different": f"no: another image encoder: {found.reason}"}
         verdicts[name] = words.get(found.verdict, f"perhaps: {found.reason}")
-        if adapter["embedding_dim"] != width:
-            verdicts[name] = f"no: it takes {width} dimensions, found {adapter['embedding_dim']}"
+        if adapter["embedding_dim"] != decoder.embedding_dim:
+            verdicts[name] = f"no: it takes {decoder.embedding_dim} dimensions, found {adapter['embedding_dim']}"
         elif adapter.get("normalized"):
             verdicts[name] = "no: it takes raw embeddings, found an adapter of unit-norm ones"
     return verdicts

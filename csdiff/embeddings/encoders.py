@@ -13,7 +13,7 @@ from typing import ClassVar
 from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, Tower, check_same_encoder, weights_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute
-from csdiff.hub import unreachable
+from csdiff.hub import download
 from csdiff.resources import assets_dir
 
 # Where a saved diffusers pipeline keeps the two towers and what prepares their input.
@@ -92,7 +92,12 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
     name = resolve_encoder(id)
     folder, commit = Path(name).expanduser(), None
     if not folder.is_dir():
-        folder = _download(name, tower, revision)
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise CSDiffError(
+                f"{name}: expected a folder with a {tower} encoder, found none; check --{tower}_encoder."
+            )
+        options = {"allow_patterns": _HUB_PATTERNS[tower], "ignore_patterns": "*.fp16.*"}
+        folder = download(name, f"a {tower} encoder", revision=revision, **options)
         commit = folder.name
     if (folder / "model_index.json").exists():
         model, processors = _PIPELINE_FOLDERS[tower]
@@ -238,19 +243,3 @@ def load_weights(model_class: type, files: EncoderFiles, device, dtype):
             f"({len(missing)} tensors missing); use the encoder with its projection."
         )
     return model.to(device).eval().requires_grad_(False)
-
-
-def _download(name: str, tower: Tower, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CSDiffError(f"{name}: expected a folder with a {tower} encoder, found none; check --{tower}_encoder.")
-    silent = unreachable()
-    options = {"allow_patterns": _HUB_PATTERNS[tower], "ignore_patterns": "*.fp16.*"}
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=silent is not None, **options))
-    except Exception as error:  # The hub client raises some twenty kinds, all of them "could not get it".
-        reason = silent or " ".join(str(error).split())[:200]
-        raise CSDiffError(
-            f"{name}: expected a folder or a model id on the hub for the {tower} encoder, found neither ({reason})."
-        ) from error

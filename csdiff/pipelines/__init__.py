@@ -6,12 +6,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "config": ["GenerateConfig"],
-        "decoders": ["DecoderSource", "resolve_decoder"],
+        "decoders": ["PRESETS", "DecoderPreset", "DecoderSource", "resolve_decoder"],
         "generate": ["generate", "read_settings"],
         "ip_adapter": ["ip_adapter_arguments", "ip_adapter_image_embeds"],
         "karlo": ["load_karlo"],
         "loading": ["load_adapter"],
-        "presets": ["PRESETS", "DecoderPreset"],
         "prior": ["CSDiffPriorPipeline"],
         "scheduler": ["EmbeddingPrior", "OneShotScheduler"],
     },

@@ -1,20 +1,18 @@
-"""Decoders and adapters as their files describe them, and which fit together; no weights are read."""
+"""Decoders as their files describe them, and which adapters fit them; no weights are read."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from csdiff.adapters.folder import AdapterCard, read_adapter_card
 from csdiff.embeddings.fingerprint import HUB_ID, check_same_encoder
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json, read_safetensors_header
-from csdiff.hub import unreachable
+from csdiff.hub import download
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.presets import FLUX_IP_ADAPTER_V2, PRESETS, SD15_IP_ADAPTER, SDXL_IP_ADAPTER, DecoderPreset
 from csdiff.resources import assets_dir
 
 if TYPE_CHECKING:
@@ -44,36 +42,43 @@ _PROJECTIONS = {
     "ip-adapter": "image_proj.proj.weight",
     "flux-ip-adapter": "ip_adapter_proj_model.proj.weight",
 }
-# The IP-Adapter of a folder for which none is named.
-_USUAL = {"StableDiffusionPipeline": SD15_IP_ADAPTER, "StableDiffusionXLPipeline": SDXL_IP_ADAPTER}
 
 
 @dataclass(frozen=True)
 class DecoderSource:
-    """A decoder that was found, with nothing of it loaded yet.
+    """A decoder: a published one, or one that was found, with nothing of it loaded yet.
 
     Attributes:
+        name: Of the preset; empty for a decoder that is none.
         source: Folder or hub repository.
-        class_name: Pipeline class in its `model_index.json`.
-        hand_over: See `DecoderPreset`.
-        embedding_dim: D, from its configuration files.
-        preset: The published decoder it is, if any.
-        fingerprint: Its `csdiff.json`, if any.
-        ip_adapter: Folder or repository, subfolder and file of IP-Adapter weights.
+        hand_over: How embeddings reach it: "kandinsky" (`image_embeds=` and `negative_image_embeds=`), "unclip" (the
+            prior's place in `UnCLIPPipeline`), "stable-unclip" (`image_embeds=` beside the prompt), "ip-adapter"
+            (`ip_adapter_image_embeds=` beside the prompt) or "flux-ip-adapter" (that, and the negative's list).
+        embedding_dim: D, the width of the image embeddings; None for a preset whose folder says it.
+        text_encoder: What is known of the text tower that adapters for it start from, `{"id", "weights_sha256", ...}`.
+        image_encoder: The same of the image tower whose raw embeddings it decodes; their statistics are the adapter's.
+        steps: Denoising steps it is made for.
+        guidance: Classifier-free guidance scale it is made for.
+        ip_adapter: Folder or repository, subfolder and file of the IP-Adapter weights.
+        recipe: Name of the training recipe in `configs/`.
+        class_name: Pipeline class in its `model_index.json`, once it was found.
     """
 
+    name: str
     source: str
-    class_name: str
     hand_over: str
-    embedding_dim: int
-    preset: DecoderPreset | None = None
-    fingerprint: dict | None = None
+    embedding_dim: int | None
+    text_encoder: dict | None
+    image_encoder: dict | None
+    steps: int
+    guidance: float
     ip_adapter: tuple[str, str, str] | None = None
+    recipe: str = ""
+    class_name: str = ""
 
     def encoder(self, tower: str) -> dict | None:
-        """What is known of its "text" or "image" encoder: `{"id", "weights_sha256", ...}`; None for nothing."""
-        known = (self.fingerprint or {}).get(f"{tower}_encoder")
-        return known or (self.preset and {"id": getattr(self.preset, f"{tower}_encoder")})
+        """What is known of its "text" or "image" encoder."""
+        return getattr(self, f"{tower}_encoder")
 
     def dtype(self, name: str, device: torch.device) -> torch.dtype:
         """The number format of an option's name; "auto" is float16 on CUDA (FLUX.1: bfloat16), else float32."""
@@ -86,11 +91,56 @@ class DecoderSource:
         return getattr(torch, name)
 
 
+# The name of those in PRESETS.
+DecoderPreset = DecoderSource
+
+_VIT_L = "openai/clip-vit-large-patch14"
+_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_VIT_BIGG = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+_SDXL, _FLUX = "stabilityai/stable-diffusion-xl-base-1.0", "black-forest-labs/FLUX.1-dev"
+SD15_IP_ADAPTER = ("h94/IP-Adapter", "models", "ip-adapter_sd15.safetensors")
+SDXL_IP_ADAPTER = ("h94/IP-Adapter", "sdxl_models", "ip-adapter_sdxl.safetensors")
+SDXL_VIT_H_IP_ADAPTER = ("h94/IP-Adapter", "sdxl_models", "ip-adapter_sdxl_vit-h.safetensors")
+FLUX_IP_ADAPTER = ("XLabs-AI/flux-ip-adapter", "", "ip_adapter.safetensors")
+FLUX_IP_ADAPTER_V2 = ("XLabs-AI/flux-ip-adapter-v2", "", "ip_adapter.safetensors")
+
+# name: repository, hand-over, width, encoder, steps, guidance, IP-Adapter, recipe
+_TABLE = {
+    # The width of the tiny decoder is read from its folder.
+    "tiny": ("tiny", "kandinsky", None, "tiny-clip", 25, 3.0, None, "tiny"),
+    "kandinsky22": (
+        "kandinsky-community/kandinsky-2-2-decoder", "kandinsky", 1280, _VIT_BIGG, 50, 4.0, None, "kandinsky22",
+    ),
+    "karlo": ("kakaobrain/karlo-v1-alpha", "unclip", 768, _VIT_L, 25, 8.0, None, "karlo"),
+    "sd-unclip-s": (
+        "stabilityai/stable-diffusion-2-1-unclip-small", "stable-unclip", 768, _VIT_L, 20, 10.0, None, "sd-unclip-s",
+    ),
+    "sd-unclip-h": (
+        "stabilityai/stable-diffusion-2-1-unclip", "stable-unclip", 1024, _VIT_H, 20, 10.0, None, "sd-unclip-h",
+    ),
+    "ip-adapter-sd15": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "ip-adapter", 1024, _VIT_H, 50, 7.5, SD15_IP_ADAPTER,
+        "ip-adapter-sd15",
+    ),
+    "ip-adapter-sdxl": (_SDXL, "ip-adapter", 1280, _VIT_BIGG, 50, 5.0, SDXL_IP_ADAPTER, "ip-adapter-sdxl"),
+    "sdxl-vit-h": (_SDXL, "ip-adapter", 1024, _VIT_H, 50, 5.0, SDXL_VIT_H_IP_ADAPTER, "ip-adapter-sd15"),
+    "flux-ip-adapter": (_FLUX, "flux-ip-adapter", 768, _VIT_L, 28, 3.5, FLUX_IP_ADAPTER, "karlo"),
+    "flux-ip-adapter-v2": (_FLUX, "flux-ip-adapter", 768, _VIT_L, 28, 3.5, FLUX_IP_ADAPTER_V2, "karlo"),
+}  # fmt: skip
+PRESETS = {
+    name: DecoderSource(name, source, hand_over, width, {"id": encoder}, {"id": encoder}, *rest)
+    for name, (source, hand_over, width, encoder, *rest) in _TABLE.items()
+}
+"""The published decoders that have a name here."""
+# The IP-Adapter of a folder for which none is named.
+_USUAL = {"StableDiffusionPipeline": SD15_IP_ADAPTER, "StableDiffusionXLPipeline": SDXL_IP_ADAPTER}
+
+
 def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | None = None) -> DecoderSource:
     """Finds a decoder by preset, folder or hub repository; reads JSON and headers only.
 
     A folder is recognised by its `model_index.json`, and taken for a published decoder when class and width agree
-    with a preset's and it has no `csdiff.json` of its own.
+    with a preset's and it has no `csdiff.json` of its own. What that states goes before what a preset says.
 
     Args:
         decoder: Name of a preset, folder saved by diffusers, or hub repository.
@@ -102,7 +152,7 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
     """
     source, preset = str(decoder), PRESETS.get(str(decoder))
     if preset is not None:
-        source = str(assets_dir() / "decoder") if preset.name == "tiny" else preset.repo
+        source = str(assets_dir() / "decoder") if preset.name == "tiny" else preset.source
     elif not Path(source).is_dir() and not HUB_ID.fullmatch(source):
         raise CSDiffError(
             f"decoder: expected a preset ({', '.join(PRESETS)}), a folder saved by diffusers, or a hub repository "
@@ -119,40 +169,42 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
     if hand_over in _PROJECTIONS:
         weights = ip_adapter and _ip_adapter_place(ip_adapter, hand_over)
         weights = weights or (preset and preset.ip_adapter) or _USUAL.get(class_name, FLUX_IP_ADAPTER_V2)
-        embedding_dim = _ip_adapter_dim(weights, hand_over)
+        width = _ip_adapter_dim(weights, hand_over)
     elif ip_adapter is not None:
         raise CSDiffError(f"ip_adapter: a {class_name} takes image embeddings as it is; leave --ip_adapter out.")
     else:
         file, key = _DIMENSION_FILES[hand_over]
-        embedding_dim = read_json(_file(source, file)).get(key)
-        if not isinstance(embedding_dim, int):
+        width = read_json(_file(source, file)).get(key)
+        if not isinstance(width, int):
             raise CSDiffError(
                 f"decoder: {source}/{file} states no {key}; this {class_name} is not conditioned on image embeddings."
             )
-    fingerprint = read_json(Path(source) / "csdiff.json") if (Path(source) / "csdiff.json").is_file() else None
-    if fingerprint is None and (preset is None or preset.ip_adapter != weights):
-        kind = (hand_over, embedding_dim, weights)
-        alike = [p for p in PRESETS.values() if (p.hand_over, p.embedding_dim, p.ip_adapter) == kind]
-        preset = alike[0] if alike else None
-    return DecoderSource(source, class_name, hand_over, embedding_dim, preset, fingerprint, weights)
+    own = Path(source) / "csdiff.json"
+    stated = read_json(own) if own.is_file() else {}
+    if not own.is_file() and (preset is None or preset.ip_adapter != weights):
+        kind = (hand_over, width, weights)
+        preset = next((p for p in PRESETS.values() if (p.hand_over, p.embedding_dim, p.ip_adapter) == kind), None)
+    if preset is None:
+        # Steps and guidance of its kind, and nothing else.
+        like = next(p for p in PRESETS.values() if p.hand_over == hand_over)
+        preset = replace(like, name="", text_encoder=None, image_encoder=None, recipe="")
+    sampling = stated.get("sampling") or {}
+    return replace(
+        preset,
+        source=source,
+        class_name=class_name,
+        embedding_dim=width,
+        ip_adapter=weights,
+        text_encoder=stated.get("text_encoder") or preset.text_encoder,
+        image_encoder=stated.get("image_encoder") or preset.image_encoder,
+        steps=sampling.get("steps", preset.steps),
+        guidance=sampling.get("guidance", preset.guidance),
+    )
 
 
 def _file(source: str, file: str) -> Path:
     """A file of a folder or of a hub repository."""
-    if Path(source).is_dir():
-        return Path(source) / file
-    from huggingface_hub import hf_hub_download
-
-    silent = unreachable()
-    try:
-        return Path(hf_hub_download(source, file, local_files_only=silent is not None))
-    # every reason (no network, no such repository or file, gated) has one cure
-    except Exception as error:
-        raise CSDiffError(
-            f"decoder: expected {file} of the hub repository {source}, found neither a local copy nor the hub "
-            f"({silent or type(error).__name__}); download it where there is a network, or give a folder; with "
-            "HF_HUB_OFFLINE=1 the hub is not asked."
-        ) from error
+    return Path(source) / file if Path(source).is_dir() else download(source, file, file)
 
 
 def _ip_adapter_place(location: str | os.PathLike, hand_over: str) -> tuple[str, str, str]:
@@ -191,61 +243,6 @@ def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
     return header[_PROJECTIONS[found]][1][1]
 
 
-@dataclass(frozen=True)
-class AdapterCard:
-    """What an adapter folder says of itself.
-
-    Attributes:
-        path: The folder.
-        config: `config.json`, with `embedding_dim` and `text_dim`.
-        metadata: `csdiff.json`.
-    """
-
-    path: Path
-    config: dict
-    metadata: dict
-
-    @property
-    def kind(self) -> str:
-        """Class name of the adapter."""
-        return self.config.get("_class_name", "unknown")
-
-    @property
-    def embedding_dim(self) -> int | None:
-        """D, the width of the image embeddings it makes."""
-        return self.config.get("embedding_dim")
-
-    @property
-    def text_dim(self) -> int | None:
-        """Width of the text embeddings it takes."""
-        return self.config.get("text_dim") or self.embedding_dim
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the configuration and the weights as first read: the same for copies of one adapter."""
-        digest = hashlib.sha256()
-        files = [file for file in self.path.rglob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
-        for file in sorted(files):
-            digest.update(file.relative_to(self.path).as_posix().encode())
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
-
-
-def read_adapter_card(adapter: str | os.PathLike) -> AdapterCard:
-    """Reads the JSON files of an adapter folder or hub repository.
-
-    Raises:
-        CSDiffError: no such folder, a file is missing, or a JSON file is broken.
-    """
-    from csdiff.adapters import folder, hub
-
-    path = hub.locate(adapter)
-    config = folder.read_config(path)
-    if not isinstance(config.get("embedding_dim"), int):
-        raise CSDiffError(f"{path / folder.CONFIG} has no embedding_dim; it is not the configuration of an adapter.")
-    return AdapterCard(path, config, folder.read_metadata(path))
-
-
 def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSource]:
     """The adapter's card (None for the raw text embedding) and the decoder of a drawing, checked to fit.
 
@@ -266,31 +263,46 @@ def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
     Raises:
         CSDiffError: naming what was expected and what was found.
     """
-    where = f"the decoder {decoder.source}"
-    check_dimensions(card.config, where, image_dim=decoder.embedding_dim)
     if card.metadata.get("normalized"):
         raise CSDiffError(
             f"adapter: {card.path} was trained on unit-norm embeddings, for retrieval; decoders want raw ones. "
             "Train on a store that kept the norms."
         )
-    check_same_encoder(card.metadata.get("image_encoder"), decoder.encoder("image"), "image", "the adapter", where)
+    image = (decoder.embedding_dim, decoder.encoder("image"))
+    check_encoders(card.config, card.metadata, f"the decoder {decoder.source}", image=image)
 
 
-def check_dimensions(config, where: str, *, image_dim: int | None, text_dim: int | None = None) -> None:
-    """Refuses an adapter whose embeddings have another width than `where` takes or gives; None is not checked.
+def check_encoders(
+    config: Any,
+    metadata: dict,
+    where: str,
+    *,
+    image: tuple[int | None, dict | None],
+    text: tuple[int | None, dict | None] = (None, None),
+) -> None:
+    """Refuses an adapter of other widths, or for other encoders, than `where` takes and gives.
+
+    Args:
+        config: Of the adapter.
+        metadata: Its `csdiff.json`.
+        where: What it is for, for the message.
+        image: Width and encoder of the image embeddings taken there; None is not checked.
+        text: The same of the text embeddings given there.
 
     Raises:
-        CSDiffError: naming both dimensions.
+        CSDiffError: naming what was expected and what was found.
     """
-    embedding_dim = config.get("embedding_dim")
-    adapter_text_dim = config.get("text_dim") or embedding_dim
-    if image_dim not in (None, embedding_dim):
+    image_dim = config.get("embedding_dim")
+    text_dim = config.get("text_dim") or image_dim
+    if image[0] not in (None, image_dim):
         raise CSDiffError(
-            f"The adapter makes image embeddings of {embedding_dim} dimensions, but {where} takes {image_dim}: "
+            f"The adapter makes image embeddings of {image_dim} dimensions, but {where} takes {image[0]}: "
             "use an adapter trained on this decoder's image encoder."
         )
-    if text_dim not in (None, adapter_text_dim):
+    if text[0] not in (None, text_dim):
         raise CSDiffError(
-            f"The adapter takes text embeddings of {adapter_text_dim} dimensions, but {where} gives {text_dim}: "
+            f"The adapter takes text embeddings of {text_dim} dimensions, but {where} gives {text[0]}: "
             "use the text encoder the adapter was trained on."
         )
+    for tower, (_, encoder) in (("text", text), ("image", image)):
+        check_same_encoder(metadata.get(f"{tower}_encoder"), encoder, tower, "the adapter", where)

@@ -27,7 +27,6 @@ from csdiff.files import write_json, writing
 from csdiff.options import check_options
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource, find_models
-from csdiff.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:
     from csdiff.pipelines.decoding import OnStep
@@ -177,11 +176,9 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def sampling(config: GenerateConfig, decoder: DecoderSource) -> GenerateConfig:
-    """The options with steps and guidance: asked for, else of the decoder's `csdiff.json`, else of its preset."""
-    preset = decoder.preset or next(preset for preset in PRESETS.values() if preset.hand_over == decoder.hand_over)
-    stated = (decoder.fingerprint or {}).get("sampling") or {}
-    steps = stated.get("steps", preset.steps) if config.steps is None else config.steps
-    guidance = stated.get("guidance", preset.guidance) if config.guidance is None else config.guidance
+    """The options with steps and guidance: as asked for, else what the decoder is made for."""
+    steps = decoder.steps if config.steps is None else config.steps
+    guidance = decoder.guidance if config.guidance is None else config.guidance
     return replace(config, steps=steps, guidance=float(guidance))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from csdiff.embeddings.fingerprint import HUB_CACHE, check_same_encoder, weights_sha256
+from csdiff.embeddings.fingerprint import HUB_CACHE, weights_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
-from csdiff.pipelines.decoders import check_dimensions
+from csdiff.pipelines.decoders import check_encoders
 from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
 
 
@@ -103,16 +103,15 @@ def _diffusion_scheduler(names: dict):
 
 
 def _check(pipe, names: dict, adapter):
-    where, old = type(pipe).__name__, getattr(pipe, names["prior"])
-    encoders = {tower: getattr(pipe, names[f"{tower}_encoder"] or "", None) for tower in ("text", "image")}
-    dims = {t: getattr(getattr(encoder, "config", None), "projection_dim", None) for t, encoder in encoders.items()}
-    if dims["image"] is None and old is not None:
-        dims["image"] = old.config.embedding_dim
-    check_dimensions(adapter.config, where, image_dim=dims["image"], text_dim=dims["text"])
-    metadata = getattr(adapter, "metadata", None) or {}
-    for tower, encoder in encoders.items():
-        found = _identity(encoder, tower)
-        check_same_encoder(metadata.get(f"{tower}_encoder"), found, tower, "the adapter", where)
+    known = {}
+    for tower in ("text", "image"):
+        encoder = getattr(pipe, names[f"{tower}_encoder"] or "", None)
+        width = getattr(getattr(encoder, "config", None), "projection_dim", None)
+        known[tower] = width, _identity(encoder, tower)
+    old = getattr(pipe, names["prior"])
+    if known["image"][0] is None and old is not None:
+        known["image"] = old.config.embedding_dim, known["image"][1]
+    check_encoders(adapter.config, getattr(adapter, "metadata", None) or {}, type(pipe).__name__, **known)
 
 
 def _identity(encoder, tower: str) -> dict | None:

@@ -150,7 +150,7 @@ def test_what_is_no_encoder_is_refused_in_one_sentence(tiny_clip: Path, sentence
     (plain / "config.json").write_bytes((tiny_clip / "config.json").read_bytes())
     cases = [
         (load_text_encoder, tmp_path / "none", "expected a folder with a text encoder, found none"),
-        (load_text_encoder, "nobody/nothing", r"a model id on the hub .* found neither \(HF_HUB_OFFLINE is set\)"),
+        (load_text_encoder, "nobody/nothing", r"expected a text encoder, .* nor the hub \(HF_HUB_OFFLINE is set\)"),
         (load_image_encoder, without(tiny_clip, tmp_path / "c", "config.json"), "with config.json for the image"),
         (load_text_encoder, pickled, "the weights cannot be loaded"),
         (load_image_encoder, truncated, "the weights cannot be loaded"),

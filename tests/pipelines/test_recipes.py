@@ -15,8 +15,8 @@ RECIPES = sorted({preset.recipe for preset in PRESETS.values()} - {"tiny", "karl
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
 def test_the_recipe_trains_on_the_encoders_of_its_preset(name, root):
     recipe = yaml.safe_load((root / "configs" / f"{PRESETS[name].recipe}.yaml").read_text())
-    assert recipe["data"]["text_encoder"] == PRESETS[name].text_encoder
-    assert recipe["data"]["image_encoder"] == PRESETS[name].image_encoder
+    assert recipe["data"]["text_encoder"] == PRESETS[name].text_encoder["id"]
+    assert recipe["data"]["image_encoder"] == PRESETS[name].image_encoder["id"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
