@@ -8,13 +8,22 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "arguments": ["NonFiniteRows"],
-        "bandwidth": ["resolve_bandwidth"],
-        "cauchy_schwarz": ["cauchy_schwarz_divergence", "log_mean_kernel", "squared_mmd"],
+        "arguments": ["NonFiniteRows", "resolve_bandwidth"],
+        "cauchy_schwarz": [
+            "cauchy_schwarz_divergence",
+            "gaussian_cauchy_schwarz",
+            "log_mean_kernel",
+            "squared_mmd",
+        ],
         "contrastive": ["info_nce"],
-        "gaussian": ["gaussian_cauchy_schwarz"],
-        "objective": ["Objective", "ObjectiveOutput"],
-        "presets": ["OBJECTIVES", "CSAlignerLoss", "build_objective", "objective_options"],
+        "objectives": [
+            "OBJECTIVES",
+            "CSAlignerLoss",
+            "Objective",
+            "ObjectiveOutput",
+            "build_objective",
+            "objective_options",
+        ],
         "tokens": ["token_cauchy_schwarz_divergence"],
     },
 )

@@ -1,24 +1,44 @@
-"""Checks of what callers pass in, at the public edge; each failure is one sentence that names the argument."""
+"""What callers pass in, checked at the public edge: rows, numbers, and the bandwidth, by number or by rule.
+
+Each failure is one sentence that names the argument.
+"""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+Bandwidth = float | Tensor | Sequence[float] | str
+RULES = ("median", "silverman")
+MEDIAN_ROWS = 2048
 
 
 class NonFiniteRows(ValueError):
     """An input holds NaN or infinite numbers; a training loop may want to tell this from a wrong call."""
 
 
-def check_matrix(name: str, rows: Tensor) -> None:
-    """Raise ValueError unless `rows` is a floating-point `(N, D)` tensor; `N` may be 0."""
-    if not isinstance(rows, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor of shape (N, D); found {type(rows).__name__}")
-    if rows.dim() != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (N, D) with D > 0; found shape {tuple(rows.shape)}")
-    if not rows.is_floating_point():
-        raise ValueError(f"{name} must be floating point; found dtype {rows.dtype}")
+def check_sets(**sets: Tensor) -> None:
+    """Raise ValueError unless these are floating-point tensors `(N, D)` of one D on one device; N may be 0."""
+    for name, rows in sets.items():
+        if not isinstance(rows, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor of shape (N, D); found {type(rows).__name__}")
+        if rows.dim() != 2 or rows.shape[1] == 0:
+            raise ValueError(f"{name} must have shape (N, D) with D > 0; found shape {tuple(rows.shape)}")
+        if not rows.is_floating_point():
+            raise ValueError(f"{name} must be floating point; found dtype {rows.dtype}")
+    check_same_width(**sets)
+
+
+def check_same_width(**sets: Tensor) -> None:
+    """Raise ValueError unless the last dimensions and the devices of tensors agree."""
+    names = " and ".join(sets)
+    if len({rows.shape[-1] for rows in sets.values()}) > 1:
+        shapes = " and ".join(str(tuple(rows.shape)) for rows in sets.values())
+        raise ValueError(f"{names} must have the same D; found shapes {shapes}")
+    if len({rows.device for rows in sets.values()}) > 1:
+        raise ValueError(f"{names} must be on one device; found {' and '.join(str(r.device) for r in sets.values())}")
 
 
 def check_finite(name: str, rows: Tensor) -> None:
@@ -27,15 +47,6 @@ def check_finite(name: str, rows: Tensor) -> None:
     if len(bad):
         kind = "NaN" if bool(rows[bad[0]].isnan().any()) else "infinite"
         raise NonFiniteRows(f"{name} must be finite; row {int(bad[0])} is {kind} ({len(bad)} of {len(rows)} rows)")
-
-
-def check_same_width(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
-    """Raise ValueError unless the last dimensions and the devices of two tensors agree."""
-    both = " and ".join(names)
-    if x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"{both} must have the same D; found shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.device != y.device:
-        raise ValueError(f"{both} must be on one device; found {x.device} and {y.device}")
 
 
 def check_number(name: str, value: float, *, zero: bool = False) -> float:
@@ -50,3 +61,58 @@ def check_block_size(block_size: int | None) -> None:
     """Raise ValueError unless `block_size` is None or a positive integer."""
     if block_size is not None and not (isinstance(block_size, Integral) and block_size >= 1):
         raise ValueError(f"block_size must be None or an integer >= 1; found {block_size!r}")
+
+
+def check_bandwidth(bandwidth: Bandwidth) -> tuple[float, ...] | None:
+    """The widths, smallest first, None for a rule; ValueError for anything but numbers > 0 and the names of rules."""
+    if isinstance(bandwidth, str):
+        if bandwidth not in RULES:
+            known = f"a number > 0, several, or one of {', '.join(RULES)}"
+            raise ValueError(f"bandwidth must be {known}; found {bandwidth!r}")
+        return None
+    if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
+        raise ValueError(
+            "bandwidth must not require a gradient, since widening the kernel without end would minimise the "
+            "divergence; found a tensor that does: pass bandwidth.detach()"
+        )
+    widths = torch.as_tensor(bandwidth, dtype=torch.float64).flatten().tolist()
+    if not widths:
+        raise ValueError("bandwidth must hold at least one width; found an empty sequence")
+    return tuple(sorted(check_number("bandwidth", width) for width in widths))
+
+
+def resolve_bandwidth(bandwidth: Bandwidth, *sets: Tensor) -> tuple[float, ...]:
+    """The widths to use for sets of rows `(N, D)`, smallest first; the rules look at the rows of all sets, pooled.
+
+    - "median": the median distance between two different points of the pooled rows. Above `MEDIAN_ROWS` = 2048 pooled
+      rows, of that many of them, evenly spaced, so that the answer is the same on every call and every process.
+    - "silverman": `sqrt(2) h` with `h = s (4 / ((D + 2) n))^(1 / (D + 4))`, for `n` pooled rows of mean coordinate
+      variance `s^2`. The root turns the width of a Parzen window into that of the kernel between two samples.
+
+    No gradient flows through the width. Where all pooled rows coincide the kernel is 1 whatever its width, and the
+    rules answer 1.
+
+    Raises:
+        ValueError: a width that is not a finite number > 0, an unknown rule, a tensor that requires a gradient.
+    """
+    widths = check_bandwidth(bandwidth)
+    if widths is not None:
+        return widths
+    pooled = torch.cat([rows.detach() for rows in sets])
+    pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+    width = _median_distance(pooled) if bandwidth == "median" else _silverman_width(pooled)
+    return (width if width > 0 else 1.0,)
+
+
+def _median_distance(rows: Tensor) -> float:
+    if len(rows) > MEDIAN_ROWS:
+        rows = rows[torch.linspace(0, len(rows) - 1, MEDIAN_ROWS, dtype=torch.float64).round().long().to(rows.device)]
+    distances = torch.pdist(rows)
+    distances = distances[distances > 0]
+    return float(distances.median()) if len(distances) else 0.0
+
+
+def _silverman_width(rows: Tensor) -> float:
+    count, dim = rows.shape
+    variance = float(rows.var(dim=0, correction=0).mean())
+    return math.sqrt(2 * variance) * (4 / ((dim + 2) * count)) ** (1 / (dim + 4))

@@ -1,13 +1,13 @@
 """InfoNCE: each row picks its partner out of all the rows of the other set."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from csdiff.losses.arguments import check_block_size, check_finite, check_matrix, check_number, check_same_width
+from csdiff.losses.arguments import check_block_size, check_finite, check_number, check_sets
 from csdiff.losses.autograd import with_gradient, without_autocast
 from csdiff.losses.process_group import Share, gather_numbers, gather_rows
 from csdiff.losses.tiles import (
@@ -74,9 +74,7 @@ def info_nce(
         van den Oord, Li, Vinyals, "Representation learning with contrastive predictive coding", 2018; symmetric as in
         Radford et al., "CLIP", 2021.
     """
-    check_matrix("x", x)
-    check_matrix("y", y)
-    check_same_width(x, y)
+    check_sets(x=x, y=y)
     if len(x) != len(y):
         raise ValueError(f"x and y must be pairs, with the same N; found shapes {tuple(x.shape)} and {tuple(y.shape)}")
     check_block_size(block_size)
@@ -96,12 +94,13 @@ def info_nce(
         if share.total == 0:
             raise ValueError(f"x must have at least one row; found shape {tuple(x.shape)} (N = 0)")
         rows = [one.detach() for one in local] if group is None else [prepare(raw, dtype) for raw in (raw_x, raw_y)]
-        pairs = _Pairs(*(one.to(factor_dtype(x, y)) for one in rows), scale, share, block_size, group)
-        if not math.isfinite(pairs.logits.sum()):
+        a, b = (one.to(factor_dtype(x, y)) for one in rows)
+        own = (a.to(dtype) * b.to(dtype)).sum(dim=1) * scale
+        if not math.isfinite(own.sum()):
             check_finite("x", raw_x)
             check_finite("y", raw_y)
-        value = pairs.value(two_sided)
-        grad_x, grad_y = pairs.gradients(needed[0] or any(needed[2:]), needed[1])
+        wanted = needed[0] or any(needed[2:]), needed[1]
+        value, grad_x, grad_y = _two_passes(a, b, own, scale, share, two_sided, wanted, block_size, group)
         slope = None
         if any(needed[2:]):
             # The loss sees x / temperature alone, which ties the two derivatives together.
@@ -113,79 +112,65 @@ def info_nce(
     return with_gradient(evaluate, *local, *learned)
 
 
-class _Pairs:
-    """The pairs of all processes, of which this one holds a share: its rows of x against all of y, or the reverse.
+def _two_passes(
+    x: Tensor, y: Tensor, own: Tensor, scale: float, share: Share, two_sided: bool, wanted, block_size, group
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss over all processes, and its gradients by the local rows of x and y where they are wanted.
 
-    For each pair: `logits`, its own; `sums`, for its row and where wanted its column, the log sum exp of all others.
+    x and y are the rows of all processes and `own` the logits of their pairs. A process meets its rows of x with all
+    of y; all that it keeps of the logits is, for each row and each column, the log sum exp of those off the diagonal.
     """
+    mine = slice(share.start, share.stop)
+    limit = KEPT_LOGITS if x.device.type == "cpu" else KEPT_LOGITS_GPU
+    keep = block_size is None and share.total * (share.stop - share.start) <= limit
+    block = share.total if keep else block_size or default_block(x.device)
 
-    sums: list[Tensor]
+    def logits(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        return tiles(a[mine], b, scale=scale, block=block, own=share.start)
 
-    def __init__(self, x: Tensor, y: Tensor, scale: float, share: Share, block_size: int | None, group):
-        self.x, self.y, self.scale, self.share, self.group = x, y, scale, share, group
-        self.local = slice(share.start, share.stop)
-        self.dtype = compute_dtype(x.dtype)
-        self.logits = (x.to(self.dtype) * y.to(self.dtype)).sum(dim=1) * scale
-        limit = KEPT_LOGITS if x.device.type == "cpu" else KEPT_LOGITS_GPU
-        self.keep = block_size is None and share.total * (share.stop - share.start) <= limit
-        self.block = share.total if self.keep else block_size or default_block(x.device)
-        self.kept: list[tuple[slice, slice, Tensor]] = []
-
-    def tiles(self, a: Tensor, b: Tensor) -> Iterable[tuple[slice, slice, Tensor]]:
-        return tiles(a, b, scale=self.scale, block=self.block, own=self.share.start)
-
-    def value(self, two_sided: bool) -> Tensor:
-        """The loss over all processes."""
-        a, b = self.x[self.local], self.y
-        row = self.logits.new_full((len(a),), -math.inf)
-        col = self.logits.new_full((len(b),), -math.inf)
-        for rows, cols, tile in self.tiles(a, b):
-            row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1))
-            if two_sided:
-                col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0))
-            self.kept = [(rows, cols, tile)] if self.keep else []
-        self.sums = [gather_rows("x", row, self.group)[0]]
+    kept = list(logits(x, y)) if keep else None
+    row, col = torch.full_like(own[mine], -math.inf), torch.full_like(own, -math.inf)
+    for rows, cols, tile in kept or logits(x, y):
+        row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1))
         if two_sided:
-            self.sums.append(gather_numbers(col, self.group).logsumexp(dim=0))
-        # log(1 + exp(others - own)): exact however small or large.
-        losses = [F.softplus(others - self.logits, threshold=50) for others in self.sums]
-        total = sum(loss.sum(dtype=wide_dtype(loss.device)) for loss in losses)
-        return total / (len(losses) * self.share.total)
+            col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0))
+    others = [gather_rows("x", row, group)[0]]
+    if two_sided:
+        others.append(gather_numbers(col, group).logsumexp(dim=0))
+    # log(1 + exp(others - own)): exact however small or large.
+    losses = [F.softplus(one - own, threshold=50) for one in others]
+    value = sum(loss.sum(dtype=wide_dtype(loss.device)) for loss in losses) / (len(losses) * share.total)
+    if not any(wanted):
+        return value, None, None
+    sums = [torch.logaddexp(one, own) for one in others]
+    if not two_sided:
+        # No column has a softmax.
+        sums.append(torch.full_like(own, math.inf))
+    slopes = -sum(torch.sigmoid(one - own) for one in others)[mine]
+    weight = scale * share.world / (share.total * len(others))
 
-    def gradients(self, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Those by the local rows of x and y that are wanted."""
-        full = [torch.logaddexp(others, self.logits) for others in self.sums]
-        rows, cols = full[0], full[1] if len(full) == 2 else None
-        alone = self.share.world == 1
-        found = self._pulls(self.x, self.y, rows, cols, x, y and alone) if x or (y and alone) else (None, None)
-        if not y or alone:
-            return found
-        # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-        self.kept = []
-        return found[0], self._pulls(self.y, self.x, cols, rows, True, False)[0]
+    def pulls(found, a: Tensor, b: Tensor, a_sums: Tensor, b_sums: Tensor, both: bool):
+        """`sum_j G_ij b_j` of the local rows of a and, if both, `sum_i G_ij a_i` of all of b.
 
-    def _pulls(
-        self, a: Tensor, b: Tensor, a_sums: Tensor | None, b_sums: Tensor | None, a_wanted: bool, b_wanted: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """`sum_j G_ij b_j` of the local rows of `a` and `sum_i G_ij a_i`, `G` the derivative of the loss by logits.
-
-        `G` is the softmaxes over rows and columns of the whole problem, less one for the pair itself, where that is
-        taken from the others' sum, so that it keeps its digits.
+        `G`, the derivative by the logits, is the softmaxes over rows and columns of the whole problem, less one for
+        the pair itself, where that is taken from the others' sum, so that it keeps its digits.
         """
-        a = a[self.local]
-        grad_a = torch.zeros_like(a, dtype=self.dtype) if a_wanted else None
-        grad_b = torch.zeros_like(b, dtype=self.dtype) if b_wanted else None
-        weight = self.scale * self.share.world / (self.share.total * len(self.sums))
-        own = -sum(torch.sigmoid(others - self.logits) for others in self.sums)[self.local]
-        for rows, cols, tile in self.kept or self.tiles(a, b):
-            softmax = None if a_sums is None else (tile - a_sums[self.local][rows, None]).exp_()
-            if b_sums is not None:
-                other = tile.sub_(b_sums[cols]).exp_()
-                softmax = other if softmax is None else softmax.add_(other)
-            offset = self.share.start + rows.start - cols.start
-            fill_own(softmax, offset, own[rows][max(0, -offset) :])
-            if grad_a is not None:
-                add_product(grad_a[rows], softmax, b[cols], weight)
-            if grad_b is not None:
+        a, a_sums = a[mine], a_sums[mine]
+        grad_a = torch.zeros_like(a, dtype=own.dtype)
+        grad_b = torch.zeros_like(b, dtype=own.dtype) if both else None
+        for rows, cols, tile in found:
+            softmax = (tile - a_sums[rows, None]).exp_().add_(tile.sub_(b_sums[cols]).exp_())
+            offset = share.start + rows.start - cols.start
+            fill_own(softmax, offset, slopes[rows][max(0, -offset) :])
+            add_product(grad_a[rows], softmax, b[cols], weight)
+            if both:
                 add_product(grad_b[cols], softmax.T, a[rows], weight)
         return grad_a, grad_b
+
+    grad_x = grad_y = None
+    if wanted[0]:
+        grad_x, grad_y = pulls(kept or logits(x, y), x, y, *sums, both=wanted[1] and share.world == 1)
+    if wanted[1] and grad_y is None:
+        # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
+        grad_y, _ = pulls(logits(y, x), y, x, *reversed(sums), both=False)
+    return value, grad_x, grad_y

@@ -19,58 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_block_size, check_finite, check_matrix, check_same_width
+from csdiff.losses.arguments import Bandwidth, check_block_size, check_finite, check_sets, resolve_bandwidth
 from csdiff.losses.autograd import with_gradient, without_autocast
-from csdiff.losses.bandwidth import Bandwidth, check_bandwidth, resolve_bandwidth
-from csdiff.losses.process_group import gather_numbers, gather_rows
+from csdiff.losses.process_group import Share, gather_numbers, gather_rows
 from csdiff.losses.tiles import add_product, compute_dtype, default_block, factor_dtype, tiles, unit_rows, wide_dtype
-
-
-class KernelOptions(NamedTuple):
-    """Options of `cauchy_schwarz_divergence`."""
-
-    bandwidth: Bandwidth
-    diagonal: bool
-    normalize: bool
-    block_size: int | None
-    group: torch.distributed.ProcessGroup | None
-
-
-Combine = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor | float]]]
-
-
-def combine_log_means(x: Tensor, y: Tensor | None, terms: str, combine: Combine, options: KernelOptions) -> Tensor:
-    """A function of some of `log V(x, x)`, `log V(y, y)`, `log V(x, y)`, differentiable by x `(N, D)` and y `(M, D)`.
-
-    `terms` are those wanted, of "xx", "yy" and "xy", separated by spaces; `combine` takes their values, 0-d tensors in
-    float64 (float32 where the device has no other), to the value of the function and its derivatives by each of them.
-    """
-    check_bandwidth(options.bandwidth)
-    check_block_size(options.block_size)
-    named = {"x": x} if y is None else {"x": x, "y": y}
-    for name, rows in named.items():
-        check_matrix(name, rows)
-    if y is not None:
-        check_same_width(x, y)
-    dtype = compute_dtype(*(rows.dtype for rows in named.values()))
-    with without_autocast(x.device):
-        sets = [_Set(name, rows, dtype, options) for name, rows in named.items()]
-        widths = _centre(sets, dtype, options.bandwidth)
-    for one in sets:
-        if one.name * 2 in terms and not options.diagonal and one.share.total == 1:
-            raise ValueError(f"a mean without the diagonal needs at least two rows in {one.name}; found N = 1")
-
-    def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        found = [_log_mean(*(sets["xy".index(s)] for s in term), needed, widths, options) for term in terms.split()]
-        value, derivatives = combine([log_mean for log_mean, _ in found])
-        gradients: dict[str, Tensor] = {}
-        for (_, pulls), derivative in zip(found, derivatives, strict=True):
-            for name, (pull, scale) in pulls.items():
-                pull.mul_(scale * derivative)
-                gradients[name] = gradients[name].add_(pull) if name in gradients else pull
-        return value.to(dtype), [gradients.get(one.name) for one in sets]
-
-    return with_gradient(evaluate, *(one.local for one in sets))
 
 
 class Points(NamedTuple):
@@ -80,81 +32,113 @@ class Points(NamedTuple):
     square: Tensor
 
 
-class _Set:
-    """All rows of one argument: as given, as the kernel takes them (`local` ones with their graph), and centred."""
+class _Set(NamedTuple):
+    """One argument: its local rows with their graph, where they stand, and the points of all processes."""
 
+    local: Tensor
+    share: Share
     points: Points
 
-    def __init__(self, name: str, local: Tensor, dtype: torch.dtype, options: KernelOptions):
-        self.name = name
-        self.raw, self.share = gather_rows(name, local, options.group)
-        if self.share.total == 0:
+
+def combine_log_means(
+    x: Tensor,
+    y: Tensor | None,
+    terms: str,
+    combine: Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor | float]]],
+    bandwidth: Bandwidth,
+    diagonal: bool,
+    normalize: bool,
+    block_size: int | None,
+    group: torch.distributed.ProcessGroup | None,
+) -> Tensor:
+    """A function of some of `log V(x, x)`, `log V(y, y)`, `log V(x, y)`, differentiable by x `(N, D)` and y `(M, D)`.
+
+    `terms` are those wanted, of "xx", "yy" and "xy", separated by spaces; `combine` takes their values, 0-d tensors in
+    float64 (float32 where the device has no other), to the value of the function and its derivatives by each of them.
+    The options are those of `cauchy_schwarz_divergence`.
+    """
+    check_block_size(block_size)
+    named = {"x": x} if y is None else {"x": x, "y": y}
+    check_sets(**named)
+    dtype = compute_dtype(*(rows.dtype for rows in named.values()))
+    with without_autocast(x.device):
+        sets, widths = _centred(named, dtype, bandwidth, unit_rows if normalize else Tensor.to, group)
+    for name, one in sets.items():
+        if name * 2 in terms and not diagonal and one.share.total == 1:
+            raise ValueError(f"a mean without the diagonal needs at least two rows in {name}; found N = 1")
+    block = block_size or default_block(x.device)
+
+    def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        wanted = {name for name, one in zip(sets, needed, strict=True) if one}
+        found = [_log_mean(term, sets, wanted, widths, block, diagonal, group) for term in terms.split()]
+        value, derivatives = combine([log_mean for log_mean, _ in found])
+        gradients: dict[str, Tensor] = {}
+        for (_, pulls), derivative in zip(found, derivatives, strict=True):
+            for name, (pull, scale) in pulls.items():
+                pull.mul_(scale * derivative)
+                gradients[name] = gradients[name].add_(pull) if name in gradients else pull
+        return value.to(dtype), [gradients.get(name) for name in sets]
+
+    return with_gradient(evaluate, *(one.local for one in sets.values()))
+
+
+def _centred(
+    named: dict[str, Tensor], dtype: torch.dtype, bandwidth: Bandwidth, prepare: Callable, group
+) -> tuple[dict[str, _Set], tuple[float, ...]]:
+    """The sets, with the origin between them, and the widths of the kernel, the widest first."""
+    raw, shares = {}, {}
+    for name, local in named.items():
+        raw[name], shares[name] = gather_rows(name, local, group)
+        if shares[name].total == 0:
             raise ValueError(f"{name} must have at least one row; found shape {tuple(local.shape)} (N = 0)")
-        prepare = unit_rows if options.normalize else Tensor.to
-        self.local = prepare(local, dtype)
-        self.rows = self.local.detach() if options.group is None else prepare(self.raw, dtype)
-
-
-def _centre(sets: list[_Set], dtype: torch.dtype, bandwidth: Bandwidth) -> tuple[float, ...]:
-    """Make the centred points of the sets and return the widths of the kernel, the widest first."""
-    centre = sum(one.rows.mean(dim=0) for one in sets) / len(sets)
-    centred = [one.rows - centre for one in sets]
-    widths = resolve_bandwidth(bandwidth, *centred)
-    factor = factor_dtype(*(one.raw for one in sets))
-    for one, rows in zip(sets, centred, strict=True):
-        rows = rows.to(factor) if factor == torch.bfloat16 else rows
-        one.points = Points(rows, torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_())
-    if not math.isfinite(sum(one.points.square.sum() for one in sets)):
-        for one in sets:
-            check_finite(one.name, one.raw)
+    locals_ = {name: prepare(rows, dtype) for name, rows in named.items()}
+    rows = [locals_[name].detach() if group is None else prepare(raw[name], dtype) for name in named]
+    centre = sum(one.mean(dim=0) for one in rows) / len(rows)
+    rows = [one - centre for one in rows]
+    widths = resolve_bandwidth(bandwidth, *rows)[::-1]
+    rows = [one.to(factor_dtype(*raw.values())) for one in rows]
+    squares = [torch.linalg.vector_norm(one, dim=1, dtype=dtype).square_() for one in rows]
+    if not math.isfinite(sum(one.sum() for one in squares)):
+        for name, given in raw.items():
+            check_finite(name, given)
         raise ValueError(f"the rows must have squared lengths within the range of {dtype}; found longer ones")
-    return widths[::-1]
+    points = map(Points, rows, squares)
+    return dict(zip(named, map(_Set, locals_.values(), shares.values(), points), strict=True)), widths
 
 
 def _log_mean(
-    left: _Set, right: _Set, needed: Sequence[bool], widths: tuple[float, ...], options: KernelOptions
+    term: str, sets: dict[str, _Set], wanted: set[str], widths: tuple[float, ...], block: int, diagonal: bool, group
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """`log V` over the rows of all processes, and for sets by name a pull on the local rows with what scales it."""
-    needed = dict(zip("xy", needed, strict=False))
-    block = options.block_size or default_block(left.raw.device)
-    world, count, other_count = left.share.world, left.share.total, right.share.total
+    left, right = (sets[name] for name in term)
+    world, pairs = left.share.world, left.share.total * right.share.total
 
-    def sums(a: _Set, b: _Set, **wanted) -> tuple[KernelSums, Tensor, Tensor]:
+    def sums(a: _Set, b: _Set, **options) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         local = Points(*(part[a.share.start : a.share.stop] for part in a.points))
-        found = kernel_sums(local, b.points, widths, block=block, **wanted)
-        total, shift, scale = found.total, found.shift, world / widths[0] ** 2
-        if options.group is not None:
-            totals, shifts = gather_numbers(torch.stack([total, shift]), options.group).unbind(dim=1)
+        total, own_shift, *pulls = kernel_sums(local, b.points, widths, block=block, **options)
+        shift, scale = own_shift, world / widths[0] ** 2
+        if group is not None:
+            totals, shifts = gather_numbers(torch.stack([total, own_shift]), group).unbind(dim=1)
             shift = shifts.max()
             total = (totals * torch.exp(shifts - shift)).sum()
             # Not from the logarithm of the total, whose digits a large shift takes up.
-            scale = scale * torch.exp(found.shift - shift)
-        return found, torch.log(total) + shift, scale / total
+            scale = scale * torch.exp(own_shift - shift)
+        return torch.log(total) + shift, scale / total, pulls
 
     if left is right:
-        wanted = {"own": left.share.start, "diagonal": options.diagonal, "row_pull": needed[left.name]}
-        found, log_total, scale = sums(left, left, **wanted)
-        pairs = count * (count if options.diagonal else count - 1)
+        own = {"own": left.share.start, "diagonal": diagonal}
+        log_total, scale, (pull, _) = sums(left, left, row_pull=term[0] in wanted, **own)
+        pairs -= 0 if diagonal else left.share.total
         # Each row stands on both sides of its pairs.
-        return log_total - math.log(pairs), {left.name: (found.row_pull, 2 * scale)} if needed[left.name] else {}
-    found, log_total, scale = sums(left, right, row_pull=needed["x"], col_pull=needed["y"] and world == 1)
-    pulls = {"x": (found.row_pull, scale)} if needed["x"] else {}
-    if needed["y"] and world > 1:
-        # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-        again, _, scale = sums(right, left, row_pull=True)
-        pulls["y"] = (again.row_pull, scale)
-    elif needed["y"]:
-        pulls["y"] = (found.col_pull, scale)
-    return log_total - math.log(count * other_count), pulls
-
-
-class KernelSums(NamedTuple):
-    """What a pass leaves; all but the shift is to be multiplied by `exp(shift)`; pulls are `mix_i - weight_i a_i`."""
-
-    total: Tensor
-    shift: Tensor
-    row_pull: Tensor | None = None
-    col_pull: Tensor | None = None
+        pulls = {term[0]: (pull, 2 * scale)}
+    else:
+        log_total, scale, (row, col) = sums(left, right, row_pull="x" in wanted, col_pull="y" in wanted and world == 1)
+        pulls = {"x": (row, scale), "y": (col, scale)}
+        if "y" in wanted and world > 1:
+            # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
+            _, scale, (row, _) = sums(right, left, row_pull=True)
+            pulls["y"] = row, scale
+    return log_total - math.log(pairs), {name: pull for name, pull in pulls.items() if name in wanted}
 
 
 def kernel_sums(
@@ -167,9 +151,11 @@ def kernel_sums(
     diagonal: bool = True,
     row_pull: bool = False,
     col_pull: bool = False,
-) -> KernelSums:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One pass over all pairs of `a` and `b` in tiles of `block` rows and columns, with the widest width first.
 
+    Returns total, shift, and the pulls `mix_i - weight_i a_i` on a and on b that are wanted; all but the shift is to
+    be multiplied by `exp(shift)`.
     Where `a` is a part of `b`, `own` is the index in `b` of its first row, and `diagonal` says whether the pairs of a
     point with itself are counted; where it is all of `b`, tiles are used for both of their places.
     """
@@ -196,12 +182,9 @@ def kernel_sums(
             row_pulls.add(rows, weight, row_sums if weight is value else weight.sum(dim=1), b.rows[cols], shift)
         if col_pulls is not None and (mirrored or not symmetric):
             col_pulls.add(cols, weight.T, weight.sum(dim=0), a.rows[rows], shift)
-    return KernelSums(
-        total,
-        total.new_zeros(()) if shift is None else shift.to(wide),
-        None if row_pulls is None else row_pulls.finish(shift),
-        None if col_pulls is None or symmetric else col_pulls.finish(shift),
-    )
+    row = None if row_pulls is None else row_pulls.finish(shift)
+    col = None if col_pulls is None or symmetric else col_pulls.finish(shift)
+    return total, total.new_zeros(()) if shift is None else shift.to(wide), row, col
 
 
 def _kernels(tile: Tensor, ratios: list[float], shift: Tensor | None) -> tuple[Tensor, Tensor]:

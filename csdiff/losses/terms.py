@@ -1,19 +1,57 @@
 """The terms that objectives are made of: functions of an objective, whose options they read, and a batch."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import check_finite, check_number
+from csdiff.losses.arguments import check_finite, check_number, check_sets
 from csdiff.losses.autograd import apart_from_autocast
 from csdiff.losses.cauchy_schwarz import cauchy_schwarz_divergence, log_mean_kernel, squared_mmd
 from csdiff.losses.contrastive import info_nce
-from csdiff.losses.objective import Batch
 from csdiff.losses.process_group import global_rows, global_sum
 from csdiff.losses.tiles import compute_dtype, unit_rows
 from csdiff.losses.tokens import token_cauchy_schwarz_divergence
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """The inputs of an objective, as `Objective.forward` takes them."""
+
+    prediction: Tensor
+    image: Tensor
+    source_text: Tensor | None = None
+    unpaired_text: Tensor | None = None
+    unpaired_image: Tensor | None = None
+    text_tokens: Tensor | None = None
+    image_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
+    image_mask: Tensor | None = None
+    group: torch.distributed.ProcessGroup | None = None
+
+    def __post_init__(self):
+        self.check_pairs("image")
+
+    def check_pairs(self, name: str) -> None:
+        """Raise ValueError unless the rows of that name have the shape of the predictions."""
+        rows = getattr(self, name)
+        check_sets(prediction=self.prediction)
+        check_sets(**{name: rows})
+        if self.prediction.shape != rows.shape:
+            shapes = f"{tuple(self.prediction.shape)} and {tuple(rows.shape)}"
+            raise ValueError(f"prediction and {name} must be pairs of one shape; found {shapes}")
+
+    def pooled(self) -> list[Tensor]:
+        """All predictions and all images, those without a partner too."""
+        sides = [self.prediction, self.image]
+        for side, name in enumerate(("unpaired_text", "unpaired_image")):
+            unpaired = getattr(self, name)
+            if unpaired is not None:
+                check_sets(**{name: unpaired, "image": self.image})
+                sides[side] = torch.cat([sides[side], unpaired])
+        return sides
 
 
 def contrast(o: Any, batch: Batch) -> Tensor:
@@ -30,7 +68,7 @@ def contrast_with_source(o: Any, batch: Batch) -> Tensor:
     source = batch.source_text
     if source is None:
         raise ValueError("the contrast against the captions needs source_text, their own embeddings; found None")
-    batch.check_pairs("source_text", source)
+    batch.check_pairs("source_text")
     options = {"temperature": o.current_temperature(), "two_sided": False, "block_size": o.block_size}
     return info_nce(batch.prediction, source, normalize=True, group=batch.group, **options)
 

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import NonFiniteRows, check_block_size, check_same_width
+from csdiff.losses.arguments import Bandwidth, NonFiniteRows, check_block_size, check_same_width, resolve_bandwidth
 from csdiff.losses.autograd import apart_from_autocast
-from csdiff.losses.bandwidth import Bandwidth, resolve_bandwidth
 from csdiff.losses.process_group import gather_rows, global_sum, raise_together
 from csdiff.losses.tiles import compute_dtype, factor_dtype, multiply, unit_rows
 
@@ -63,7 +62,7 @@ def token_cauchy_schwarz_divergence(
     try:
         x_mask = _check("x_tokens", x_tokens, "x_mask", x_mask, diagonal)
         y_mask = _check("y_tokens", y_tokens, "y_mask", y_mask, diagonal)
-        check_same_width(x_tokens, y_tokens, ("x_tokens", "y_tokens"))
+        check_same_width(x_tokens=x_tokens, y_tokens=y_tokens)
         if len(x_tokens) != len(y_tokens):
             shapes = f"{tuple(x_tokens.shape)} and {tuple(y_tokens.shape)}"
             raise ValueError(f"x_tokens and y_tokens must be pairs, with the same B; found shapes {shapes}")

@@ -12,7 +12,7 @@ from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
 from csdiff.errors import CSDiffError
-from csdiff.losses.presets import OBJECTIVES, build_objective, objective_options
+from csdiff.losses.objectives import OBJECTIVES, build_objective, objective_options
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData, wants_tokens
 from csdiff.training.inputs import Inputs

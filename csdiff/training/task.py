@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from csdiff.errors import CSDiffError
-from csdiff.losses.objective import ObjectiveOutput
+from csdiff.losses.objectives import ObjectiveOutput
 from csdiff.losses.process_group import global_sum
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
 from csdiff.training.optimization import EMA

@@ -42,4 +42,4 @@ def test_formulas_are_drawn_and_the_reference_is_filled(site: Path):
     assert "<math" in pages["loss.html"]
     assert not [name for name, content in pages.items() if "arithmatex" in content]
     assert not [name for name, content in pages.items() if "::: csdiff" in content]
-    assert 'id="csdiff.losses.presets.CSAlignerLoss"' in pages["reference/losses.html"]
+    assert 'id="csdiff.losses.objectives.CSAlignerLoss"' in pages["reference/losses.html"]

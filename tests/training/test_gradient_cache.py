@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csdiff.adapters.registry import build_adapter
-from csdiff.losses.presets import build_objective
+from csdiff.losses.objectives import build_objective
 from csdiff.training.gradient_cache import cached_gradients, split
 from csdiff.training.task import AlignmentTask, DenoisingObjective, Embedder
 
