@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,10 @@ from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, find_models
 from csdiff.pipelines.generate import check_config, picture_name, redraw_command, sampling, write_picture
-from csdiff.resources import assets_dir
 
 LARGEST_SEED = 2**31 - 1
 LARGEST_SIDE = 1024
-# What a PNG, a link and the browser's memory hold of the options.
+# What a PNG, a link and the browser's memory hold of the options, in the order of the fields.
 KEPT = {
     "prompt": str, "num_images": int, "negative_prompt": str, "seed": int, "steps": int, "guidance": float,
     "adapter": str, "decoder": str,
@@ -36,17 +37,17 @@ _OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished image, what stands under it, and the part of the page it belongs to.
+    """A finished image as a path, or one that is still being drawn, or None and why there is none.
 
-    Without a path: why there is none.
+    `place` is the part of the page it belongs to.
     """
 
-    path: str | None
+    image: str | Image.Image | None
     caption: str
     place: str = "images"
 
 
-def settings(models: Models, prompt, count, negative, seed, random, steps, guidance, adapter, decoder):
+def settings(models: Models, prompt, count, negative, seed, steps, guidance, adapter, decoder, random):
     """The values of the fields as options of `csdiff generate`; a field that was emptied means its default."""
     return models.options(
         adapter,
@@ -73,7 +74,7 @@ def check(config: GenerateConfig) -> GenerateConfig:
 
 
 def to_record(config: GenerateConfig) -> dict[str, Any]:
-    """What a link or the browser's memory holds."""
+    """What a PNG and a link hold."""
     record = {name: getattr(config, name) for name in KEPT}
     return record | {"prompt": config.prompt[0], "adapter": config.adapter or SHIPPED}
 
@@ -81,24 +82,17 @@ def to_record(config: GenerateConfig) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from a PNG, a link or the browser's memory, all of which may hold anything: what does not fit is left.
 
-    `csdiff generate` records of adapters and decoders more than their place, and of the shipped adapter none; older
-    versions recorded the folders of the shipped models.
+    `csdiff generate` records of adapters and decoders more than their place, and of the shipped adapter none.
     """
     found: dict[str, Any] = {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 1}
-    shipped = {
-        "adapter": (SHIPPED, None, str(assets_dir() / "adapter")),
-        "decoder": ("tiny", str(assets_dir() / "decoder")),
-    }
     for name, kind in KEPT.items():
         value = record.get(name)
         if isinstance(value, Mapping):
             value = value.get("folder", value.get("source", ""))
-            value = shipped[name][0] if value in shipped.get(name, ()) else value
-        try:
+            value = SHIPPED if value is None else value
+        with suppress(ValueError, OverflowError):
             if isinstance(value, (str, int, float)) and value != "":
                 found[name] = kind(value)
-        except (ValueError, OverflowError):
-            continue
     return found
 
 
@@ -115,18 +109,22 @@ def create(models: Models, config: GenerateConfig, compare: bool, report: Report
     (prompt,) = config.prompt
     with models.turn(report):
         drawing = _Drawing(models, config, config.num_images + 2 * bool(compare), report)
+        drawing.tell_of_cut(prompt)
         for seed in range(config.seed, config.seed + config.num_images):
-            # the noise of an adapter that samples, then the decoder's, from one generator
-            generator = torch.Generator("cpu").manual_seed(seed)
-            image = drawing.draw(prompt, drawing.embed(prompt, generator), generator)
             command = redraw_command(config, [prompt], [(prompt, seed)])
-            path = drawing.write(image, seed, {"command": command})
+            path = drawing.write(drawing.of_prompt(prompt, seed), seed, {"command": command})
             report(Drawn(path, f"{prompt}, seed {seed}"))
             if compare and seed == config.seed:
                 report(Drawn(path, adapter_name(drawing.card), "adapter"))
-        if compare:
-            drawing.other_map("raw", "Raw text", drawing.raw_text)
-            drawing.other_map("ridge", "Ridge", drawing.ridge)
+        for place, name in (("raw", "Raw text"), ("ridge", "Ridge")) if compare else ():
+            try:
+                drawing.replace_map(place)
+                image = drawing.of_prompt(prompt, config.seed)
+            except CSDiffError as error:
+                drawing.drawn += 1
+                report(Drawn(None, str(error), place))
+            else:
+                report(Drawn(drawing.write(image, config.seed, {"map": place}), name, place))
 
 
 def blend(
@@ -136,18 +134,23 @@ def blend(
     (first,), seed = config.prompt, config.seed
     with models.turn(report):
         drawing = _Drawing(models, config, len(weights), report)
-        start = drawing.embed(first, torch.Generator("cpu").manual_seed(seed))
+        start = drawing.embed(first, _noise(seed))
+        drawing.tell_of_cut(first)
         if isinstance(second, str):
-            end, nearest, other = drawing.embed(second, torch.Generator("cpu").manual_seed(seed)), second, second
+            end, nearest, other = drawing.embed(second, _noise(seed)), second, second
+            drawing.tell_of_cut(second)
         else:
             end, nearest, other = drawing.embedder.image_tower.encode([second]).embeds.to(start), "", "an image"
         for weight in weights:
             # some decoders read the prompt beside the embedding: the nearer one
             beside = first if weight <= 0.5 else nearest
-            generator = torch.Generator("cpu").manual_seed(seed)
-            image = drawing.draw(beside, torch.lerp(start, end, weight), generator)
+            image = drawing.draw(beside, torch.lerp(start, end, weight), _noise(seed))
             path = drawing.write(image, seed, {"blend": {"second": other, "share": weight}})
             report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
+
+
+def _noise(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 class _Drawing:
@@ -159,71 +162,58 @@ class _Drawing:
         self.card, self.source = find_models(config)
         self.options = sampling(config, self.source)
         self.embedder, self.decoder = models.embedder(self.card, self.source), models.decoder(self.source)
-        self.drawn, self.began = 0, time.monotonic()
+        self.drawn, self.began, self.place = 0, time.monotonic(), "images"
 
-    def embed(self, prompt: str, generator: torch.Generator) -> Tensor:
-        """A prompt through the adapter; the page is told when the text encoder does not read all of it."""
+    def tell_of_cut(self, prompt: str) -> None:
+        """Tells the page when the text encoder does not read all of a prompt."""
         if said := self.embedder.cut(prompt):
             self.report(Note(said))
+
+    def embed(self, prompt: str, generator: torch.Generator) -> Tensor:
         return self.embedder.embed([prompt], [generator])
 
-    def draw(
-        self, prompt: str, embeds: Tensor, generator: torch.Generator, negative: Tensor | None = None
-    ) -> Image.Image:
+    def of_prompt(self, prompt: str, seed: int) -> Image.Image:
+        """One image of a prompt: the noise of an adapter that samples, then the decoder's, from one generator."""
+        generator = _noise(seed)
+        return self.draw(prompt, self.embed(prompt, generator), generator)
+
+    def draw(self, prompt: str, embeds: Tensor, generator: torch.Generator) -> Image.Image:
         """One image, with a report at every step."""
-        if negative is None:
-            negative = self.embedder.negative(self.options)
+        negative = self.embedder.negative(self.options)
         (image,) = self.decoder.draw([prompt], embeds, negative, [generator], self.options, self._stepped)
         self.drawn += 1
         return image
 
-    def other_map(self, place: str, name: str, embed: Callable[[str], Tensor]) -> None:
-        """The first seed's image from another map than the adapter, or why there is none."""
-        (prompt,), seed, text = self.options.prompt, self.options.seed, self.options.negative_prompt
-        try:
-            embeds = embed(prompt)
-            # without a negative of its own every map shares the decoder's default
-            negative = embed(text) if text and self.options.guidance > 1 else None
-        except CSDiffError as error:
-            self.drawn += 1
-            self.report(Drawn(None, str(error), place))
-            return
-        image = self.draw(prompt, embeds, torch.Generator("cpu").manual_seed(seed), negative)
-        self.report(Drawn(self.write(image, seed, {"map": place}), name, place))
+    def replace_map(self, place: str) -> None:
+        """From here on, the text embedding as it is ("raw") or through a ridge map takes the place of the adapter.
 
-    def raw_text(self, prompt: str) -> Tensor:
-        """The text embedding as it is; CSDiffError where the decoder takes another width."""
-        embeds = self._text(prompt)
-        if embeds.shape[1] != self.source.embedding_dim:
-            raise CSDiffError(
-                f"Not possible: the text embedding has {embeds.shape[1]} dimensions, the decoder takes "
-                f"{self.source.embedding_dim}."
-            )
-        return embeds
-
-    @torch.no_grad()
-    def ridge(self, prompt: str) -> Tensor:
-        """The text embedding through a ridge map."""
-        ridge = self.models.ridge(self.card, self.source)
-        return ridge.embed(self._text(prompt).float()).to(self.embedder.dtype)
-
-    @torch.no_grad()
-    def _text(self, prompt: str) -> Tensor:
+        Raises:
+            CSDiffError: there is no such map, or the decoder takes another width.
+        """
+        self.place = place
         # an adapter inside the text encoder has changed that one
         inside = self.card is not None and self.card.kind == "LoRAAdapter"
-        embedder = self.models.embedder(None, self.source) if inside else self.embedder
-        return embedder.encoder.encode([prompt]).embeds
+        self.embedder = copy.copy(self.models.embedder(None, self.source) if inside else self.embedder)
+        self.embedder.adapter = None if place == "raw" else self.models.ridge(self.card, self.source)
+        width = self.embedder.encoder.dim
+        if place == "raw" and width != self.source.embedding_dim:
+            raise CSDiffError(
+                f"Not possible: the text embedding has {width} dimensions, the decoder takes "
+                f"{self.source.embedding_dim}."
+            )
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
         done, of_all = self.drawn * self.options.steps + step, self.total * self.options.steps
         seconds, left = (time.monotonic() - self.began) / done * (of_all - done), ""
         # the first step of a model is slower than the rest
         if done > 1 and seconds:
-            left = f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+            left = (
+                f", about {max(1, round(seconds))} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
+            )
         number = f"Image {self.drawn + 1} of {self.total}, step" if self.total > 1 else "Step"
-        text = f"{number} {step} of {total}" + (f", {left} left" if left else "")
-        seen = preview() if step % max(2, total // 5) == 0 and step < total else None
-        self.report(Progress(text, done, of_all, seen))
+        self.report(Progress(f"{number} {step} of {total}{left}", done, of_all))
+        if step % max(2, total // 5) == 0 and step < total and (seen := preview()):
+            self.report(Drawn(seen, "still being drawn", self.place))
 
     def write(self, image: Image.Image, seed: int, more: Mapping[str, Any]) -> str:
         """Writes a PNG that holds its settings, under a name that says what it is; returns the path."""

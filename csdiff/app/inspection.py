@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
+import matplotlib
 
 from csdiff.app.drawing import adapter_name
 from csdiff.app.models import Models
-from csdiff.app.press import Progress, Report, press, status, stream
+from csdiff.app.press import Progress, Report, press, status
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.embeddings import EmbeddingStore
 from csdiff.errors import CSDiffError
@@ -32,8 +33,11 @@ PLOTS = ("gap", "projection", "similarities", "retrieval")
 # What adapters and stores are made of; nothing else is of use here, and pickles are not even kept.
 SUFFIXES = frozenset((".json", ".safetensors", ".npy", ".parquet", ".md"))
 SHARD = re.compile(r"(?P<folder>img_emb|text_emb|text_states|text_mask|image_tokens|metadata)_\d+\.(npy|parquet)$")
-# Can be read on white and on black.
+# Plots on the page: a grey that can be read on white and on black.
 GREY = "#7d8594"
+STYLE = dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY
+) | dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
 
 
 @dataclass
@@ -146,34 +150,17 @@ def _measure(seen: Look, pairs: HeldOutPairs, predictions: dict, shown, report: 
     seen.table = {"headers": ["metric", "better", *columns], "data": metric_rows(columns)}
     report(Progress("Plotting", 3, 4))
     shown = baselines["ridge"] if shown is None else shown
-    figures = (
-        plot_projection(pairs.text, pairs.image, shown, "gap"),
-        plot_projection(pairs.text, pairs.image, shown),
-        plot_similarities(pairs.text, pairs.image, shown, pairs.image_ids),
-        plot_retrieval({**baselines, **predictions}, pairs.image, pairs.image_ids),
-    )
-    for figure in figures:
-        _for_page(figure)
-    seen.figures = dict(zip(PLOTS, figures, strict=True))
-
-
-def _for_page(figure) -> None:
-    """Letters that can be read at the page's width, and a grey that can be read on white and on black."""
-    from matplotlib.legend import Legend
-    from matplotlib.text import Text
-
-    figure.set_size_inches(figure.get_size_inches() * 0.75)
-    figure.set_dpi(200)
-    figure.patch.set_alpha(0)
-    for axis in figure.axes:
-        axis.patch.set_alpha(0)
-        axis.tick_params(colors=GREY)
-        for spine in axis.spines.values():
-            spine.set_edgecolor(GREY)
-    for text in figure.findobj(Text):
-        text.set_color(GREY)
-    for legend in figure.findobj(Legend):
-        legend.get_frame().set_alpha(0)
+    with matplotlib.rc_context(STYLE):
+        seen.figures = {
+            "gap": plot_projection(pairs.text, pairs.image, shown, "gap"),
+            "projection": plot_projection(pairs.text, pairs.image, shown),
+            "similarities": plot_similarities(pairs.text, pairs.image, shown, pairs.image_ids),
+            "retrieval": plot_retrieval({**baselines, **predictions}, pairs.image, pairs.image_ids),
+        }
+    for figure in seen.figures.values():
+        # letters that can be read at the page's width
+        figure.set_size_inches(figure.get_size_inches() * 0.75)
+        figure.set_dpi(200)
 
 
 def gather(files: Sequence[str], target: Path) -> Path:
@@ -226,12 +213,10 @@ def inside_tab(inspector: Inspector) -> None:
         with gr.Accordion("What is in the folder", open=False):
             facts = gr.Textbox(show_label=False, lines=12, max_lines=40, elem_id="facts", buttons=["copy"])
 
-    def work(request: gr.Request, path: str, files: list[str] | None, store: str) -> Iterator:
-        for seen in stream(lambda report: report(inspector.look(path, files, store, report))):
-            if isinstance(seen, Progress):
-                yield seen
-                continue
-            yield {
+    def work(report: Report, request: gr.Request, path: str, files: list[str] | None, store: str) -> None:
+        seen = inspector.look(path, files, store, report)
+        report(
+            {
                 inside: gr.Column(visible=True),
                 title: f"### {seen.title}\n\n{seen.note}",
                 **{plot: gr.Plot(seen.figures.get(name), visible=bool(seen.figures)) for name, plot in plots.items()},
@@ -239,7 +224,8 @@ def inside_tab(inspector: Inspector) -> None:
                 card: seen.card or "It has none.",
                 facts: seen.facts,
             }
-        yield ""
+        )
+        report("")
 
     outputs = [inside, title, *plots.values(), table, card, facts]
     press([look.click, path.submit], stop, line, work, [path, files, store], outputs)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.app.config import AppConfig
 from csdiff.app.press import Progress, Report
@@ -18,6 +16,8 @@ from csdiff.devices import choose_device
 from csdiff.embeddings.fingerprint import compare_encoders
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
+from csdiff.evaluation.data import read_pairs, training_store
+from csdiff.evaluation.evaluate import TRAIN_ROWS
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource, find_models
 from csdiff.pipelines.decoding import load_decoder
@@ -27,8 +27,6 @@ from csdiff.resources import assets_dir
 logger = logging.getLogger(__name__)
 
 RAW_TEXT, SHIPPED = "none", "shipped"
-# Enough for a ridge map of any width of CLIP, and a second's work.
-_RIDGE_ROWS, _BLOCK = 1 << 17, 4096
 
 
 class Models:
@@ -117,18 +115,12 @@ def _state(card: AdapterCard | None) -> tuple | None:
 def _ridge(card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
     shipped = LinearAdapter.from_pretrained(assets_dir() / "ridge").eval()
     metadata = card.metadata if card else {}
-    for side in ("text", "image"):
-        known = metadata.get(f"{side}_encoder") or source.encoder(side)
-        if compare_encoders(shipped.metadata.get(f"{side}_encoder"), known, side).verdict != "same":
-            break
-    else:
+    known = {side: metadata.get(f"{side}_encoder") or source.encoder(side) for side in ("text", "image")}
+    found = [compare_encoders(shipped.metadata.get(f"{side}_encoder"), known[side], side) for side in known]
+    if all(encoder.verdict == "same" for encoder in found):
         return shipped
-    train = (metadata.get("data") or {}).get("train") or ""
-    if not train or not (Path(train) / "text_emb").is_dir():
+    train = training_store(card) if card else None
+    if train is None:
         raise CSDiffError("No ridge map: the embedding store that the adapter was trained on is not on this machine.")
-    store = EmbeddingStore.open(train)
-    blocks = max(1, min(len(store), _RIDGE_ROWS) // _BLOCK)
-    # evenly spread over a store that has more rows than are needed
-    starts = np.unique(np.linspace(0, max(0, len(store) - _BLOCK), blocks).astype(int))
-    rows = (range(start, min(start + _BLOCK, len(store))) for start in starts)
-    return LinearAdapter.fit((store.read(block, ["text_embeds", "image_embeds"]) for block in rows), "ridge").eval()
+    pairs = read_pairs(train, EmbeddingStore.open(train), TRAIN_ROWS)
+    return LinearAdapter.fit([(pairs.text, pairs.image)]).eval()

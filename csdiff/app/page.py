@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlencode
 
 import gradio as gr
 
-from csdiff.app.drawing import KEPT, Drawn, blend, check, create, from_record, read_upload, settings, to_record
-from csdiff.app.fields import LONGEST_PROMPT, MOST, Fields, ModelChoice, gallery
+from csdiff.app.drawing import (
+    KEPT,
+    LARGEST_SEED,
+    Drawn,
+    blend,
+    check,
+    create,
+    from_record,
+    read_upload,
+    settings,
+    to_record,
+)
 from csdiff.app.inspection import Inspector, inside_tab
-from csdiff.app.models import Models
-from csdiff.app.press import ASIDE, PRIVATE, Progress, press, status, stream
+from csdiff.app.models import RAW_TEXT, SHIPPED, Models
+from csdiff.app.press import ASIDE, PRIVATE, Report, press, status
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.generate import read_settings, redraw_command
+from csdiff.pipelines.decoders import PRESETS, find_models, resolve_decoder
+from csdiff.pipelines.generate import read_settings, redraw_command, sampling
+
+MOST = {"seed": LARGEST_SEED, "steps": 200, "guidance": 30.0}
+LONGEST_PROMPT = 2000
 
 # Of the sixteen of docs/pictures.md, four where the raw text visibly fails.
 EXAMPLES = (
@@ -51,6 +65,75 @@ def build_page(models: Models, inspector: Inspector) -> gr.Blocks:
         choice.follow(models, [fields, blend_fields])
         to_blend.click(lambda path: (path, gr.Tabs(selected="blend")), chosen, [upload, tabs], **ASIDE)
     return page
+
+
+class ModelChoice:
+    """The adapter and the decoder that the whole page uses; both take a folder or a hub repository typed in."""
+
+    def __init__(self, models: Models):
+        start = models.config.adapter or SHIPPED
+        runs = [str(path.parent) for path in sorted(Path("runs").glob("*/csdiff.json"))][:50]
+        labels = {SHIPPED: "shipped with csdiff", RAW_TEXT: "none: the raw text embedding"}
+        adapters = [(labels.get(name, name), name) for name in dict.fromkeys([start, SHIPPED, RAW_TEXT, *runs])]
+        decoders = list(dict.fromkeys([models.config.decoder, *PRESETS]))
+        typed = {"allow_custom_value": True}
+        with gr.Accordion("Models", open=False), gr.Row():
+            hint = "Choose one, or type a folder or a hub repository"
+            self.adapter = gr.Dropdown(adapters, value=start, label="Adapter", info=hint, elem_id="adapter", **typed)
+            hint = "A preset, a folder saved by diffusers, or a hub repository"
+            self.decoder = gr.Dropdown(decoders, value=decoders[0], label="Decoder", info=hint, **typed)
+        self.line = gr.HTML("", elem_id="models-status", visible=False)
+
+    def follow(self, models: Models, tabs: list[Fields]) -> None:
+        """Checks what was chosen, and sets steps and guidance to what the decoder is made for."""
+
+        def check(adapter: str, decoder: str):
+            try:
+                find_models(models.options(adapter, decoder))
+                numbers = sampling_of(models, decoder)
+            except (CSDiffError, OSError) as error:
+                return [gr.HTML(status(str(error), error=True), visible=True), *[gr.skip()] * 2 * len(tabs)]
+            return [gr.HTML("", visible=False), *numbers * len(tabs)]
+
+        chosen, targets = [self.adapter, self.decoder], [part for tab in tabs for part in (tab.steps, tab.guidance)]
+        gr.on([part.input for part in chosen], check, chosen, [self.line, *targets], **ASIDE | {"queue": True})
+
+
+def sampling_of(models: Models, decoder: str | None) -> tuple[int, float]:
+    """Steps and guidance that a decoder is made for, as far as the sliders go."""
+    options = models.options(decoder=decoder)
+    options = sampling(options, resolve_decoder(options.decoder))
+    return min(options.steps, MOST["steps"]), min(max(options.guidance, 1.0), MOST["guidance"])
+
+
+class Fields:
+    """Negative prompt, seed, steps and guidance of one tab."""
+
+    def __init__(self, models: Models, name: str = ""):
+        steps, guidance = sampling_of(models, None)
+        hint = "what the images should not show"
+        self.negative = gr.Textbox(label="Negative prompt", placeholder=hint, max_length=LONGEST_PROMPT)
+        with gr.Row():
+            whole = {"precision": 0, "minimum": 0, "maximum": LARGEST_SEED}
+            self.seed = gr.Number(0, label="Seed", min_width=120, elem_id=f"{name}seed", **whole)
+            self.random = gr.Checkbox(False, label="New each time", min_width=160)
+        with gr.Row():
+            place = {"min_width": 150, "elem_id": f"{name}steps"}
+            self.steps = gr.Slider(1, MOST["steps"], value=steps, step=1, label="Steps", **place)
+            self.guidance = gr.Slider(1, MOST["guidance"], value=guidance, step=0.5, label="Guidance", min_width=150)
+
+    def asked(self, choice: ModelChoice) -> list:
+        """What `settings` takes after the prompt and the number of images."""
+        numbers = [self.negative, self.seed, self.steps, self.guidance]
+        return [*numbers, choice.adapter, choice.decoder, self.random]
+
+
+def gallery(name: str, columns: int) -> gr.Gallery:
+    """Images at their own size, to download."""
+    return gr.Gallery(
+        show_label=False, elem_id=name, columns=columns, fit_columns=False, height="auto", object_fit="contain",
+        format="png", buttons=["download", "fullscreen"], interactive=False,
+    )  # fmt: skip
 
 
 def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[Fields, gr.State, gr.Button]:
@@ -96,39 +179,40 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                     use_seed = gr.Button("Use this seed", size="sm", elem_id="use-seed")
                     use_all = gr.Button("Use its settings", size="sm", elem_id="use-settings")
                     to_blend = gr.Button("Send to Blend", size="sm", elem_id="to-blend")
-    asked = [prompt, count, *fields.all(), choice.adapter, choice.decoder]
-    # without the checkbox for a new seed each time
-    own = [part for part in asked if part is not fields.random]
+    asked = [prompt, count, *fields.asked(choice)]
+    own = asked[: len(KEPT)]
 
-    def draw(request: gr.Request, compares: bool, so_far: list, *values) -> Iterator:
+    def draw(report: Report, request: gr.Request, compares: bool, so_far: list, *values) -> None:
         config, drawn = check(settings(models, *values)), []
         seeds = range(config.seed, config.seed + config.num_images)
-        yield {
-            images: [],
-            row: gr.Row(visible=compares),
-            **dict.fromkeys(strip.values()),
-            **{captions[place]: text for place, (_, text) in STRIP.items()},
-            command: gr.Textbox(
-                redraw_command(config, config.prompt, [(config.prompt[0], seed) for seed in seeds]), visible=True
-            ),
-            fields.seed: config.seed,
-            link: _link(request, to_record(config)),
-        }
-        for message in stream(lambda report: create(models, config, compares, report)):
+        again = redraw_command(config, config.prompt, [(config.prompt[0], seed) for seed in seeds])
+        report(
+            {
+                images: [],
+                row: gr.Row(visible=compares),
+                **dict.fromkeys(strip.values()),
+                **{captions[place]: text for place, (_, text) in STRIP.items()},
+                command: gr.Textbox(again, visible=True),
+                fields.seed: config.seed,
+                link: _link(request, to_record(config)),
+            }
+        )
+
+        def show(message) -> None:
             if not isinstance(message, Drawn):
-                yield message
-                # What is drawn to compare has places of its own.
-                if getattr(message, "preview", None) and len(drawn) < config.num_images:
-                    yield {images: [*drawn, (message.preview, "still being drawn")]}
-            elif message.path is None:
-                yield {captions[message.place]: message.caption}
+                report(message)
+            elif message.image is None:
+                report({captions[message.place]: message.caption})
             elif message.place in strip:
-                yield {strip[message.place]: gr.Image(message.path, label=message.caption)}
+                report({strip[message.place]: gr.Image(message.image, label=message.caption)})
             else:
-                drawn.append((message.path, message.caption))
-                so_far = [drawn[-1], *so_far]
-                yield {images: drawn, history: so_far, earlier: so_far, past: gr.Column(visible=True)}
-        yield _done(drawn)
+                report({images: _with(drawn, message)})
+                if isinstance(message.image, str):
+                    every = [*reversed(drawn), *so_far]
+                    report({history: every, earlier: every, past: gr.Column(visible=True)})
+
+        create(models, config, compares, show)
+        report(_done(drawn))
 
     def shown(record: dict) -> list:
         """Settings as values of the fields; what they leave open stays as it is."""
@@ -155,16 +239,23 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
     outputs = [images, row, *strip.values(), *captions.values(), command, fields.seed, link, history, earlier, past]
     press([draw_it.click, prompt.submit], stop, line, draw, [compare, history, *asked], outputs)
     earlier.select(choose, history, chosen, **ASIDE)
-    gr.on([use_all.click], take, chosen, [line, *own], **ASIDE)
-    gr.on([dropped.upload], take, dropped, [line, *own], **ASIDE)
+    use_all.click(take, chosen, [line, *own], **ASIDE)
+    dropped.upload(take, dropped, [line, *own], **ASIDE)
     use_seed.click(lambda path: read_settings(path)["seed"] if path else gr.skip(), chosen, fields.seed, **ASIDE)
     # Settings survive a reload in the browser's own memory; those in a link come first.
     kept = gr.BrowserState({}, storage_key="csdiff-settings", secret="csdiff")
     page.load(restore, kept, own, **ASIDE)
-    changed = [part.change for part in asked]
-    keep = lambda *values: to_record(settings(models, *values))  # noqa: E731
-    gr.on(changed, keep, asked, kept, trigger_mode="always_last", **ASIDE)
+    keep = lambda *values: dict(zip(KEPT, values, strict=True))  # noqa: E731
+    gr.on([part.change for part in own], keep, own, kept, trigger_mode="always_last", **ASIDE)
     return fields, chosen, to_blend
+
+
+def _with(drawn: list, message: Drawn) -> list:
+    """What a gallery shows with one more image; those that are finished stay in `drawn`."""
+    shown = [*drawn, (message.image, message.caption)]
+    if isinstance(message.image, str):
+        drawn[:] = shown
+    return shown
 
 
 def _done(drawn: list) -> str:
@@ -205,21 +296,18 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
                 "embeddings through the adapter, images through the image encoder."
             )
 
-    def draw(request: gr.Request, prompt: str, other: str, path: str | None, share: float, whole: bool, *values):
+    def draw(report: Report, request, prompt: str, other: str, path: str | None, share: float, whole: bool, *values):
         other, drawn = (other or "").strip() if path is None else read_upload(path), []
         if other == "":
             raise CSDiffError("A blend needs two prompts, or a prompt and an image: the second prompt is empty.")
         config = check(settings(models, prompt, 1, *values))
-        yield {fields.seed: config.seed}
-        for message in stream(lambda report: blend(models, config, other, WAY if whole else (share,), report)):
-            if isinstance(message, Drawn):
-                drawn.append((message.path, message.caption))
-                yield {images: drawn}
-                continue
-            yield message
-            if isinstance(message, Progress) and message.preview:
-                yield {images: [*drawn, (message.preview, "still being drawn")]}
-        yield _done(drawn)
+        report({fields.seed: config.seed})
+
+        def show(message) -> None:
+            report({images: _with(drawn, message)} if isinstance(message, Drawn) else message)
+
+        blend(models, config, other, WAY if whole else (share,), show)
+        report(_done(drawn))
 
     def show(path: str | None):
         try:
@@ -229,6 +317,6 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
             return status(str(error), error=True), gr.Image(visible=False)
 
     upload.change(show, upload, [line, preview], **ASIDE)
-    inputs = [first, second, upload, share, whole, *fields.all(), choice.adapter, choice.decoder]
+    inputs = [first, second, upload, share, whole, *fields.asked(choice)]
     press([draw_it.click, first.submit, second.submit], stop, line, draw, inputs, [images, fields.seed])
     return upload, fields

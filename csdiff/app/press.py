@@ -11,7 +11,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from csdiff.errors import CSDiffError
 
@@ -25,12 +24,11 @@ Report = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Progress:
-    """A few words on how far the work is, done of total, and perhaps the image as it is now."""
+    """A few words on how far the work is, and done of total."""
 
     text: str
     done: int = 0
     total: int = 0
-    preview: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,15 @@ def stream(work: Callable[[Report], None]) -> Iterator[Any]:
 
 
 def press(
-    triggers: list, stop: gr.Button, line: gr.HTML, work: Callable[..., Iterator], inputs: list, outputs: list
+    triggers: list, stop: gr.Button, line: gr.HTML, work: Callable[..., None], inputs: list, outputs: list
 ) -> None:
-    """Runs `work(request, *values)` when a button is pressed, one press after the other, until it ends or Stop.
+    """Runs `work(report, request, *values)` when a button is pressed, one press after the other, till it ends or Stop.
 
     Args:
         triggers: Events, such as `button.click`.
         stop: The button that ends it, also while it waits.
         line: The component that tells how it goes, and the place of those who wait.
-        work: Yields `Progress`, `Note`, the last words as a string, and updates of `outputs` as dicts.
+        work: Reports `Progress`, `Note`, the last words as a string, and updates of `outputs` as dicts.
         inputs: Components whose values `work` gets.
         outputs: Components that it updates.
     """
@@ -92,7 +90,7 @@ def press(
         notes: list[str] = []
         try:
             yield {line: status(Progress("Starting"))}
-            for message in work(request, *values):
+            for message in stream(lambda report: work(report, request, *values)):
                 if isinstance(message, Note):
                     notes.append(message.text)
                 else:
@@ -118,7 +116,7 @@ def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = F
     text = said.text if isinstance(said, Progress) else said
     parts = [f"<p{' class=error role=alert' if error else ''}>{html.escape(text)}</p>"] if text else []
     if isinstance(said, Progress):
-        share = f"style='width:{min(100, round(100 * said.done / said.total))}%'" if said.total else ""
-        parts.append(f"<div class='bar{'' if share else ' waiting'}'><div {share}></div></div>")
+        # without a value it moves to and fro
+        parts.append(f"<progress {f'value={said.done} max={said.total}' if said.total else ''}></progress>")
     parts += [f"<p class='note'>{html.escape(note)}</p>" for note in notes]
     return f"<div class='status' aria-live='polite'>{''.join(parts)}</div>"

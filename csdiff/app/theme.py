@@ -36,9 +36,7 @@ CSS = """
 #head p { margin: 0.1rem 0 0; color: var(--body-text-color-subdued); }
 .status { min-height: 1.9rem; }
 .status p { margin: 0 0 0.35rem; font-size: 0.9rem; color: var(--body-text-color-subdued); }
-.status .bar { height: 4px; border-radius: 2px; background: var(--neutral-200); overflow: hidden; }
-.status .bar div { height: 100%; background: var(--primary-600); transition: width 0.2s; }
-.status .bar.waiting div { width: 30%; animation: wait 1.4s ease-in-out infinite alternate; }
+.status progress { display: block; width: 100%; height: 4px; accent-color: var(--primary-600); }
 .status p.error { color: #b42318; font-weight: 600; }
 .status p.note { color: #8a5a00; }
 /* One column on a phone: images follow the button, settings come last. */
@@ -49,7 +47,6 @@ CSS = """
   .workplace > .answered { order: 1; }
   .workplace > .asked > .settings { order: 2; }
 }
-@keyframes wait { from { margin-left: 0; } to { margin-left: 70%; } }
 /* All images at once: a second row would hide behind a scroll bar. */
 #images .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
 .strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
