@@ -29,10 +29,10 @@ from csdiff.embeddings import EmbeddingStore
 from csdiff.losses import build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs
+from csdiff.training.embedder import Embedder
 from csdiff.training.gradient_cache import split
 from csdiff.training.inputs import Inputs
-from csdiff.training.loop import Loop
-from csdiff.training.task import AlignmentTask, Embedder
+from csdiff.training.task import AlignmentTask
 
 
 def plain_store(folder: Path, rows: int, dim: int) -> EmbeddingStore:
@@ -44,14 +44,12 @@ def plain_store(folder: Path, rows: int, dim: int) -> EmbeddingStore:
     return EmbeddingStore.open(folder)
 
 
-def make_loop(dim: int, batch: int) -> Loop:
-    """The training loop on an MLP adapter."""
+def make_task(dim: int, batch: int, group=None) -> AlignmentTask:
+    """Training of an MLP adapter."""
     config = TrainConfig(batch_size=batch, max_steps=10_000, learning_rate=1e-4)
     torch.manual_seed(0)
-    task = AlignmentTask(
-        Embedder(build_adapter("mlp", embedding_dim=dim)).train(), build_objective("cs_aligner"), 0.999
-    )
-    return Loop(config, task)
+    embedder = Embedder(build_adapter("mlp", embedding_dim=dim)).train()
+    return AlignmentTask(embedder, build_objective("cs_aligner", group=group), config, group)
 
 
 def bare_step(dim: int):
@@ -96,7 +94,7 @@ def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
 def overhead(rounds: int, folder: Path) -> None:
     dim, batch = 512, 4096
     store = plain_store(folder / "store", 8 * batch, dim)
-    inputs, loop = Inputs("cpu"), make_loop(dim, batch)
+    inputs, task = Inputs("cpu"), make_task(dim, batch)
     feed = inputs.batches("pairs", Pairs(store), batch)
     memory, step = store.read(range(len(store))), bare_step(dim)
 
@@ -106,7 +104,7 @@ def overhead(rounds: int, folder: Path) -> None:
 
     seconds = alternate(
         {
-            "csdiff": lambda: loop.step(inputs.prepare({"pairs": next(feed)})),
+            "csdiff": lambda: task.step(inputs.prepare({"pairs": next(feed)})),
             "bare": bare,
         },
         rounds,
@@ -312,17 +310,9 @@ def group_step(batch: int, rounds: int) -> dict:
 
     dist.init_process_group("gloo")
     dim, world = 512, dist.get_world_size()
-    config = TrainConfig(batch_size=batch, max_steps=10_000, learning_rate=1e-4)
-    torch.manual_seed(0)
-    task = AlignmentTask(
-        Embedder(build_adapter("mlp", embedding_dim=dim)).train(),
-        build_objective("cs_aligner", group=dist.group.WORLD),
-        0.999,
-        group=dist.group.WORLD,
-    )
-    loop = Loop(config, task)
+    task = make_task(dim, batch, dist.group.WORLD)
     rows = {"text_embeds": torch.randn(batch // world, dim), "image_embeds": torch.randn(batch // world, dim)}
-    seconds = alternate({"step": lambda: loop.step({"pairs": rows})}, rounds)["step"]
+    seconds = alternate({"step": lambda: task.step({"pairs": rows})}, rounds)["step"]
     dist.destroy_process_group()
     return {"seconds": statistics.median(seconds), "peak": 0.0}
 

@@ -1,19 +1,22 @@
 """Every option of a training run: the command line, the YAML file, the help text and the checks come from here."""
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from csdiff.files import absolute, flatten
+from csdiff.files import absolute
 from csdiff.options import (
     ClosedUnitInterval,
     Decay,
+    NameOrPlace,
     NonNegativeFloat,
     NonNegativeInt,
+    Place,
     PositiveFloat,
     PositiveInt,
     Seed,
+    option_types,
 )
 
 
@@ -21,15 +24,15 @@ from csdiff.options import (
 class DataConfig:
     """What is trained on."""
 
-    train: str = ""
+    train: Place = ""
     """Embedding store to train on, or a captioned dataset (parquet, image folder, ...) that is embedded once."""
-    validation: str | None = None
+    validation: Place | None = None
     """Held-out store or captioned dataset; without it a fixed part of the training data is held out."""
     validation_fraction: Decay = 0.1
     """Part of the training images to hold out when there is no validation data; 0 trains without validation."""
-    unpaired_text: str | None = None
+    unpaired_text: Place | None = None
     """Store of captions without images; they enter the distribution term only."""
-    unpaired_image: str | None = None
+    unpaired_image: Place | None = None
     """Store of images without captions; they enter the distribution term only."""
     unpaired_batch_size: PositiveInt | None = None
     """Unpaired rows in a global batch, from each unpaired store; as many as pairs by default."""
@@ -40,13 +43,13 @@ class DataConfig:
     """Whether text embeddings come from the store or from the text encoder at every step; auto asks the adapter."""
     image: Literal["auto", "cached", "online"] = "auto"
     """Whether image tokens come from the store or from the image encoder at every step; auto asks the objective."""
-    images: str | None = None
+    images: Place | None = None
     """Dataset with the images of the store, for an image encoder at every step; by default the one embedded."""
-    text_encoder: str | None = None
+    text_encoder: NameOrPlace | None = None
     """Text encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
-    image_encoder: str | None = None
+    image_encoder: NameOrPlace | None = None
     """Image encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
-    store: str | None = None
+    store: Place | None = None
     """Folder for the embeddings of a captioned dataset; by default `store` inside the output folder."""
     allow_outside: bool = False
     """Read images that a captioned dataset names outside its folder."""
@@ -102,7 +105,7 @@ class ValidationConfig:
     """Metric that picks the best checkpoint, a dotted key of the validation result of the exported weights."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Whether a larger metric is better; auto knows it from the table of metrics."""
-    decoder: str | None = None
+    decoder: NameOrPlace | None = None
     """Decoder (preset or folder) that draws the prompts at every validation."""
     prompts: list[str] = field(default_factory=lambda: ["a red apple", "a smiling cat", "a green tree"])
     """Prompts to draw at every validation, where a decoder is given."""
@@ -136,7 +139,7 @@ class LoggingConfig:
 class TrainConfig:
     """Train an adapter from text embeddings to image embeddings."""
 
-    output_dir: str = "runs/adapter"
+    output_dir: Place = "runs/adapter"
     """Folder of the run: the finished adapter, checkpoints, metrics and the resolved configuration."""
     adapter: str = "mlp"
     """Adapter by name: mlp, transformer, linear, lora, diffusion."""
@@ -155,7 +158,7 @@ class TrainConfig:
     """Computation type of the adapter; weights, losses and averages stay float32."""
     seed: Seed = 0
     """Seed of initial weights, sample order, dropout and noise."""
-    resume: str = "auto"
+    resume: NameOrPlace = "auto"
     """auto continues the run in the output folder, never starts anew, a checkpoint folder starts from there."""
     export: Literal["last", "best"] = "last"
     """Weights of the finished adapter: those of the last step, or of the best checkpoint by --validation.metric. A
@@ -164,7 +167,7 @@ class TrainConfig:
     """Options of the adapter, as its class takes them."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective, as its class takes them."""
-    init_from: str | None = None
+    init_from: NameOrPlace | None = None
     """Where to begin: a closed form fitted on the data (mean_shift, ridge, procrustes, ...), or an adapter folder of
     the same kind and shape."""
     image_adapter: str | None = None
@@ -192,28 +195,19 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-# Options that name a place on this machine, and those that name one where there is one of that name.
-_PLACES = ("output_dir", *(f"data.{name}" for name in ("train", "validation", "images", "store")))
-_PLACES += ("data.unpaired_text", "data.unpaired_image")
-_MAYBE_PLACES = ("resume", "init_from", "data.text_encoder", "data.image_encoder", "validation.decoder")
+# Names that stand for themselves, even where there is a file or folder called so.
 _WORDS = ("auto", "never", "mean_shift", "whiten", "ridge", "procrustes", "coral", "tiny-clip", "tiny")
 
 
-def resolved(options: dict[str, Any]) -> dict[str, Any]:
-    """Options by dotted name with every place absolute, so that a run is the same from any working directory."""
-    found = dict(options)
-    for name in (*_PLACES, *_MAYBE_PLACES):
-        value = found.get(name)
-        if value and (name in _PLACES or (value not in _WORDS and Path(value).expanduser().exists())):
-            found[name] = str(absolute(value))
-    return found
-
-
 def absolute_places(config: TrainConfig) -> TrainConfig:
-    """A copy of a configuration with every place absolute; call it once, where a configuration comes in."""
+    """A copy of a configuration with every place absolute, so that a run is the same from any working directory."""
     config = copy.deepcopy(config)
-    for name, value in resolved(flatten(asdict(config))).items():
+    for name, annotation in option_types(TrainConfig).items():
+        kinds = {annotation, *get_args(annotation)}
         section, _, option = name.rpartition(".")
-        if name in (*_PLACES, *_MAYBE_PLACES):
-            setattr(getattr(config, section) if section else config, option, value)
+        holder = getattr(config, section) if section else config
+        value = getattr(holder, option)
+        named = NameOrPlace in kinds and value not in _WORDS and value and Path(value).expanduser().exists()
+        if named or (Place in kinds and value):
+            setattr(holder, option, str(absolute(value)))
     return config

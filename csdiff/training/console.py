@@ -1,5 +1,6 @@
 """What a person sees while an adapter is trained."""
 
+import io
 import sys
 import time
 
@@ -8,12 +9,15 @@ from tqdm import tqdm
 from csdiff.evaluation.metrics import MAIN, metric, metric_rows
 from csdiff.tables import text_table
 
+# Seconds between the progress lines of a log file.
+_PAUSE = 10
+
 
 class Console:
-    """Lines, a progress bar on a terminal, plain progress lines in a log file; of the `main` process only."""
+    """Lines, and progress: a bar on a terminal, that bar as a line now and then in a log file; of `main` only."""
 
     def __init__(self, main: bool, progress: bool = True):
-        self.main, self.progress = main, progress and main
+        self.main, self.progress, self.terminal = main, progress and main, sys.stderr.isatty()
         self.bar: tqdm | None = None
 
     def say(self, text: str) -> None:
@@ -24,32 +28,29 @@ class Console:
 
     def start(self, step: int, total: int) -> None:
         """Begin progress at a step."""
-        self._first, self._total, self._began, self._last = step, total, time.perf_counter(), time.perf_counter()
-        if self.progress and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=step, desc="training", unit="step", dynamic_ncols=True)
+        shown = {"dynamic_ncols": True} if self.terminal else {"file": io.StringIO(), "mininterval": _PAUSE}
+        options = {"desc": "training", "unit": "step", "disable": not self.progress, **shown}
+        self.bar, self._said = tqdm(total=total, initial=step, **options), time.monotonic()
 
-    def advance(self, step: int, shown: dict[str, float] | None) -> None:
+    def advance(self, shown: dict[str, float] | None) -> None:
         """One step done; `shown` are the numbers of a logged step."""
-        formats = {"samples_per_second": ",.0f"}
-        numbers = {name: f"{value:{formats.get(name, '.3g')}}" for name, value in (shown or {}).items()}
-        now = time.perf_counter()
-        left = duration((now - self._began) / (step - self._first) * (self._total - step))
-        if self.bar is not None:
-            self.bar.update(1)
-            if numbers:
-                self.bar.set_postfix(numbers, refresh=False)
-        elif self.progress and step == self._first + 10:
-            self.say(f"About {left} to go.")
-        elif self.progress and shown is not None and now - self._last > 10:
-            self._last = now
-            terms = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            self.say(f"step {step}/{self._total}  {terms}  {left} left")
+        if not self.progress:
+            return
+        self.bar.update()
+        if shown is not None:
+            formats = {"samples_per_second": ",.0f"}
+            numbers = {name: f"{value:{formats.get(name, '.3g')}}" for name, value in shown.items()}
+            self.bar.set_postfix(numbers, refresh=False)
+        # The tenth step tells how long the run will take.
+        due = self.bar.n == self.bar.initial + 10 or (shown is not None and time.monotonic() - self._said > _PAUSE)
+        if due and not self.terminal:
+            self._said = time.monotonic()
+            self.say(str(self.bar))
 
     def stop(self) -> None:
         """End progress."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
 
     def table(self, title: str, columns: dict[str, dict]) -> None:
         """Metrics side by side, one column a model; `columns` holds nested metrics by name."""
@@ -57,12 +58,3 @@ class Console:
         count = max(metrics.get("count", 0) for metrics in columns.values())
         head = [f"{title}, {count:,} rows", "better", *columns]
         self.say(f"\n{text_table(head, metric_rows(columns, shown))}\n")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

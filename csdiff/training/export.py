@@ -1,18 +1,18 @@
 """The adapter as others load it: averaged weights, calibrated norms, a complete `csdiff.json`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import copy
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from csdiff.adapters.base import Adapter
-from csdiff.training.build import all_objective_options
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData
+from csdiff.training.embedder import Embedder
 from csdiff.training.inputs import Inputs
+from csdiff.training.objective import all_objective_options
+from csdiff.training.optimization import copy_weights
 from csdiff.training.task import AlignmentTask
 
 # Norms are calibrated on this many rows at most, and on held-out ones where there are enough for two numbers.
@@ -22,44 +22,40 @@ _FROM_THE_STORE = ("text_encoder", "image_encoder", "tokenizer", "preprocessing"
 
 
 class Exporter:
-    """Writes adapter folders from a run; `pause` is called between blocks of rows, and may raise."""
+    """Copies what a run has trained, ready for use; the run itself stays as it is."""
 
-    def __init__(
-        self, config: TrainConfig, data: TrainingData, task: AlignmentTask, inputs: Inputs, pause: Callable[[], None]
-    ):
-        self.config, self.data, self.task, self.inputs, self.pause = config, data, task, inputs, pause
+    def __init__(self, config: TrainConfig, data: TrainingData, task: AlignmentTask, inputs: Inputs):
+        self.config, self.data, self.task, self.inputs = config, data, task, inputs
         # An image adapter has norms of its own.
         self.calibrates = config.calibrate_norm and task.embedder.image_adapter is None
         self.held_out = data.validation is not None and len(data.validation) >= _HELD_OUT_ROWS
         # A validation and the checkpoint after it calibrate the same weights.
-        self._calibrated: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-
-    @contextmanager
-    def weights(self, step: int, averaged: bool) -> Iterator[Adapter]:
-        """The adapter with the averaged or online weights of a step, norms calibrated; all is put back afterwards."""
-        embedder, adapter = self.task.embedder, self.task.embedder.adapter
-        before = adapter.norm_scale.clone(), adapter.norm_shift.clone()
-        embedder.eval()
-        try:
-            with self.task.ema.applied() if averaged else nullcontext():
-                if self.calibrates:
-                    self._calibrate(adapter, (step, averaged))
-                yield adapter
-        finally:
-            adapter.norm_scale.copy_(before[0])
-            adapter.norm_shift.copy_(before[1])
-            embedder.train()
+        self._calibrations: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def _calibrate(self, adapter: Adapter, weights: tuple[int, bool]) -> None:
-        if weights not in self._calibrated:
-            predicted, real = self._norms()
-            if predicted.isfinite().all() and predicted.min() > 0:
-                adapter.calibrate_norm(predicted, real)
-            self._calibrated[weights] = adapter.norm_scale.clone(), adapter.norm_shift.clone()
-        scale, shift = self._calibrated[weights]
-        adapter.norm_scale.copy_(scale)
-        adapter.norm_shift.copy_(shift)
+    def copy(self, step: int, averaged: bool = True) -> Embedder:
+        """The embedder with the averaged or online weights of a step, norms calibrated, for evaluation."""
+        trained = self.task.embedder
+        # Frozen weights, as those of a text encoder, are shared.
+        shared = {id(p): p for p in trained.parameters() if not p.requires_grad}
+        made = Embedder(*copy.deepcopy((trained.adapter, trained.image_adapter), shared)).eval()
+        if averaged:
+            weights = {f"embedder.{name}": p for name, p in made.named_parameters() if p.requires_grad}
+            copy_weights(self.task.ema.average, weights)
+        if self.calibrates:
+            adapter = made.adapter
+            if (step, averaged) not in self._calibrations:
+                self._calibrate(made)
+                self._calibrations[step, averaged] = adapter.norm_scale, adapter.norm_shift
+            adapter.norm_scale, adapter.norm_shift = self._calibrations[step, averaged]
+        return made
+
+    def _calibrate(self, embedder: Embedder) -> None:
+        torch.manual_seed(0)
+        predicted = torch.cat([embedder.predict(rows)["prediction"].norm(dim=1) for rows in self._rows])
+        if predicted.isfinite().all() and predicted.min() > 0:
+            real = torch.cat([rows["image_embeds"].norm(dim=1) for rows in self._rows])
+            embedder.adapter.calibrate_norm(predicted, real)
 
     @cached_property
     def _rows(self) -> list[dict]:
@@ -67,24 +63,13 @@ class Exporter:
         pairs = self.data.validation if self.held_out else self.data.train
         return self.inputs.read(pairs.sample(_CALIBRATION_ROWS))
 
-    def _norms(self) -> tuple[Tensor, Tensor]:
-        """Norms of predictions of the weights that are in the model now, and of the real embeddings."""
-        torch.manual_seed(0)
-        norms = []
-        for rows in self._rows:
-            self.pause()
-            norms.append(self.task.embedder.predict(rows)["prediction"].norm(dim=1))
-        return torch.cat(norms), torch.cat([rows["image_embeds"].norm(dim=1) for rows in self._rows])
-
     def write(self, folder: Path, step: int, metrics: dict, averaged: bool = True) -> None:
         """Write the adapter folder (and the image adapter's below it)."""
-        image_adapter = self.task.embedder.image_adapter
-        with self.weights(step, averaged) as adapter:
-            adapter.metadata = self._metadata(step, metrics, averaged)
-            adapter.save_pretrained(folder)
-            if image_adapter is not None:
-                image_adapter.metadata = adapter.metadata
-                image_adapter.save_pretrained(folder / "image_adapter")
+        made, metadata = self.copy(step, averaged), self._metadata(step, metrics, averaged)
+        for adapter, place in ((made.adapter, folder), (made.image_adapter, folder / "image_adapter")):
+            if adapter is not None:
+                adapter.metadata = metadata
+                adapter.save_pretrained(place)
 
     def _metadata(self, step: int, metrics: dict, averaged: bool) -> dict:
         """Content of `csdiff.json`."""

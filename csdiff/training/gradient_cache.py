@@ -50,18 +50,14 @@ def cached_gradients(
     joined = {name: torch.cat(parts).requires_grad_() for name, parts in pieces.items()}
     output = loss(joined)
     backward(output.loss)
-    gradients = {
-        name: (torch.zeros_like(value) if value.grad is None else value.grad).split([len(p) for p in pieces[name]])
-        for name, value in joined.items()
-    }
-
-    place = dict.fromkeys(joined, 0)
+    gradients = {}
+    for name, value in joined.items():
+        gradient = torch.zeros_like(value) if value.grad is None else value.grad
+        gradients[name] = iter(gradient.split([len(part) for part in pieces[name]]))
     for index, rows in enumerate(micro_batches):
         reseed(index)
         embedded = forward(rows)
-        torch.autograd.backward(list(embedded.values()), [gradients[name][place[name]] for name in embedded])
-        for name in embedded:
-            place[name] += 1
+        torch.autograd.backward(list(embedded.values()), [next(gradients[name]) for name in embedded])
     return output
 
 

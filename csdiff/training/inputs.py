@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -41,7 +42,6 @@ class Inputs:
         inside: Name of the text encoder that the adapter lives in, and `tokenize` for it.
         image_encoder: Frozen image encoder whose projection maps image tokens, with a token-level term.
         images: Images by row for that encoder in the loop, where its tokens are not cached.
-        states_shape: Tokens and width of the token states of text that are read.
         project_text: Projection of token states by a frozen text encoder, where one is loaded.
     """
 
@@ -58,7 +58,6 @@ class Inputs:
     image_encoder: ImageEncoder | None = None
     images: "DatasetImages | None" = None
     inside: str | None = None
-    states_shape: tuple[int, int] | None = None
     project_text: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -90,6 +89,7 @@ class Inputs:
             blocks.append(self._rows(raw, tokens=False))
         return blocks
 
+    @torch.no_grad()
     def _rows(self, rows: dict, tokens: bool) -> dict:
         ready: dict[str, Tensor] = {
             name: value.to(self.device, non_blocking=True)
@@ -104,16 +104,12 @@ class Inputs:
             ready["text_states"] = torch.cat([part.states for part in parts]).float()
             ready["text_mask"] = torch.cat([part.mask for part in parts])
         if tokens and self.image_encoder is not None:
-            ready["image_tokens"] = self._image_tokens(rows, ready)
+            if self.images is None:
+                states = _chunks(ready["image_tokens"])
+            else:
+                states = (self.image_encoder.encode(self.images(part)).tokens for part in _chunks(rows["index"]))
+            ready["image_tokens"] = torch.cat([self.image_encoder.project(part).float() for part in states])
         return ready
-
-    @torch.no_grad()
-    def _image_tokens(self, rows: dict, ready: dict) -> Tensor:
-        if self.images is None:
-            states = _chunks(ready["image_tokens"])
-        else:
-            states = (self.image_encoder.encode(self.images(part)).tokens for part in _chunks(rows["index"]))
-        return torch.cat([self.image_encoder.project(part).float() for part in states])
 
 
 def _chunks(rows) -> Iterator:
@@ -151,14 +147,12 @@ def open_inputs(config: TrainConfig, data: TrainingData, device: torch.device) -
     Raises:
         CSDiffError: something to be read is neither cached nor can be encoded, or an encoder is not the store's.
     """
-    for side in ("text", "image"):
-        name = getattr(config.data, f"{side}_encoder")
-        if name is not None and is_store(config.data.train):
-            _check_named(data, side, name)
     inputs = Inputs(device)
     _open_text(inputs, config, data)
     if wants_tokens(config):
         _open_image_tokens(inputs, config, data)
+    elif config.data.image_encoder is not None:
+        _encoder(config, data, "image")
     unpaired = data.unpaired.get("unpaired_text")
     for name, group, pairs in (("validation", "pairs", data.validation), ("unpaired_text", "unpaired_text", unpaired)):
         if pairs is None:
@@ -182,32 +176,29 @@ def _open_text(inputs: Inputs, config: TrainConfig, data: TrainingData) -> None:
             "--data.text online."
         )
     online = config.data.text == "online" or not cached
-    name = _encoder_name(config, data, "text") if online or wants_tokens(config) else None
     if online and not _has_captions(store):
         raise CSDiffError(
             f"--adapter {config.adapter} encodes captions at every step: expected the column caption in "
             f"{store.path}/metadata/*.parquet, found none."
         )
     if inside:
-        _check_named(data, "text", name)
-        inputs.inside = name
-        inputs.tokenize = load_caption_tokenizer(config.adapter_options.get("text_encoder", name))
-        return
-    if online and config.data.text == "auto":
-        warnings.warn(
-            f"Steps are slow: {store.path} has no token states, so {name} encodes {config.batch_size:,} captions at "
-            "every step. Embed once with --text_states true instead, or choose an adapter for pooled text, as mlp.",
-            stacklevel=2,
-        )
-    if name is not None:
-        encoder = load_text_encoder(name, inputs.device)
-        check_same_encoder(data.encoder("text"), encoder.describe(), "text", str(store.path), name)
+        inputs.inside = _encoder(config, data, "text")
+        inputs.tokenize = load_caption_tokenizer(config.adapter_options.get("text_encoder", inputs.inside))
+    elif online or wants_tokens(config):
+        encoder = _encoder(config, data, "text", inputs.device)
         inputs.project_text = encoder.project
-    if online:
-        inputs.text_encoder = encoder
-        inputs.states_shape = (encoder.max_length, encoder.states_dim) if states else None
-    elif states:
-        inputs.states_shape = tuple(store.read([0], ["text_states"])["text_states"].shape[1:])
+        if online:
+            inputs.text_encoder = encoder
+            if config.data.text == "auto":
+                warnings.warn(
+                    f"Steps are slow: {store.path} has no token states, so {encoder.id} encodes "
+                    f"{config.batch_size:,} captions at every step. Embed once with --text_states true instead, or "
+                    "choose an adapter for pooled text, as mlp.",
+                    stacklevel=2,
+                )
+    elif config.data.text_encoder is not None:
+        _encoder(config, data, "text")
+    if states and not online:
         for group in ("pairs", "unpaired_text"):
             inputs.keys[group] += ("text_states", "text_mask")
 
@@ -216,33 +207,39 @@ def _open_image_tokens(inputs: Inputs, config: TrainConfig, data: TrainingData) 
     store = data.store
     if config.image_adapter is not None:
         raise CSDiffError("--image_adapter maps pooled embeddings only: leave it or the token_weight out.")
-    name, cached = _encoder_name(config, data, "image"), "image_tokens" in store.keys
+    cached = "image_tokens" in store.keys
     dataset = config.data.images or (None if is_store(config.data.train) else config.data.train)
     if not cached and (config.data.image == "cached" or dataset is None):
         raise CSDiffError(
             f"--objective_options.token_weight needs image tokens, and {store.path} has none: embed again with "
             "--image_tokens true, or name the dataset with the images with --data.images."
         )
-    inputs.image_encoder = load_image_encoder(name, inputs.device)
-    check_same_encoder(data.encoder("image"), inputs.image_encoder.describe(), "image", str(store.path), name)
+    inputs.image_encoder = _encoder(config, data, "image", inputs.device)
     if cached and config.data.image != "online":
         inputs.keys["pairs"] += ("image_tokens",)
     else:
         inputs.images = DatasetImages(dataset, store, config.data.allow_outside)
 
 
-def _check_named(data: TrainingData, side: str, name: str) -> None:
-    if data.encoder(side):
-        found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
-        check_same_encoder(data.encoder(side), found, side, str(data.store.path), name)
+def _encoder(config: TrainConfig, data: TrainingData, side: str, device: torch.device | None = None) -> Any:
+    """The encoder of the configuration, else the one the store was made with: loaded to a device, or only its name.
 
-
-def _encoder_name(config: TrainConfig, data: TrainingData, side: str) -> str:
-    """An encoder by the configuration, else the one the store was made with."""
-    name = getattr(config.data, f"{side}_encoder") or data.encoder(side).get("id")
+    Raises:
+        CSDiffError: it is not the one the store was made with, or neither of them names one.
+    """
+    known = data.encoder(side)
+    name = encoder = getattr(config.data, f"{side}_encoder") or known.get("id")
     if name is None:
         raise CSDiffError(f"{data.store.path} does not say which {side} encoder made it: give --data.{side}_encoder.")
-    return name
+    if device is not None:
+        encoder = (load_text_encoder if side == "text" else load_image_encoder)(name, device)
+    if known:
+        if device is None:
+            found = {"id": name, "weights_sha256": weights_sha256(encoder_files(name, side).model, side)}
+        else:
+            found = encoder.describe()
+        check_same_encoder(known, found, side, str(data.store.path), name)
+    return encoder
 
 
 def _has_captions(store: EmbeddingStore) -> bool:

@@ -1,12 +1,15 @@
 """SIGTERM and SIGINT as a wish to stop after the step at hand."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
-class Stopped(BaseException):
-    """A signal came while something was done that may be left undone; not an `Exception`, which libraries catch."""
+class _Stopped(BaseException):
+    """Ends work that may be left undone; not an `Exception`, which libraries catch."""
 
 
 class Interrupt:
@@ -15,7 +18,7 @@ class Interrupt:
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
-        self._level = 0
+        self._attempting = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -28,26 +31,22 @@ class Interrupt:
         finally:
             self._restore()
 
-    @contextmanager
-    def may_leave(self, anywhere: bool = False) -> Iterator[None]:
-        """A block that a signal may end: at `pause`, or anywhere in a block that changes nothing of the run."""
-        before, self._level = self._level, 2 if anywhere else 1
+    def attempt(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` gives; None when a signal came before, or ended it anywhere: `work` must not change the run."""
         try:
-            self.pause()
-            yield
-        finally:
-            self._level = before
-
-    def pause(self) -> None:
-        """Leaves a block of `may_leave` by `Stopped` if a signal has come."""
-        if self._level and self.signal is not None:
-            raise Stopped
+            self._attempting = True
+            try:
+                return work() if self.signal is None else None
+            finally:
+                self._attempting = False
+        except _Stopped:
+            return None
 
     def _receive(self, number, frame) -> None:
         self.signal = number
         self._restore()
-        if self._level == 2:
-            raise Stopped
+        if self._attempting:
+            raise _Stopped
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -1,8 +1,6 @@
 """Optimizer, learning rate and running average of the weights."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +65,6 @@ class EMA:
         """Take in the weights after `step` updates (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the averaged weights into the model, and the online ones back afterwards, bit for bit."""
-        online = {name: p.detach().clone() for name, p in self.parameters.items()}
-        copy_weights(self.average, self.parameters)
-        try:
-            yield
-        finally:
-            copy_weights(online, self.parameters)
 
 
 @torch.no_grad()

@@ -2,62 +2,88 @@
 
 import signal
 import time
+import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import torch.distributed as dist
 from accelerate import Accelerator
+from PIL import Image
 
 from csdiff.errors import CSDiffError
 from csdiff.files import flatten, read_json
 from csdiff.training.config import TrainConfig
-from csdiff.training.console import Console, duration
-from csdiff.training.data import TrainingData
+from csdiff.training.console import Console
+from csdiff.training.data import open_data
+from csdiff.training.embedder import build_embedder
 from csdiff.training.export import Exporter
-from csdiff.training.inputs import Inputs
-from csdiff.training.interrupts import Interrupt, Stopped
-from csdiff.training.loop import Loop
+from csdiff.training.inputs import open_inputs
+from csdiff.training.interrupts import Interrupt
+from csdiff.training.objective import make_objective
 from csdiff.training.run_folder import ONLINE, RunFolder
+from csdiff.training.task import AlignmentTask
 from csdiff.training.validation import Validator, check_decoder, draw
 
 _BASELINE_ROWS = 20_000
 
 
 class Run:
-    """A run with all its parts; making it reads the held-out rows and measures the baselines.
+    """A run with all its parts, at its first step or at that of the checkpoint `start`; making it writes nothing.
 
     Raises:
-        CSDiffError: a decoder that does not fit, or no such metric: the last chance to refuse something.
+        CSDiffError: whatever is wrong with options, data and checkpoint: the last chance to refuse something.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        console: Console,
-        folder: RunFolder,
-        data: TrainingData,
-        inputs: Inputs,
-        loop: Loop,
-    ):
-        self.config, self.accelerator, self.console, self.folder = config, accelerator, console, folder
-        self.data, self.inputs, self.loop, self.task = data, inputs, loop, loop.task
-        self.main = accelerator.is_main_process
-        self.interrupt = Interrupt()
-        self.exporter = Exporter(config, data, loop.task, inputs, self.interrupt.pause)
+    def __init__(self, config: TrainConfig, folder: RunFolder, accelerator: Accelerator, start: Path | None):
+        self.config, self.folder, self.accelerator, self.start = config, folder, accelerator, start
+        self.main, device = accelerator.is_main_process, accelerator.device
+        self.console, self.interrupt = Console(self.main, config.logging.progress), Interrupt()
+        with warnings.catch_warnings():
+            # Said as notes, once, rather than with the line of code that they come from.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = lambda message, *place: self.console.say(f"Note: {message}")
+            self.data = data = open_data(config, str(device))
+            if config.export == "best" and data.validation is None:
+                raise CSDiffError("--export best: no rows are held out to tell it: set --data.validation_fraction.")
+            self.inputs = inputs = open_inputs(config, data, device)
+            embedder = build_embedder(config, data, inputs).to(device)
+        group = dist.group.WORLD if accelerator.num_processes > 1 else None
+        self.task = AlignmentTask(embedder, make_objective(config, group).to(device).train(), config, group)
+        if config.compile:
+            embedder.compile()
+        if start is not None:
+            self.task.load(start)
+            self._check_progress(start)
+        self.progress = self.task.progress
+        self.exporter = Exporter(config, data, self.task, inputs)
         self.validator: Validator | None = None
         self.metrics: dict = {}
         self.measured_at: int | None = None
         if self.main and config.validation.decoder is not None:
             check_decoder(config.validation.decoder, data.store)
         if self.main and data.validation is not None:
-            rows = inputs.read(data.validation.sample(config.validation.limit))
-            self.validator, progress = Validator(rows, config.validation, self.interrupt.pause), loop.progress
-            if not progress.baselines:
-                progress.baselines = self.validator.baselines(data.train.sample(_BASELINE_ROWS).read(slice(None)))
-            for metrics in progress.baselines.values():
+            self.validator = Validator(inputs.read(data.validation.sample(config.validation.limit)), config.validation)
+            if not self.progress.baselines:
+                train = data.train.sample(_BASELINE_ROWS).read(slice(None))
+                self.progress.baselines = self.validator.baselines(train)
+            for metrics in self.progress.baselines.values():
                 self.validator.value(metrics)
 
-    def announce(self, start: Path | None) -> None:
+    def _check_progress(self, start: Path) -> None:
+        config, progress, checkpoints = self.config, self.task.progress, self.folder.checkpoints
+        if progress.step > config.max_steps:
+            raise CSDiffError(f"--max_steps {config.max_steps}: {start} has {progress.step} steps already; give more.")
+        best = progress.best_step
+        if best is not None and not checkpoints.path(best).is_dir():
+            if config.export == "best" and progress.step == config.max_steps:
+                raise CSDiffError(f"--export best: {checkpoints.path(best)} is gone: use --export last.")
+            # Of another run, or deleted: this one has to find its own.
+            progress.best_step = progress.best_value = None
+
+    def announce(self) -> None:
         """Say what is trained, on what, with what."""
         config, train, accelerator = self.config, self.data.train, self.accelerator
         weights = sum(p.numel() for p in self.task.parameters.values())
@@ -67,18 +93,16 @@ class Run:
         epochs = config.max_steps * config.batch_size / train.epoch_rows
         self.console.say(
             f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {len(train):,} pairs{images}"
-            f"{unpaired}, {held_out:,} held out ({self.data.store.path})."
-        )
-        self.console.say(
+            f"{unpaired}, {held_out:,} held out ({self.data.store.path}).\n"
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs), processes: "
             f"{accelerator.num_processes} on {accelerator.device.type}; output in {self.folder.path}."
         )
-        if start is not None:
-            self.console.say(f"Continuing from {start} at step {self.loop.progress.step}.")
+        if self.start is not None:
+            self.console.say(f"Continuing from {self.start} at step {self.progress.step}.")
 
     def go(self) -> None:
         """Train to the end; SystemExit after SIGTERM or SIGINT, CSDiffError when training breaks down."""
-        config, progress, interrupt = self.config, self.loop.progress, self.interrupt
+        config, progress, interrupt, agree = self.config, self.progress, self.interrupt, self.task.agree
         self.console.start(progress.step, config.max_steps)
         earlier, began = progress.seconds, time.perf_counter()
         logged_at, logged_step = began, progress.step
@@ -97,15 +121,15 @@ class Run:
                         logged_at, logged_step = now, progress.step
                         shown = {name: float(value) for name, value in numbers.items()} | {"samples_per_second": rate}
                         self._log("train", shown)
-                    self.console.advance(progress.step, shown)
+                    self.console.advance(shown)
                     better = self._due(config.validation.every) and self._validate()
-                    stop = not self.task.agree(interrupt.signal is None)
+                    stop = not agree(interrupt.signal is None)
                     last = progress.step == config.max_steps
                     # While steps are skipped, what comes to the disk may be broken, and would push out what is not.
                     sound = progress.skipped_in_a_row == 0
                     if better or stop or last or (sound and self._due(config.checkpoint.every)):
                         self._save()
-                    if stop and (not last or not self.task.agree(not progress.validation_left)):
+                    if stop and (not last or not agree(not progress.validation_left)):
                         self._stop()
         finally:
             self.console.stop()
@@ -116,7 +140,7 @@ class Run:
     def _feed(self) -> Iterator[dict]:
         """Endless batches of all groups side by side, on the device."""
         config, loaders = self.config, {}
-        place = self.accelerator.process_index, self.accelerator.num_processes, self.loop.progress.step
+        place = self.accelerator.process_index, self.accelerator.num_processes, self.progress.step
         for name, pairs in self.data.groups.items():
             size = (name != "pairs" and config.data.unpaired_batch_size) or config.batch_size
             loaders[name] = self.inputs.batches(name, pairs, size, config.seed, place)
@@ -124,12 +148,13 @@ class Run:
             yield self.inputs.prepare(dict(zip(loaders, parts, strict=True)))
 
     def _due(self, every: int) -> bool:
-        step = self.loop.progress.step
+        step = self.progress.step
         return step == self.config.max_steps or (every > 0 and step % every == 0)
 
     def _step(self, batch: dict) -> dict | None:
-        numbers, progress, reason = self.loop.step(batch), self.loop.progress, self.loop.skip_reason
-        if numbers is not None:
+        progress = self.progress
+        numbers, reason = self.task.step(batch)
+        if reason is None:
             return numbers
         if progress.skipped_in_a_row >= self.config.max_skipped_steps:
             last = self.folder.checkpoints.latest()
@@ -143,34 +168,25 @@ class Run:
         return None
 
     def _log(self, kind: str, numbers: dict) -> None:
-        step = self.loop.progress.step
         if self.main:
-            self.folder.log(step, kind, numbers)
+            self.folder.log(self.progress.step, kind, numbers)
         flat = {f"{kind}/{k}": v for k, v in flatten(numbers).items() if isinstance(v, (int, float))}
-        self.accelerator.log(flat, step=step)
+        self.accelerator.log(flat, step=self.progress.step)
 
     def _validate(self) -> bool:
         """Draw and measure, unless a signal comes first; whether the averaged weights are the best so far."""
-        progress, better = self.loop.progress, False
-        progress.validation_left = True
-        try:
-            with self.interrupt.may_leave():
-                if self.main and self.config.validation.decoder is not None:
-                    trackers = self.accelerator.trackers
-                    draw(self.config, self.exporter, progress.step, self.interrupt, trackers)
-                if self.validator is not None:
-                    better = self._measure(self.validator)
-        except Stopped:
+        progress, step, validator = self.progress, self.progress.step, self.validator
+        done = self.interrupt.attempt(self._draw_and_measure)
+        progress.validation_left = done is None
+        if done is None:
             return False
-        progress.validation_left = False
-        return better
-
-    def _measure(self, validator: Validator) -> bool:
-        progress, step = self.loop.progress, self.loop.progress.step
-        measured = {}
-        for name in ("average", "online"):
-            with self.exporter.weights(step, averaged=name == "average"):
-                measured[name] = validator.measure(self.task)
+        pictures, measured = done
+        images = {str(i): np.asarray(Image.open(file).convert("RGB"))[None] for i, file in enumerate(pictures)}
+        for tracker in self.accelerator.trackers if images else ():
+            if tracker.name == "tensorboard":
+                tracker.log_images(images, step=step, dataformats="NHWC")
+        if validator is None:
+            return False
         self.metrics, self.measured_at = measured["average"], step
         self._log("validation", {**measured, "baselines": progress.baselines})
         value = validator.value(self.metrics)
@@ -181,20 +197,30 @@ class Run:
             progress.best_step, progress.best_value = step, value
         return better
 
+    def _draw_and_measure(self) -> tuple[list[Path], dict]:
+        """Pictures of the prompts, and metrics of the averaged and the online weights, where there are such."""
+        pictures, measured, step = [], {}, self.progress.step
+        if self.main and self.config.validation.decoder is not None:
+            pictures = draw(self.config, self.exporter, step)
+        if self.validator is not None:
+            for name in ("average", "online"):
+                embedder = self.exporter.copy(step, averaged=name == "average")
+                measured[name] = self.validator.measure(embedder, self.task.autocast)
+        return pictures, measured
+
     def _save(self) -> None:
         if not self.main:
             return
-        progress = self.loop.progress
+        step = self.progress.step
 
         def write(folder: Path) -> None:
-            metrics = self.metrics if self.measured_at == progress.step else {}
-            self.exporter.write(folder, progress.step, metrics)
-            self.loop.save(folder)
+            self.exporter.write(folder, step, self.metrics if self.measured_at == step else {})
+            self.task.save(folder)
 
-        self.folder.checkpoints.save(progress.step, write, self.loop.checkpoint_bytes(), progress.best_step)
+        self.folder.checkpoints.save(step, write, self.task.checkpoint_bytes(), self.progress.best_step)
 
     def _stop(self) -> None:
-        number, step = self.interrupt.signal, self.loop.progress.step
+        number, step = self.interrupt.signal, self.progress.step
         name = signal.Signals(number).name if number else "a signal to another process"
         where = self.folder.checkpoints.path(step)
         self.console.stop()
@@ -203,7 +229,7 @@ class Run:
 
     def finish(self) -> dict:
         """Export the adapter to the output folder and show how it did; returns its held-out metrics."""
-        progress, say = self.loop.progress, self.console.say
+        progress, say = self.progress, self.console.say
         if not self.main:
             return self.metrics
         step, metrics = progress.step, self.metrics
@@ -212,7 +238,7 @@ class Run:
         elif self.config.export == "best" and progress.best_step != step:
             step = progress.best_step
             best = self.folder.checkpoints.path(step)
-            self.loop.load(best)
+            self.task.load(best)
             metrics = read_json(best / "csdiff.json").get("metrics") or {}
         self.exporter.write(self.folder.path, step, metrics)
         self.exporter.write(self.folder.path / ONLINE, step, metrics, averaged=False)
@@ -223,7 +249,7 @@ class Run:
             notes.append(f"best {self.validator.metric} {progress.best_value:.4f} at step {progress.best_step}")
         if progress.skipped:
             notes.append(f"{progress.skipped} steps skipped")
-        say(f"Trained for {duration(progress.seconds)} ({', '.join(notes)}).")
+        say(f"Trained for {timedelta(seconds=round(progress.seconds))} ({', '.join(notes)}).")
         if step == progress.step and progress.best_step not in (None, step):
             say(f"To export step {progress.best_step} instead, run the same command with --export best.")
         say(f"Adapter: {self.folder.path} (step {step})")

@@ -26,7 +26,7 @@ from csdiff.files import (
     writing_folder,
 )
 from csdiff.plain import plain
-from csdiff.training.config import TrainConfig, resolved
+from csdiff.training.config import TrainConfig
 
 CONFIG_NAME = "training.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -163,7 +163,7 @@ class RunFolder:
             )
 
     def saved_options(self) -> dict:
-        """The options of the run that is there, by dotted name, places resolved; empty without one."""
+        """The options of the run that is there, by dotted name; empty without one."""
         path = self.path / CONFIG_NAME
         if not path.is_file():
             return {}
@@ -173,7 +173,7 @@ class RunFolder:
             content = None
         if not isinstance(content, dict):
             raise CSDiffError(f"{path} is no configuration of a run: restore it, or give another --output_dir.")
-        return resolved(flatten(content))
+        return flatten(content)
 
     def open(self, start: Path | None, step: int) -> None:
         """Make the folder ready to go on after `step`; it exists, and is locked."""

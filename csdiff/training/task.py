@@ -1,122 +1,128 @@
-"""What is trained: adapter, objective and running average, behind one `backward(batch)`."""
+"""What is trained, one optimizer step after another, and all that a run needs to go on as if it had never stopped."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import json
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from csdiff.errors import CSDiffError
-from csdiff.losses.objectives import ObjectiveOutput
-from csdiff.losses.process_group import global_sum
+from csdiff.files import read_json
+from csdiff.training.config import TrainConfig
+from csdiff.training.embedder import Embedder
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
-from csdiff.training.optimization import EMA
+from csdiff.training.optimization import EMA, copy_weights, learning_rate_factor, make_optimizer
+from csdiff.training.run_folder import STATE
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFinite(ArithmeticError):
     """The embeddings or the loss of a batch are not finite; nothing was added to the gradients that counts."""
 
 
-class Embedder(nn.Module):
-    """Everything with trainable weights, as one module: rows in, embeddings in the image space out.
+@dataclass
+class Progress:
+    """Counters of a run. Sample order, dropout and noise follow from seed and step and need no state."""
 
-    Without an image adapter (for retrieval) image embeddings stay as they are.
-
-    Attributes:
-        project_text: For a token-level term: token states (B, L, H) to the space of the text embeddings (B, L, Dt),
-            a method of the frozen text encoder; None maps no tokens.
-    """
-
-    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None):
-        super().__init__()
-        self.adapter, self.image_adapter = adapter, image_adapter
-        self.project_text: Callable[[Tensor], Tensor] | None = None
-
-    def forward(self, rows: Rows) -> dict[str, Tensor]:
-        """What the objective needs of groups of rows.
-
-        Args:
-            rows: `pairs`, `unpaired_text`, `unpaired_image`: dicts with `text_embeds` (B, Dt), `image_embeds` (B, D)
-                and, where the adapter uses them, `text_states` (B, L, H), `text_mask` (B, L), `input_ids` (B, L).
-
-        Returns:
-            float32 tensors that depend on the weights: `prediction` (B, D); `text_tokens` (B, L, D) with tokens;
-            `image` with an image adapter; `unpaired_text`, `unpaired_image`. A diffusion prior has `error` (B,) alone.
-        """
-        embedded = {}
-        for group, values in rows.items():
-            if group == "unpaired_text":
-                embedded[group] = self.adapter.embed(**self._text(values))
-            elif group == "unpaired_image":
-                embedded[group] = self.image_adapter.embed(values["image_embeds"])
-            elif not self.adapter.one_shot:
-                error = self.adapter.training_loss(
-                    values["text_embeds"], values["image_embeds"], values.get("text_states"), values.get("text_mask")
-                )
-                embedded["error"] = error.expand(len(values["image_embeds"]))
-            else:
-                embedded |= self.predict(values, tokens=self.project_text is not None)
-        return {name: value.float() for name, value in embedded.items()}
-
-    def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
-        """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
-        text, embedded = self._text(pairs), {}
-        if tokens:
-            projected = self.project_text(text["text_states"])
-            embedded["prediction"], embedded["text_tokens"] = self.adapter.embed_with_tokens(
-                token_embeds=projected, **text
-            )
-        else:
-            embedded["prediction"] = self.adapter.embed(**text)
-        if self.image_adapter is not None:
-            embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
-        return {name: value.float() for name, value in embedded.items()}
-
-    def _text(self, rows: dict) -> dict[str, Tensor | None]:
-        """What the adapter embeds, by the names of its arguments."""
-        if self.adapter.uses_input_ids:
-            return dict(zip(("text_embeds", "text_states"), self.adapter.encode(rows["input_ids"]), strict=True))
-        return {name: rows.get(name) for name in ("text_embeds", "text_states", "text_mask")}
+    step: int = 0
+    """Batches seen, the skipped ones included."""
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient."""
+    skipped_in_a_row: int = 0
+    """Of these, the current run of them."""
+    best_step: int | None = None
+    """Checkpointed step with the best validation metric."""
+    best_value: float | None = None
+    """Its value."""
+    validation_left: bool = False
+    """A signal ended the validation of this step."""
+    seconds: float = 0.0
+    """Training time over all launches."""
+    baselines: dict = field(default_factory=dict)
+    """Validation metrics of the data's own baselines."""
 
 
 class AlignmentTask:
-    """Adapter, objective and EMA.
+    """Embedder, objective, optimizer and running average of the weights.
+
+    Every random draw of a step follows from seed, step, rank and micro-batch, so that a resumed run draws what an
+    uninterrupted one would have drawn.
 
     Args:
-        embedder: The trainable part.
+        embedder: The trainable part, on its device.
         objective: Module of `csdiff.losses`, made for the process group that shares the batch.
-        ema_decay: See :class:`EMA`.
-        autocast: Context the embedder computes in, by default none; the objective always computes in float32.
+        config: Of the run; by default that of a run without options.
         group: Process group that shares the batch, or None; all processes get the weights of the first.
+
+    Raises:
+        CSDiffError: nothing in the embedder can be trained.
     """
 
     def __init__(
         self,
         embedder: Embedder,
         objective: nn.Module,
-        ema_decay: float = 0.0,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        config: TrainConfig | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        self.embedder, self.objective, self.autocast, self.group = embedder, objective, autocast, group
+        self.embedder, self.objective, self.group = embedder, objective, group
+        self.config = config = config or TrainConfig()
+        self.rank = 0 if group is None else dist.get_rank(group)
         self.parameters = {
             **{f"embedder.{n}": p for n, p in embedder.named_parameters() if p.requires_grad},
             **{f"objective.{n}": p for n, p in objective.named_parameters() if p.requires_grad},
         }
+        if not self.parameters:
+            raise CSDiffError(f"--adapter {config.adapter} has no weights to train.")
         if group is not None:
             for tensor in (*self.parameters.values(), *embedder.adapter.buffers()):
                 dist.broadcast(tensor.detach(), 0, group=group)
-        self.ema = EMA(self.parameters, ema_decay)
+        self.ema = EMA(self.parameters, config.ema.decay)
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.progress = Progress()
 
-    def backward(
-        self,
-        batch: Rows,
-        micro_batch_size: int | None = None,
-        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
-        reseed: Callable[[int], None] = lambda index: None,
-    ) -> Any:
+    def step(self, batch: Rows) -> tuple[dict[str, Tensor | float], str | None]:
+        """One update; returns the numbers to log and, when the step was skipped, the reason."""
+        config, progress = self.config, self.progress
+        rate = config.learning_rate * learning_rate_factor(config.schedule, progress.step, config.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        numbers: dict[str, Tensor | float] = {}
+        try:
+            output = self.backward(batch, config.micro_batch_size)
+            self.average_gradients()
+            self.scaler.unscale_(self.optimizer)
+            limit = config.optimizer.max_grad_norm or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+            reason = None if torch.isfinite(norm) else "the gradient is not finite"
+            numbers = {"loss": output.loss.detach(), **output.terms, "grad_norm": norm, "learning_rate": rate}
+        except NonFinite as problem:
+            reason = str(problem)
+        progress.step += 1
+        if reason is None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.ema.update(progress.step - progress.skipped)
+            progress.skipped_in_a_row = 0
+        else:
+            if self.scaler.is_enabled():
+                # Overflow is how the scaler finds its range: halve it, as it would itself.
+                self.scaler.update(self.scaler.get_scale() / 2)
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return numbers, reason
+
+    def backward(self, batch: Rows, micro_batch_size: int | None = None) -> Any:
         """Adds the gradient of the loss to every weight; in micro-batches where given. Returns loss and terms.
 
         Raises:
@@ -131,13 +137,25 @@ class AlignmentTask:
                 forward=self.embed,
                 micro_batches=parts,
                 loss=lambda embedded: self._finite_loss(embedded, batch),
-                backward=lambda loss: scale(loss).backward(),
-                reseed=reseed,
+                backward=lambda loss: self.scaler.scale(loss).backward(),
+                reseed=self.reseed,
             )
-        reseed(0)
+        self.reseed(0)
         output = self._finite_loss(self.embed(rows), batch)
-        scale(output.loss).backward()
+        self.scaler.scale(output.loss).backward()
         return output
+
+    def reseed(self, micro_batch: int) -> None:
+        """Set the random state of a micro-batch of this step and process."""
+        # Odd multipliers spread the counters over the seed's 64 bits; equal streams would need equal counters.
+        seed = self.config.seed * 0x9E3779B97F4A7C15 + self.progress.step * 0xBF58476D1CE4E5B9
+        seed += self.rank * 0x94D049BB133111EB + micro_batch * 0xD6E8FEB86659FD93
+        torch.manual_seed(seed % 2**63)
+
+    def autocast(self) -> AbstractContextManager:
+        """The computation type of the embedder; the objective always computes in float32."""
+        precision = self.config.mixed_precision
+        return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "no")
 
     def embed(self, rows: Rows) -> dict[str, Tensor]:
         """What the embedder makes of rows, in the computation type."""
@@ -170,7 +188,7 @@ class AlignmentTask:
             inputs["text_tokens"] = embedded["text_tokens"]
         image = embedded.get("image", pairs["image_embeds"])
         try:
-            with torch.autocast(embedded["prediction"].device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 return self.objective(embedded["prediction"], image, **inputs)
         except ValueError as error:
             raise CSDiffError(f"--objective: {type(self.objective).__name__} refuses these rows: {error}") from error
@@ -195,22 +213,57 @@ class AlignmentTask:
         """Whether something holds on every process, so that all of them take the same turn."""
         if self.group is None:
             return fine
-        flag = torch.tensor(float(fine), device=next(self.embedder.parameters()).device)
+        flag = torch.tensor(float(fine), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
 
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the adapter, and weights, averages and two moments in float32."""
+        adapter = sum(t.numel() * t.element_size() for t in self.embedder.state_dict().values())
+        return adapter + 4 * 4 * sum(p.numel() for p in self.parameters.values()) + 65536
 
-class DenoisingObjective(nn.Module):
-    """The objective of the diffusion prior, the slow baseline: mean of `(f(x_s, s, text) - x0)^2` over the batch."""
+    def save(self, folder: Path) -> None:
+        """Write `state/` into a checkpoint folder: `weights` and `optimizer.safetensors`, `state.json`."""
+        target = folder / STATE
+        target.mkdir()
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        for file, tensors in {"weights": self._weights(), "optimizer": moments}.items():
+            plain = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+            save_file(plain, target / f"{file}.safetensors")
+        content = {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() or None}
+        (target / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    uses_unpaired = uses_tokens = uses_source_text = False
+    def load(self, folder: Path) -> None:
+        """Read `state/` of a checkpoint into weights, optimizer and loss scaler; CSDiffError if it does not fit."""
+        source = folder / STATE
+        try:
+            weights = load_file(source / "weights.safetensors")
+            moments = load_file(source / "optimizer.safetensors")
+            content = read_json(source / "state.json")
+            progress = Progress(**content["progress"])
+        except (OSError, SafetensorError, KeyError, TypeError, CSDiffError) as error:
+            raise CSDiffError(
+                f"Checkpoint {folder} cannot be read ({error}): remove it to continue from the one before, or give "
+                "another with --resume."
+            ) from error
+        here, there = ({name: t.shape for name, t in side.items()} for side in (self._weights(), weights))
+        if here != there:
+            raise CSDiffError(
+                f"Checkpoint {folder} is of another model: resume with adapter and objective of its run."
+            )
+        copy_weights(weights, self._weights())
+        for name, value in moments.items():
+            parameter, key = name.rsplit("/", 1)
+            parameter = self.parameters[parameter]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+        if self.scaler.is_enabled() and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.progress = progress
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        super().__init__()
-        self.group = group
-
-    def forward(self, error: Tensor) -> ObjectiveOutput:
-        """Errors (B,) of the local rows, which the adapter computes, to the mean over all processes."""
-        count = global_sum(error.new_tensor(float(len(error))), self.group)
-        loss = global_sum(error.sum(), self.group) / count
-        return ObjectiveOutput(loss, {"denoising": loss.detach()})
+    def _weights(self) -> dict[str, Tensor]:
+        online = {f"online.{name}": parameter for name, parameter in self.parameters.items()}
+        return online | {f"ema.{name}": value for name, value in self.ema.average.items()}

@@ -2,9 +2,7 @@
 
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,12 +17,8 @@ from csdiff.devices import threads
 from csdiff.errors import CSDiffError
 from csdiff.files import disk_full, flatten
 from csdiff.options import check_options
-from csdiff.training.build import build_embedder, build_task, check_names
 from csdiff.training.config import TrainConfig, absolute_places
-from csdiff.training.console import Console
-from csdiff.training.data import open_data
-from csdiff.training.inputs import open_inputs
-from csdiff.training.loop import Loop
+from csdiff.training.objective import check_names
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
 
@@ -82,49 +76,25 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: ExitStack) -> TrainResult:
     accelerator = _accelerator(config, folder)
-    console, device = Console(accelerator.is_main_process, config.logging.progress), accelerator.device
-    _say_how_many(console, accelerator.num_processes)
     if config.batch_size < accelerator.num_processes:
         raise CSDiffError(f"--batch_size {config.batch_size}: expected a row for each process, raise it.")
-    with _warnings_said(console):
-        data = open_data(config, str(device))
-        if config.export == "best" and data.validation is None:
-            raise CSDiffError("--export best: nothing is held out to tell the best: set --data.validation_fraction.")
-        inputs = open_inputs(config, data, device)
-        embedder = build_embedder(config, data, inputs)
-    loop = Loop(config, build_task(config, embedder, accelerator), accelerator.process_index)
-    if start is not None:
-        loop.load(start)
-        _check_progress(config, folder, start, loop)
-    run = Run(config, accelerator, console, folder, data, inputs, loop)
-
+    if accelerator.is_main_process:
+        _say_how_many(accelerator.num_processes)
+    run = Run(config, folder, accelerator, start)
     if accelerator.is_main_process:
         if not folder.path.is_dir():
             folder.path.mkdir(parents=True)
             stack.enter_context(folder.lock())
-        folder.open(start, loop.progress.step)
+        folder.open(start, run.progress.step)
     accelerator.wait_for_everyone()
     options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(asdict(config)).items()}
     accelerator.init_trackers(config.logging.project, config=options)
     try:
-        run.announce(start)
+        run.announce()
         run.go()
-        metrics = run.finish()
+        return TrainResult(folder.path, run.finish())
     finally:
         accelerator.end_training()
-    return TrainResult(folder.path, metrics)
-
-
-def _check_progress(config: TrainConfig, folder: RunFolder, start: Path, loop: Loop) -> None:
-    progress = loop.progress
-    if progress.step > config.max_steps:
-        raise CSDiffError(f"--max_steps {config.max_steps}: {start} has {progress.step} steps already; give more.")
-    best = progress.best_step
-    if best is not None and not folder.checkpoints.path(best).is_dir():
-        if config.export == "best" and progress.step == config.max_steps:
-            raise CSDiffError(f"--export best: {folder.checkpoints.path(best)} is gone: use --export last.")
-        # Of another run, or deleted: this one has to find its own.
-        progress.best_step = progress.best_value = None
 
 
 def _threads(config: TrainConfig, folder: RunFolder) -> int:
@@ -137,25 +107,16 @@ def _threads(config: TrainConfig, folder: RunFolder) -> int:
     return config.threads or folder.saved_options().get("threads") or fresh
 
 
-@contextmanager
-def _warnings_said(console: Console) -> Iterator[None]:
-    """Say warnings as notes, once, rather than with the line of code that they come from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        console.say(f"Note: {message}")
-
-
-def _say_how_many(console: Console, found: int) -> None:
+def _say_how_many(found: int) -> None:
     """`accelerate launch --cpu --num_processes N` starts one process, and leaves a trace in its command line only."""
     with suppress(psutil.Error):
         command = " ".join(psutil.Process(os.getppid()).cmdline())
         asked = re.search(r"\blaunch\b.* --num[_-]processes[= ](\d+)", command)
         if asked and int(asked[1]) > found:
-            console.say(
+            print(
                 f"WARNING: the launcher was asked for {asked[1]} processes and started {found}: on processors start "
-                f"them with torchrun --standalone --nproc_per_node {asked[1]} train_adapter.py ..."
+                f"them with torchrun --standalone --nproc_per_node {asked[1]} train_adapter.py ...",
+                flush=True,
             )
 
 

@@ -3,12 +3,10 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from csdiff.embeddings.store import EmbeddingStore
@@ -19,34 +17,29 @@ from csdiff.evaluation.metrics import metric
 from csdiff.files import flatten
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.training.config import TrainConfig, ValidationConfig
+from csdiff.training.embedder import Embedder
 from csdiff.training.export import Exporter
-from csdiff.training.interrupts import Interrupt
-from csdiff.training.task import AlignmentTask
 
 
 class Validator:
-    """Measures predictions on fixed held-out rows, prepared for the embedder; `pause` is called between their blocks.
+    """Measures predictions on fixed held-out rows, prepared for the embedder.
 
     Whether more of a metric is better tells in mode `auto` the table of metrics; of a few neither is: then more.
     """
 
-    def __init__(self, batches: list[dict], config: ValidationConfig, pause: Callable[[], None]):
-        self.batches, self.metric, self.mode, self.pause = batches, config.metric, config.mode, pause
+    def __init__(self, batches: list[dict], config: ValidationConfig):
+        self.batches, self.metric, self.mode = batches, config.metric, config.mode
         self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
         texts = [rows["text_embeds"] for rows in batches if "text_embeds" in rows]
         self.text = torch.cat(texts).float() if texts else None
 
     @torch.no_grad()
-    def measure(self, task: AlignmentTask) -> dict:
-        """Metrics of the weights that are in the model now; the embeddings' own dimension decides on text cosines."""
+    def measure(self, embedder: Embedder, autocast: Callable[[], AbstractContextManager]) -> dict:
+        """Metrics of an embedder that computes in a context; the embeddings' own dimension decides on text cosines."""
         # Samplers draw noise: the same noise at every validation. Training seeds every step itself.
         torch.manual_seed(0)
-        embedded = []
-        for rows in self.batches:
-            self.pause()
-            with task.autocast():
-                embedded.append(task.embedder.predict(rows))
-        self.pause()
+        with autocast():
+            embedded = [embedder.predict(rows) for rows in self.batches]
         prediction = torch.cat([e["prediction"] for e in embedded])
         image = torch.cat([e["image"] for e in embedded]) if "image" in embedded[0] else self.image
         if not prediction.isfinite().all():
@@ -91,34 +84,29 @@ def check_decoder(name: str, store: EmbeddingStore) -> None:
         raise CSDiffError(f"--validation.decoder: {error}") from error
 
 
-def draw(config: TrainConfig, exporter: Exporter, step: int, interrupt: Interrupt, trackers: list) -> None:
+def draw(config: TrainConfig, exporter: Exporter, step: int) -> list[Path]:
     """Draw the prompts of a run with the averaged weights, always from the same noise.
 
-    The images go to `OUTPUT_DIR/pictures/step-...` and to trackers that show them. A signal may end the drawing; what
-    is left of an unfinished one is removed, whatever ended it.
+    The images go to `OUTPUT_DIR/pictures/step-...`; what is left of an unfinished drawing is removed, whatever ended
+    it.
     """
     from csdiff.pipelines.generate import generate
 
     target = Path(config.output_dir) / "pictures" / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as adapter:
-        exporter.write(Path(adapter), step, {})
-        drawing = GenerateConfig(
-            prompt=list(config.validation.prompts),
-            adapter=adapter,
-            decoder=config.validation.decoder,
-            output=str(target),
-            seed=config.seed,
-            grid=False,
-            progress=False,
-        )
-        try:
-            with interrupt.may_leave(anywhere=True):
-                files = generate(drawing)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-    images = {str(i): np.asarray(Image.open(file).convert("RGB"))[None] for i, file in enumerate(files)}
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images(images, step=step, dataformats="NHWC")
+    try:
+        with tempfile.TemporaryDirectory() as adapter:
+            exporter.write(Path(adapter), step, {})
+            drawing = GenerateConfig(
+                prompt=list(config.validation.prompts),
+                adapter=adapter,
+                decoder=config.validation.decoder,
+                output=str(target),
+                seed=config.seed,
+                grid=False,
+                progress=False,
+            )
+            return generate(drawing)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise

@@ -15,17 +15,20 @@ def gradients_of_a_batch(store, output, micro, changes):
     """The gradient of the first global batch, after whatever averaging there is; written by the main process."""
     from accelerate import Accelerator
 
-    from csdiff.training.build import build_embedder, build_task
     from csdiff.training.data import open_data
+    from csdiff.training.embedder import build_embedder
     from csdiff.training.inputs import open_inputs
+    from csdiff.training.objective import make_objective
+    from csdiff.training.task import AlignmentTask
 
     accelerator = Accelerator(cpu=True)
     made = processes.config(store, output, batch_size=25, micro_batch_size=micro, **changes)
     made.adapter_options["dropout"] = 0.0
     data = open_data(made)
     inputs = open_inputs(made, data, accelerator.device)
-    task = build_task(made, build_embedder(made, data, inputs), accelerator)
     size = accelerator.num_processes
+    group = torch.distributed.group.WORLD if size > 1 else None
+    task = AlignmentTask(build_embedder(made, data, inputs), make_objective(made, group).train(), made, group)
     batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, (accelerator.process_index, size, 0)))}
     output_of = task.backward(inputs.prepare(batch), micro)
     task.average_gradients()

@@ -73,13 +73,13 @@ def train(made):
 def train_and_die(made, where, count=1, rank="0"):
     """A run of which one process is killed by SIGKILL when it comes to a place for the `count`-th time."""
     import csdiff.files as files
-    import csdiff.training.loop as loop
     import csdiff.training.run as run
     import csdiff.training.run_folder as run_folder
+    import csdiff.training.task as task
 
     owner, name = {
-        "after a step": (loop.Loop, "step"),
-        "while a checkpoint is written": (loop.Loop, "save"),
+        "after a step": (task.AlignmentTask, "step"),
+        "while a checkpoint is written": (task.AlignmentTask, "save"),
         "before a checkpoint is renamed": (run_folder, "writing_folder"),
         "before it is named": (run_folder, "write_text"),
         "after the last checkpoint": (run.Run, "finish"),

@@ -176,10 +176,10 @@ def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, 
     train(training_runs.config(plain_store, tmp_path / "undisturbed"))
     original = Validator.measure
 
-    def measure(self, task):
-        if task.ema.decay and not (tmp_path / "checkpoints").exists():
+    def measure(self, *arguments):
+        if not (tmp_path / "checkpoints").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, task)
+        return original(self, *arguments)
 
     monkeypatch.setattr(Validator, "measure", measure)
     made = training_runs.config(plain_store, tmp_path, **{"checkpoint.every": 0})

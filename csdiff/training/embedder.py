@@ -1,0 +1,147 @@
+"""What has trainable weights: the adapter, and the image adapter for retrieval, as one module."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from csdiff.adapters.base import Adapter
+from csdiff.adapters.linear import METHODS, LinearAdapter
+from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
+from csdiff.errors import CSDiffError
+from csdiff.training.config import TrainConfig
+from csdiff.training.data import TrainingData, reads_states, wants_tokens
+from csdiff.training.gradient_cache import Rows
+from csdiff.training.inputs import Inputs
+
+_FIT_ROWS = 200_000
+
+
+class Embedder(nn.Module):
+    """Everything with trainable weights, as one module: rows in, embeddings in the image space out.
+
+    Without an image adapter (for retrieval) image embeddings stay as they are.
+
+    Attributes:
+        project_text: For a token-level term: token states (B, L, H) to the space of the text embeddings (B, L, Dt),
+            a method of the frozen text encoder; None maps no tokens.
+    """
+
+    def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None):
+        super().__init__()
+        self.adapter, self.image_adapter = adapter, image_adapter
+        self.project_text: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, rows: Rows) -> dict[str, Tensor]:
+        """What the objective needs of groups of rows.
+
+        Args:
+            rows: `pairs`, `unpaired_text`, `unpaired_image`: dicts with `text_embeds` (B, Dt), `image_embeds` (B, D)
+                and, where the adapter uses them, `text_states` (B, L, H), `text_mask` (B, L), `input_ids` (B, L).
+
+        Returns:
+            float32 tensors that depend on the weights: `prediction` (B, D); `text_tokens` (B, L, D) with tokens;
+            `image` with an image adapter; `unpaired_text`, `unpaired_image`. A diffusion prior has `error` (B,) alone.
+        """
+        embedded = {}
+        for group, values in rows.items():
+            if group == "unpaired_text":
+                embedded[group] = self.adapter.embed(**self._text(values))
+            elif group == "unpaired_image":
+                embedded[group] = self.image_adapter.embed(values["image_embeds"])
+            elif not self.adapter.one_shot:
+                error = self.adapter.training_loss(
+                    values["text_embeds"], values["image_embeds"], values.get("text_states"), values.get("text_mask")
+                )
+                embedded["error"] = error.expand(len(values["image_embeds"]))
+            else:
+                embedded |= self.predict(values, tokens=self.project_text is not None)
+        return {name: value.float() for name, value in embedded.items()}
+
+    def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
+        """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
+        text, embedded = self._text(pairs), {}
+        if tokens:
+            projected = self.project_text(text["text_states"])
+            embedded["prediction"], embedded["text_tokens"] = self.adapter.embed_with_tokens(
+                token_embeds=projected, **text
+            )
+        else:
+            embedded["prediction"] = self.adapter.embed(**text)
+        if self.image_adapter is not None:
+            embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
+        return {name: value.float() for name, value in embedded.items()}
+
+    def _text(self, rows: dict) -> dict[str, Tensor | None]:
+        """What the adapter embeds, by the names of its arguments."""
+        if self.adapter.uses_input_ids:
+            return dict(zip(("text_embeds", "text_states"), self.adapter.encode(rows["input_ids"]), strict=True))
+        return {name: rows.get(name) for name in ("text_embeds", "text_states", "text_mask")}
+
+
+def build_embedder(config: TrainConfig, data: TrainingData, inputs: Inputs) -> Embedder:
+    """Adapter (and image adapter) with the statistics of the training data, at its starting point."""
+    torch.manual_seed(config.seed)
+    image, captions = (data.train.statistics(f"{side}_embeds") for side in ("image", "text"))
+    options = {"text_encoder": inputs.inside}
+    if reads_states(config):
+        states = inputs.read(data.train.sample(1))[0]["text_states"]
+        options |= {"num_embeddings": states.shape[1], "states_dim": states.shape[2]}
+    accepted = inspect.signature(ADAPTERS[config.adapter].__init__).parameters
+    options = {name: value for name, value in options.items() if name in accepted and value is not None}
+    dims = data.store.image_dim, data.store.text_dim
+    adapter = _build(config, "adapter", *dims, options)
+    adapter.set_statistics(image.mean, image.std, captions.mean, captions.std)
+    _start(adapter, config, data)
+    image_adapter = None
+    if config.image_adapter is not None:
+        image_adapter = _build(config, "image_adapter", dims[0], dims[0], {})
+        image_adapter.set_statistics(image.mean, image.std, image.mean, image.std)
+    embedder = Embedder(adapter, image_adapter)
+    if wants_tokens(config):
+        embedder.project_text = inputs.project_text or adapter.text_encoder.text_projection.forward
+    for parameter in embedder.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return embedder.train()
+
+
+def _build(config: TrainConfig, option: str, image_dim: int, text_dim: int, options: dict) -> Adapter:
+    options |= getattr(config, f"{option}_options")
+    try:
+        adapter = build_adapter(getattr(config, option), embedding_dim=image_dim, text_dim=text_dim, **options)
+    except (CSDiffError, TypeError) as error:
+        raise CSDiffError(f"--{option}_options: {error}") from error
+    if config.gradient_checkpointing:
+        if not adapter._supports_gradient_checkpointing:
+            raise CSDiffError(f"--gradient_checkpointing: {type(adapter).__name__} has none, switch it off.")
+        adapter.enable_gradient_checkpointing()
+    return adapter
+
+
+def _start(adapter: Adapter, config: TrainConfig, data: TrainingData) -> None:
+    """Begin at a closed-form map fitted on the training pairs, or at the weights of an adapter folder."""
+    begin = config.init_from
+    if isinstance(adapter, LinearAdapter):
+        begin = begin or adapter.config.method
+    # Between spaces of two widths nothing is near the identity; adapters that can begin at a linear map do.
+    can_start = type(adapter).init_from is not Adapter.init_from
+    if begin is None and adapter.config.text_dim != adapter.config.embedding_dim and can_start:
+        begin = "ridge"
+    if begin is None:
+        return
+    if begin in METHODS:
+        given = LinearAdapter.fit(data.train.sample(_FIT_ROWS), begin, calibrate=False)
+    else:
+        given = AutoAdapter.from_pretrained(begin)
+    if isinstance(given, LinearAdapter) and not isinstance(adapter, LinearAdapter):
+        adapter.init_from(given)
+        return
+    try:
+        adapter.load_state_dict(given.state_dict())
+    except RuntimeError as error:
+        raise CSDiffError(
+            f"--init_from {begin}: expected an adapter of the kind and adapter_options to be trained, found another "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from error
