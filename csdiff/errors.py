@@ -1,8 +1,21 @@
 """The error a user can act on."""
 
+from importlib.util import find_spec
+
 
 class CSDiffError(ValueError):
     """Bad input, said in one sentence: what was expected, what was found, where, and what to do.
 
     The command line prints the sentence alone and exits with code 2.
     """
+
+
+def require(module: str, what: str, install: str = "'csdiff[eval]'") -> None:
+    """Raises a CSDiffError where a package that `what` needs is not installed."""
+    try:
+        found = find_spec(module) is not None
+    except ValueError:  # Python's mark of a module that cannot be imported: None in sys.modules.
+        found = False
+    if not found:
+        package = "scikit-learn" if module == "sklearn" else module
+        raise CSDiffError(f"{what}: expected {package}, found none; pip install {install}.")

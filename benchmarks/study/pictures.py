@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from csdiff.evaluation import EvaluateConfig, concept_rate, evaluate, load_extractor
-from csdiff.evaluation.drawing import jobs
 from csdiff.evaluation.metrics import IMAGE_METRICS, SPACE_METRICS, lookup
+from csdiff.evaluation.picture_run import picture_files, read_picture
 from csdiff.tables import markdown_table
 
 from .data import ASSETS, load
@@ -70,12 +70,12 @@ def concept_rates(result: dict, count: int | None) -> dict[str, dict]:
     # The prompts that `csdiff evaluate` chooses.
     places = torch.linspace(0, len(held_out) - 1, min(count or len(held_out), len(held_out))).round().long().unique()
     chosen = [held_out[place] for place in places.tolist()]
-    drawn = jobs([row["captions"][0] for row in chosen], 1, 0)
+    drawn = picture_files([row["captions"][0] for row in chosen], 1, 0)
     reference, originals = (features(_decode(row) for row in rows) for rows in (train, chosen))
     names, known = ([row["concept"] for row in rows] for rows in (chosen, train))
     rates = {}
     for name, path in result["manifest"]["pictures"]["folders"].items():
-        made = features(Image.open(Path(path) / f"{job.key}.png").convert("RGB") for job in drawn)
+        made = features(read_picture(Path(path) / file) for file in drawn)
         rates[name] = asdict(concept_rate(made, names, reference, known, originals))
     return rates
 

@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "baselines": ["baseline_metrics", "baseline_predictions", "cross_fitted_predictions"],
         "comparison": ["compare"],
-        "concepts": ["ConceptRate", "concept_rate", "group_agreement"],
         "config": ["EvaluateConfig"],
         "distances": [
             "TwoSampleTest",
@@ -23,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "cosine_similarities",
             "effective_rank",
             "embedding_metrics",
+            "group_agreement",
             "held_out_metrics",
             "linear_separability",
             "norm_ratios",
@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluate": ["evaluate"],
         "extractors": ["Extractor", "load_extractor"],
         "metrics": ["METRICS", "Metric", "metric"],
+        "picture_metrics": ["ConceptRate", "concept_rate"],
         "retrieval": ["Ranks", "image_identities", "retrieval_ranks"],
     },
 )

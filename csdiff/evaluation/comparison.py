@@ -63,31 +63,25 @@ def compare(
         first = first_rows(image_ids)
     first = first[image_ids[first].argsort()]
     drawn = torch.randint(len(first), (resamplings, len(first)), generator=torch.Generator().manual_seed(seed))
-    drawn = torch.cat([torch.arange(len(first))[None], drawn])
     # How often a resample holds an image; the first row is the sample itself.
-    weights = torch.zeros(drawn.shape, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    weights = torch.stack([row.bincount(minlength=len(first)) for row in (torch.arange(len(first)), *drawn)]).double()
     values = {
         name: _values(prediction, image, text, image_ids, first, weights, gallery)
         for name, prediction in predictions.items()
     }
+    intervals = {name: {key: list(_interval(v, key)) for key, v in mine.items()} for name, mine in values.items()}
+    differences = [_difference(key, a, b, values) for a, b in combinations(values, 2) for key in values[a]]
     return {
         "resamplings": resamplings,
         "images": len(first),
         "level": 0.95,
-        "intervals": {
-            name: {key: list(_interval(v, key)) for key, v in mine.items()} for name, mine in values.items()
-        },
-        "differences": [
-            _difference(key, a, b, values[a][key], values[b][key])
-            for a, b in combinations(values, 2)
-            for key in values[a]
-        ],
+        "intervals": intervals,
+        "differences": differences,
     }
 
 
-def _difference(key: str, a: str, b: str, one: Tensor, other: Tensor) -> dict:
-    kind = metric(key)
+def _difference(key: str, a: str, b: str, values: dict[str, dict[str, Tensor]]) -> dict:
+    kind, one, other = metric(key), values[a][key], values[b][key]
     if kind.better.startswith("near"):
         one, other = (torch.tensor([kind.loss(v) for v in z.tolist()], dtype=z.dtype) for z in (one, other))
     low, high = _interval(one - other, key)

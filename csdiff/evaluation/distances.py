@@ -143,8 +143,7 @@ def mmd_test(
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.arange(n + m), *(torch.randperm(n + m, generator=generator) for _ in range(permutations))]
     # A column a labelling: 1 where a row belongs to the first set.
-    first = torch.stack([torch.zeros(n + m, dtype=kernel.dtype).index_fill(0, o[:n], 1) for o in orders], dim=1)
-    first = first.to(kernel.device)
+    first = (torch.stack(orders).argsort(1) < n).T.to(kernel)
     second = 1 - first
     to_second = kernel @ second
     values = (

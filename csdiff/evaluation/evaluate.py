@@ -14,22 +14,12 @@ from tqdm import tqdm
 from csdiff.devices import choose_device
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.layout import is_store
-from csdiff.embeddings.store import EmbeddingStore
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, require
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.comparison import IMAGES, compare
 from csdiff.evaluation.config import EvaluateConfig, check
-from csdiff.evaluation.data import (
-    HeldOutPairs,
-    check_fits,
-    check_source,
-    open_store,
-    predict,
-    read_pairs,
-    training_store,
-)
+from csdiff.evaluation.data import check_fits, check_source, open_store, predict, read_pairs, training_store
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
-from csdiff.evaluation.extras import require
 from csdiff.evaluation.metrics import BASELINES
 from csdiff.files import absolute, write_text
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
@@ -79,11 +69,10 @@ def evaluate(config: EvaluateConfig) -> dict:
     }
     if config.data is not None:
         *measured, fitted = _predictions(config, cards, device)
-        pairs, predictions, baselines = measured
-        fitted_on = {**dict.fromkeys(baselines, fitted["words"]), "raw_text": "nothing"}
+        fitted_on = {**dict.fromkeys(BASELINES, fitted["words"]), "raw_text": "nothing"}
         fitted_on |= {name: _trained_on(card) for name, card in cards.items()}
-        result = _metrics(config, pairs, predictions, baselines, fitted_on)
-        manifest |= {"data": pairs.describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
+        result = _metrics(config, *measured, fitted_on)
+        manifest |= {"data": measured[0].describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
     if drawing is not None:
         result["pictures"], manifest["pictures"] = drawing.measure()
     result = plain({**result, "manifest": manifest})
@@ -131,7 +120,7 @@ def short_names(paths: list[str]) -> dict[str, str]:
 def versions() -> dict[str, str | None]:
     """Versions of the packages that a score depends on."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
+    for package in found:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -153,7 +142,7 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         )
     with ExitStack() as stack:
 
-        def opened(path: str, split: str) -> EmbeddingStore:
+        def opened(path: str, split: str):
             return stack.enter_context(open_store(path, first, device, split, config.concepts, config.progress))
 
         store = opened(config.data, config.split)
@@ -168,12 +157,8 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:
             baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
-            return (
-                pairs,
-                predictions,
-                baselines,
-                {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"},
-            )
+            fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
+            return pairs, predictions, baselines, fitted
         fitting = opened(fit_on, "train")
         check_fits(first, fitting, fit_on)
         train = read_pairs(fit_on, fitting, None if config.full else TRAIN_ROWS)
@@ -183,9 +168,7 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         return pairs, predictions, baselines, fitted
 
 
-def _metrics(
-    config: EvaluateConfig, pairs: HeldOutPairs, predictions: dict, baselines: dict, fitted_on: dict[str, str]
-) -> dict:
+def _metrics(config: EvaluateConfig, pairs, predictions: dict, baselines: dict, fitted_on: dict[str, str]) -> dict:
     """The numbers of adapters and baselines, and what each was fitted on."""
     rows, options = (pairs.image, pairs.text, pairs.image_ids), (config.bandwidths, config.seed)
     limit, most = (None, None) if config.full else (LIMIT, IMAGES)

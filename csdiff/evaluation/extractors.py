@@ -14,27 +14,17 @@ from torch import Tensor
 
 from csdiff.embeddings import load_image_encoder
 from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.errors import CSDiffError
-from csdiff.evaluation.extras import require
+from csdiff.errors import CSDiffError, require
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """File name of the Inception weights of torch-fidelity, as torch.hub keeps them."""
 
 
 class Extractor(ABC):
-    """A frozen network from pictures to feature vectors.
+    """A frozen network, `name`, from pictures to feature vectors of `dim` numbers.
 
-    Attributes:
-        name: What it was asked for.
-        dim: D, width of the features.
+    Of its preprocessing it knows the filter, `resize`, and the `size`, of its weights the `file` and the `package`.
     """
-
-    name: str
-    dim: int
-    resize: str | None
-    size: int | dict
-    package: str
-    file: Path
 
     @abstractmethod
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -1,15 +1,17 @@
-"""Metrics of drawn pictures, from features: of an extractor for FID and KID, of a CLIP model for the rest."""
+"""Metrics of drawn pictures, from features of an extractor (FID, KID, concepts) or of a CLIP model (the rest)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csdiff.errors import CSDiffError, require
 from csdiff.evaluation.distances import feature_frechet_distance, frechet_extrapolated, unbiased_mmd, unit
-from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, retrieval_ranks
 
 
@@ -90,3 +92,84 @@ def prompt_metrics(picture: Tensor, prompts: Tensor, prompt_ids: Tensor) -> dict
         "picture_to_prompt": retrieval_ranks(picture, prompts[first], prompt_ids, prompt_ids[first]).summary(),
         "diversity": diversity(picture, prompt_ids),
     }
+
+
+@dataclass(frozen=True)
+class ConceptRate:
+    """Outcome of :func:`concept_rate`; errors are standard errors by bootstrap over the images."""
+
+    rate: float
+    """Share of the images whose own concept is among the k nearest."""
+    error: float
+    originals: float | None
+    """The same share of the real images of the same concepts; None where there are none."""
+    ratio: float | None
+    """`rate / originals`."""
+    ratio_error: float | None
+    """An image and its original are drawn together."""
+    k: int
+    concepts: int
+    """Concepts there are to choose from."""
+    count: int
+    """Images."""
+
+
+def concept_rate(
+    features: Tensor,
+    concepts: Sequence[str],
+    reference: Tensor,
+    reference_concepts: Sequence[str],
+    originals: Tensor | None = None,
+    k: int = 10,
+    resamplings: int = 1000,
+    seed: int = 0,
+) -> ConceptRate:
+    """Whether generated images show what they should: is the right concept among the k nearest concepts?
+
+    A concept is as near as its nearest reference image, by the cosine similarity of features. The judge is as good as
+    its features: take a network that nothing generated the images for, and read the ratio to real images of the same
+    concepts.
+
+    Args:
+        features: `(N, D)` of the generated images, from any extractor (`csdiff.evaluation.load_extractor`).
+        concepts: N names of what they should show.
+        reference: `(M, D)` of real images that stand for their concepts, none of them an original.
+        reference_concepts: M names.
+        originals: `(N, D)` of the real images that the generated ones stand for.
+        k: Nearest concepts that count.
+        resamplings: Behind the errors.
+        seed: Of the resamples.
+
+    Raises:
+        CSDiffError: counts differ, or a concept has no reference image.
+    """
+    if not len(features) == len(concepts) == len(features if originals is None else originals):
+        raise CSDiffError(
+            f"concept_rate: expected a concept (and an original) for each of {len(features)} images, found "
+            f"{len(concepts)} concepts."
+        )
+    if unknown := set(concepts) - set(reference_concepts):
+        raise CSDiffError(f"concept_rate: expected reference images of every concept, found none of {min(unknown)!r}.")
+    number = {name: index for index, name in enumerate(sorted(set(reference_concepts)))}
+    shown = torch.tensor([number[name] for name in reference_concepts])
+    wanted = torch.tensor([number[name] for name in concepts])
+    reference = unit(reference.cpu()).float()
+
+    def hits(z: Tensor) -> Tensor:
+        similarity = torch.full((len(z), len(number)), -2.0)
+        products = unit(z.cpu()).float() @ reference.T
+        similarity.scatter_reduce_(1, shown.expand(len(z), -1), products, reduce="amax")
+        own = similarity.gather(1, wanted[:, None])
+        return ((similarity > own).sum(1) < k).double()
+
+    found = hits(features)
+    rate = found.mean().item()
+    drawn = torch.randint(len(found), (resamplings, len(found)), generator=torch.Generator().manual_seed(seed))
+    rates = found[drawn].mean(1)
+    share = ratio = ratio_error = None
+    if originals is not None:
+        real = hits(originals)
+        share = real.mean().item()
+        ratio = rate / share if share else None
+        ratio_error = (rates / real[drawn].mean(1).clamp(min=1 / len(found))).std().item()
+    return ConceptRate(rate, rates.std().item(), share, ratio, ratio_error, k, len(number), len(found))

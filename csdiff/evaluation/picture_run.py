@@ -1,11 +1,17 @@
-"""Pictures of every adapter and baseline, drawn with one decoder and measured against reference pictures."""
+"""Pictures of every adapter and baseline, drawn with one decoder and measured against reference pictures.
+
+A picture is a file named after its prompt and seed, in a folder named after everything else that decides it: an
+interrupted run goes on, and what another adapter, decoder or setting drew is never taken for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,16 +23,17 @@ from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import Item
 from csdiff.data.opening import open_source
 from csdiff.embeddings import load_text_encoder
-from csdiff.embeddings.encoders import encoder_files
+from csdiff.embeddings.encoders import encoder_files, find_encoder
+from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.config import EvaluateConfig
-from csdiff.evaluation.drawing import PictureFolder, decoder_record, jobs
 from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extractor
 from csdiff.evaluation.picture_metrics import cmmd, prompt_metrics, space_metrics
+from csdiff.files import write_json, writing
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import AdapterCard, check_pairing, resolve_decoder
+from csdiff.pipelines.decoders import AdapterCard, DecoderSource, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
 from csdiff.pipelines.generate import check_output_folder, read_prompts, sampling
@@ -42,10 +49,6 @@ class PictureRun:
 
     Options, pairing and sources are checked here, networks that measure are loaded by :meth:`load`, and those that
     draw by :meth:`measure`. Bad input is a CSDiffError.
-
-    Attributes:
-        sheet: After :meth:`measure`, pictures by name of their source, `reference` first, prompt by prompt.
-        sheet_prompts: Prompts of the sheet.
     """
 
     def __init__(self, config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
@@ -60,13 +63,19 @@ class PictureRun:
         self.dtype = self.decoder.dtype("auto", self.device)
         for card in cards.values():
             check_pairing(card, self.decoder)
-            known_text_encoder(card, self.decoder)
         check_output_folder(config.output)
         size = {"height": config.size, "width": config.size}
         self.options = sampling(GenerateConfig(steps=config.steps, guidance=config.guidance, **size), self.decoder)
+        self.sampling = {
+            "decoder": _decoder_record(self.decoder),
+            "size": config.size,
+            "steps": self.options.steps,
+            "guidance": self.options.guidance,
+        }
         self.captions = [item.captions[0] for item in self._items()]
         self.own_prompts = config.prompts is None
         prompts = self.captions if self.own_prompts else read_prompts(GenerateConfig(prompts_file=config.prompts))
+        # Which of the prompts are drawn.
         self.places = _spread(len(prompts), config.num_prompts or len(prompts))
         self.prompts = [prompts[place] for place in self.places]
         for what, least, found, place in (
@@ -75,25 +84,25 @@ class PictureRun:
         ):
             if len(found) < least:
                 raise CSDiffError(f"{place}: expected at least {least} {what}, found {len(found)}.")
-        self.jobs = jobs(self.prompts, config.num_images, config.seed)
+        # Of every picture its file, and the number of its prompt.
+        self.files = picture_files(self.prompts, config.num_images, config.seed)
+        self.rows = torch.arange(len(self.prompts)).repeat_interleave(config.num_images)
         self.baselines = [name for name in config.picture_baselines if name != "image" or self.own_prompts]
         if self.decoder.embedding_dim != self.first.text_dim:
             self.baselines = [name for name in self.baselines if name in ("ridge", "image")]
-        self.shown = _spread(len(self.prompts), SHOWN)
         self.references_sha256 = ""
-        self.sampling = {"decoder": decoder_record(self.decoder), "size": config.size}
-        self.sampling |= {"steps": self.options.steps, "guidance": self.options.guidance}
-        self.sheet: dict[str, list[Image.Image]] = {}
-        self.sheet_prompts = [self.prompts[row] for row in self.shown]
 
     def load(self) -> None:
         """Load what measures pictures, and see that the encoders are there: nothing is drawn in vain."""
         needed = [("text", known_text_encoder(card, self.decoder)) for card in self.cards.values()]
-        for side, known in [*needed, *(self._encoders().items() if self.baselines else ())]:
+        if self.baselines:
+            needed.append(("image", self._encoders()[1]))
+        for side, known in needed:
             encoder_files(known["id"], side, known.get("revision"))
         names = self.config.extractors or ["efficientnet-lite0"]
         self.extractors = {name: load_extractor(name, self.device) for name in dict.fromkeys(names)}
         self.clip = ClipExtractor(self.config.clip, self.device)
+        self.networks = {**self.extractors, _CLIP: self.clip}
         self.texts = _encode(load_text_encoder(self.config.clip, self.device), self.prompts)
         if self.texts.shape[1] != self.clip.dim:
             raise CSDiffError(f"clip: expected a CLIP model with one space for both sides, found {self.config.clip}.")
@@ -105,18 +114,36 @@ class PictureRun:
             `{"adapters": {name: metrics}, "real": metrics}` and this part of the manifest. Metrics are `count`,
             `spaces` (by extractor: `fid`, `fid_extrapolated`, `kid`, `kid_std`), `cmmd`, and those of prompts.
         """
-        networks = {**self.extractors, _CLIP: self.clip}
-        self.real = self._features(self._references(), networks, "reference pictures", len(self.captions))
-        folders = self._draw()
-        prompt = torch.tensor([job.row for job in self.jobs])
+        self.real = self._features(self._references(), self.networks, "reference pictures", len(self.captions))
+        folders = self.folders()
+        self._draw(folders)
         result = {}
         for name, folder in folders.items():
-            pictures = (folder.read(job) for job in self.jobs)
-            drawn = self._features(pictures, networks, f"features of {name}", len(self.jobs))
-            prompted = prompt_metrics(drawn[_CLIP], self.texts[prompt], prompt)
+            pictures = (read_picture(folder / file) for file in self.files)
+            drawn = self._features(pictures, self.networks, f"features of {name}", len(self.files))
+            prompted = prompt_metrics(drawn[_CLIP], self.texts[self.rows], self.rows)
             result[name] = {**self._distances(drawn, self.real), **prompted}
-            self.sheet[name] = [folder.read(self.jobs[row * self.config.num_images]) for row in self.shown]
         return {"adapters": result, "real": self._real()}, self._manifest(folders)
+
+    def folders(self) -> dict[str, Path]:
+        """Where the pictures of each adapter and baseline are, or will be: for people the folder has its name."""
+        found = {}
+        for name in (*self.cards, *self.baselines):
+            readable = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[-40:] or "adapter"
+            digest = hashlib.sha256(json.dumps(self._settings(name), sort_keys=True).encode()).hexdigest()[:12]
+            found[name] = Path(self.config.output) / f"{readable}-{digest}"
+        return found
+
+    def sheet(self) -> tuple[list[str], dict[str, list[Image.Image]]]:
+        """Some prompts, and their pictures by name of the source, `reference` first; after :meth:`measure`."""
+        rows, columns = _spread(len(self.prompts), SHOWN), {}
+        if self.own_prompts:
+            shown = {self.places[row] for row in rows}
+            items = (item for place, item in enumerate(self._items()) if place in shown)
+            columns["reference"] = [decode_image(item.image) for item in items]
+        for name, folder in self.folders().items():
+            columns[name] = [read_picture(folder / self.files[row * self.config.num_images]) for row in rows]
+        return [self.prompts[row] for row in rows], columns
 
     def _distances(self, drawn: dict[str, Tensor], real: dict[str, Tensor]) -> dict:
         spaces = {name: space_metrics(drawn[name], real[name], self.config.seed) for name in self.extractors}
@@ -146,9 +173,7 @@ class PictureRun:
     def _references(self) -> Iterator[Image.Image]:
         """The reference pictures, decoded; at their end the hash of captions and pixels is known."""
         digest = hashlib.sha256()
-        shown = {self.places[row] for row in self.shown} if self.own_prompts else ()
-        sheet = []
-        for place, item in enumerate(self._items()):
+        for item in self._items():
             try:
                 picture = decode_image(item.image)
             except UnreadableImage as error:
@@ -156,12 +181,8 @@ class PictureRun:
                     f"{self.source}: the picture {item.id} cannot be decoded ({error}); remove it."
                 ) from error
             digest.update(item.captions[0].encode() + np.asarray(picture).tobytes())
-            if place in shown:
-                sheet.append(picture)
             yield picture
         self.references_sha256 = digest.hexdigest()
-        if self.own_prompts:
-            self.sheet["reference"] = sheet
 
     def _features(
         self, pictures: Iterable[Image.Image], extractors: dict[str, Extractor], title: str, count: int
@@ -175,42 +196,43 @@ class PictureRun:
         return {name: torch.cat(values) for name, values in parts.items()}
 
     @torch.no_grad()
-    def _draw(self) -> dict[str, PictureFolder]:
-        """Draw what is missing; the folders by name."""
-        config, names = self.config, [*self.cards, *self.baselines]
-        folders = {name: PictureFolder(config.output, name, self._settings(name)) for name in names}
-        missing = {name: places for name, folder in folders.items() if (places := folder.missing(self.jobs))}
+    def _draw(self, folders: dict[str, Path]) -> None:
+        """Draw what is missing in the folders of these names."""
+        missing = {}
+        for name, folder in folders.items():
+            if places := [place for place, file in enumerate(self.files) if not (folder / file).is_file()]:
+                missing[name] = torch.tensor(places)
         if not missing:
-            return folders
+            return
         embedded: dict[str, Tensor] = {}
-        negative = None
+        prompts, negative = [self.prompts[row] for row in self.rows], None
         for name, card in self.cards.items():
-            # One negative for all, whichever pictures are missing.
-            guides = card is self.first and self.options.guidance > 1
-            if name in missing or guides:
+            if name in missing or card is self.first:
                 embedder = PromptEmbedder(card, self.decoder, self.device, self.dtype)
-                negative = embedder.negative(self.options) if guides else negative
-            if name in missing:
                 # Not the decoder's numbers again.
-                noise = [torch.Generator("cpu").manual_seed(job.noise_seed + 1) for job in self.jobs]
-                embedded[name] = embedder.embed([job.prompt for job in self.jobs], noise)
+                embedded[name] = embedder.embed(prompts, [_noise(file, 1) for file in self.files])
+            if card is self.first:
+                # One negative for all, whichever pictures are missing.
+                negative = embedder.negative(self.options)
         if any(name in self.baselines for name in missing):
             embedded |= self._baselines()
         decoder = load_decoder(self.decoder, self.device, self.dtype, offload=False, progress=False)
         for name, places in missing.items():
-            bar = tqdm(torch.tensor(places).split(config.batch_size), f"drawing {name}", disable=not config.progress)
-            for batch in bar:
-                wanted = [self.jobs[place] for place in batch.tolist()]
+            folders[name].mkdir(parents=True, exist_ok=True)
+            write_json(folders[name] / "settings.json", self._settings(name))
+            batches = places.split(self.config.batch_size)
+            for batch in tqdm(batches, f"drawing {name}", disable=not self.config.progress):
+                files = [self.files[place] for place in batch]
                 drawn = decoder.draw(
-                    [job.prompt for job in wanted],
+                    [prompts[place] for place in batch],
                     embedded[name][batch],
-                    None if negative is None else negative.expand(len(wanted), -1),
-                    [torch.Generator("cpu").manual_seed(job.noise_seed) for job in wanted],
+                    None if negative is None else negative.expand(len(batch), -1),
+                    [_noise(file) for file in files],
                     self.options,
                 )
-                for job, picture in zip(wanted, drawn, strict=True):
-                    folders[name].write(job, picture)
-        return folders
+                for file, picture in zip(files, drawn, strict=True):
+                    with writing(folders[name] / file, "wb") as opened:
+                        picture.save(opened, format="PNG")
 
     def _settings(self, name: str) -> dict:
         """Everything that decides the pictures of an adapter or a baseline, but prompt and seed."""
@@ -232,39 +254,31 @@ class PictureRun:
             negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
         return {**made_by, **self.sampling, "negative": negative, "dtype": str(self.dtype).removeprefix("torch.")}
 
-    def _encoders(self) -> dict[str, dict]:
-        """The encoders of the baselines, by side."""
-        known = {
-            side: self.first.metadata.get(f"{side}_encoder") or self.decoder.encoder(side)
-            for side in ("text", "image")
-        }
-        if not all((value or {}).get("id") for value in known.values()):
-            raise CSDiffError(
-                f"picture_baselines: neither the adapter {self.first.path} nor the decoder {self.decoder.source} "
-                "names the encoders they need; give --picture_baselines []."
-            )
-        return known
+    def _encoders(self) -> tuple[dict, dict]:
+        """The text and the image encoder of the baselines."""
+        image = self.first.metadata.get("image_encoder") or self.decoder.encoder("image")
+        of = f"the adapter {self.first.path}"
+        return known_text_encoder(self.first, self.decoder), find_encoder(image, "image", of=of)
 
     def _baselines(self) -> dict[str, Tensor]:
         """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
-        text, known = self._encoders().values()
+        text, known = self._encoders()
         encoder = load_text_encoder(text["id"], self.device, **text_encoder_options(text, self.first))
         captions = _encode(encoder, self.captions)
         # Usually the very model of --clip, whose features are there.
         image = self.real[_CLIP]
         if known["id"] != self.config.clip:
             extractor = ClipExtractor(known["id"], self.device, known.get("revision"))
-            networks, count = {_CLIP: extractor}, len(self.captions)
-            image = self._features(self._references(), networks, "embedding reference pictures", count)[_CLIP]
+            title = "embedding reference pictures"
+            image = self._features(self._references(), {_CLIP: extractor}, title, len(self.captions))[_CLIP]
         if self.own_prompts:
             made = cross_fitted_predictions(captions, image, torch.arange(len(captions)), seed=self.config.seed)
             made = {name: value[self.places] for name, value in {**made, "image": image}.items()}
         else:
             made = baseline_predictions(captions, image, _encode(encoder, self.prompts))
-        rows = [job.row for job in self.jobs]
-        return {name: value[rows].to(self.device, self.dtype) for name, value in made.items()}
+        return {name: value[self.rows].to(self.device, self.dtype) for name, value in made.items()}
 
-    def _manifest(self, folders: dict[str, PictureFolder]) -> dict:
+    def _manifest(self, folders: dict[str, Path]) -> dict:
         config, prompts, references = self.config, _hash(self.prompts), self.references_sha256
         return {
             "prompts": {"source": config.prompts or self.source, "count": len(self.prompts), "sha256": prompts},
@@ -276,8 +290,39 @@ class PictureRun:
             "batch_size": config.batch_size,
             "extractors": {name: extractor.describe() for name, extractor in self.extractors.items()},
             "clip": self.clip.describe(),
-            "folders": {name: str(folder.path) for name, folder in folders.items()},
+            "folders": {name: str(folder) for name, folder in folders.items()},
         }
+
+
+def picture_files(prompts: list[str], num_images: int, seed: int) -> list[str]:
+    """File names of the pictures of a prompt list, prompt by prompt.
+
+    The noise of a picture follows from its name: other noise for an equal prompt further down, the same for every
+    adapter.
+    """
+    seen: Counter[str] = Counter()
+    files = []
+    for prompt in prompts:
+        for image in range(num_images):
+            text = f"{prompt}\n{seen[prompt]}\n{seed + image}"
+            files.append(f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.png")
+        seen[prompt] += 1
+    return files
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A picture that was drawn; CSDiffError for a file that is none."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise CSDiffError(
+            f"{file}: expected a drawn picture, found a damaged file ({error}); delete it to have it drawn again."
+        ) from error
+
+
+def _noise(file: str, more: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(int(file[:12], 16) + more)
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -291,5 +336,16 @@ def _encode(encoder, texts: list[str]) -> Tensor:
 
 
 def _hash(prompts: list[str]) -> str:
-    """Hash of a list of prompts, in order."""
     return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()
+
+
+def _decoder_record(decoder: DecoderSource) -> dict:
+    """What a decoder is; of a local folder the hash of all its weights and settings."""
+    record = {"source": decoder.source, "class": decoder.class_name, "ip_adapter": decoder.ip_adapter, "sha256": None}
+    if Path(decoder.source).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(Path(decoder.source).rglob("*")):
+            if file.suffix in (".safetensors", ".json"):
+                digest.update(f"{file.relative_to(decoder.source).as_posix()} {file_sha256(file)}\n".encode())
+        record["sha256"] = digest.hexdigest()
+    return record

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, require
 from csdiff.evaluation.distances import unit
-from csdiff.evaluation.extras import require
 from csdiff.evaluation.retrieval import first_rows, image_identities, retrieval_ranks
 
 TEXT, IMAGE, PREDICTED = "#d55e00", "#0072b2", "#009e73"

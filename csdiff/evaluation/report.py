@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from csdiff.evaluation.extras import require
+from csdiff.errors import require
 from csdiff.evaluation.metrics import (
     BASELINES,
     IMAGE_METRICS,
@@ -23,7 +23,7 @@ from csdiff.tables import number, text_table
 
 
 class Table(NamedTuple):
-    """What it says, names of its columns, and its cells as text."""
+    """Cells as text, under the names of their columns."""
 
     title: str
     head: list[str]
@@ -107,13 +107,14 @@ def html_page(result: Mapping, measured=None, drawing=None) -> str:
     require("jinja2", "report")
     from jinja2 import Template
 
+    prompts, sheet = drawing.sheet() if drawing else ([], {})
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     return Template(template, autoescape=True, trim_blocks=True).render(
         names=", ".join(result["manifest"]["adapters"]),
         tables=tables(result),
         plots=_plots(*measured) if measured else [],
-        sheet=drawing and {name: [_thumbnail(image) for image in column] for name, column in drawing.sheet.items()},
-        prompts=drawing and drawing.sheet_prompts,
+        prompts=prompts,
+        sheet={name: [_thumbnail(image) for image in column] for name, column in sheet.items()},
         manifest=json.dumps(result["manifest"], indent=2, ensure_ascii=False),
     )
 

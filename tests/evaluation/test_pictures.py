@@ -10,9 +10,8 @@ from PIL import Image
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.distances import feature_frechet_distance
-from csdiff.evaluation.drawing import Job, PictureFolder, jobs
 from csdiff.evaluation.picture_metrics import clip_score, diversity, fid, kid
-from csdiff.evaluation.picture_run import PictureRun
+from csdiff.evaluation.picture_run import PictureRun, picture_files, read_picture
 from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.pipelines.embedding import PromptEmbedder
 
@@ -47,18 +46,18 @@ def test_diversity_counts_pairs_of_one_prompt_only():
 
 
 def test_noise_differs_between_prompts_and_not_between_lists():
-    first = jobs(["a cat", "a dog", "a cat"], 2, seed=3)
-    assert len({job.noise_seed for job in first}) == 6
-    assert [job.key for job in jobs(["a cat", "a dog"], 2, seed=3)] == [job.key for job in first[:4]]
+    first = picture_files(["a cat", "a dog", "a cat"], 2, seed=3)
+    assert len({file[:12] for file in first}) == 6
+    assert picture_files(["a cat", "a dog"], 2, seed=3) == first[:4]
 
 
 def test_a_damaged_picture_is_named(tmp_path):
-    folder, job = PictureFolder(tmp_path, "adapter", {}), Job("a cat", row=0, key="a-cat-0")
-    folder.write(job, Image.new("RGB", (32, 32), "red"))
-    assert folder.read(job).getpixel((0, 0)) == (255, 0, 0)
-    folder.file(job).write_bytes(folder.file(job).read_bytes()[:40])
-    with pytest.raises(CSDiffError, match=r"a-cat-0\.png: expected a drawn picture"):
-        folder.read(job)
+    file = tmp_path / "a-cat.png"
+    Image.new("RGB", (32, 32), "red").save(file)
+    assert read_picture(file).getpixel((0, 0)) == (255, 0, 0)
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CSDiffError, match=r"a-cat\.png: expected a drawn picture"):
+        read_picture(file)
 
 
 @pytest.fixture
@@ -134,15 +133,12 @@ def test_refuses_a_store_as_reference(picture_adapter, plain_store, tiny_decoder
 
 
 @pytest.fixture
-def folders(picture_adapter, options, monkeypatch):
+def folders(picture_adapter, options):
     """Folders of the pictures, by name, for changed options; nothing is drawn."""
-    monkeypatch.setattr("csdiff.evaluation.drawing.PictureFolder.missing", lambda *_: [])
 
     def make(device="cpu", **changes):
-        run = PictureRun(
-            EvaluateConfig(**{**options, **changes}), {"identity": read_adapter_card(picture_adapter)}, device
-        )
-        return {name: folder.path for name, folder in run._draw().items()}
+        cards = {"identity": read_adapter_card(picture_adapter)}
+        return PictureRun(EvaluateConfig(**{**options, **changes}), cards, device).folders()
 
     return make
 
