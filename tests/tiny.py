@@ -97,6 +97,18 @@ def make_tiny_decoder(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
     return Path(path)
 
 
+def cloud(n: int, dim: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
+    """`(n, dim)` normal numbers about `shift`."""
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def directions(count: int, each: int, spread: float = 0.05, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+    """Points about `count` axes, `each` of one, with their names."""
+    axes = torch.eye(2 * count)[torch.arange(count).repeat_interleave(each)]
+    points = 5 * (axes + spread * cloud(count * each, 2 * count, seed))
+    return points, [f"thing {i // each}" for i in range(count * each)]
+
+
 def make_pairs(n: int, text_dim: int, image_dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Correlated text and image embeddings in two separate clouds, raw norms about 10, float32."""
     draw = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import cloud, directions
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_metrics, baseline_predictions, cross_fitted_predictions
@@ -20,6 +21,7 @@ from csdiff.evaluation.embedding_metrics import (
     cosine_similarities,
     effective_rank,
     embedding_metrics,
+    group_agreement,
     held_out_metrics,
     linear_separability,
     norm_ratios,
@@ -28,10 +30,6 @@ from csdiff.evaluation.embedding_metrics import (
 from csdiff.evaluation.metrics import lookup
 from csdiff.evaluation.picture_metrics import cmmd
 from csdiff.evaluation.retrieval import image_identities, retrieval_ranks
-
-
-def cloud(n, d, seed=0, shift=0.0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 def test_retrieval_against_ranks_counted_by_hand():
@@ -168,6 +166,21 @@ def test_effective_rank_counts_dimensions():
     assert effective_rank(signed) == pytest.approx(6)
     assert effective_rank(signed[:, :3][signed[:, :3].norm(dim=1) > 0]) == pytest.approx(3)
     assert effective_rank(torch.ones(10, 6)) == 1
+
+
+def test_a_gap_between_the_modalities_splits_every_group():
+    image, names = directions(6, 10)
+    together = group_agreement(image * 2, image, names, names)
+    assert together == pytest.approx({"v_measure": 1, "ari": 1}, abs=0.05)
+    gap = torch.zeros(12)
+    gap[-1] = 40
+    apart = group_agreement(image + gap, image, names, names)
+    assert apart["v_measure"] < 0.8
+    assert apart["ari"] < 0.8
+    shuffled = group_agreement(image, image, names, names[::-1])
+    assert shuffled["v_measure"] < together["v_measure"]
+    with pytest.raises(CSDiffError, match="2 different concepts, found 1"):
+        group_agreement(image, image, ["a"] * 60, ["a"] * 60)
 
 
 def test_baselines_recover_what_they_model():

@@ -238,19 +238,6 @@ def nothing_is_measured(*_, **__):
     raise AssertionError("measured before everything was checked")
 
 
-@pytest.mark.parametrize("missing", ["nowhere/at/all", "scikit-learn"])
-def test_what_is_missing_is_refused_before_data_is_embedded(
-    missing, picture_adapter, captioned_pictures, monkeypatch, run
-):
-    monkeypatch.setattr("csdiff.embeddings.extraction.embed", nothing_is_measured)
-    if missing == "scikit-learn":
-        # None in sys.modules is how Python itself marks a module that cannot be imported
-        monkeypatch.setitem(sys.modules, "sklearn", None)
-    more = ("--train", missing) if "/" in missing else ()
-    code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *more)
-    assert (code, missing in said) == (2, True)
-
-
 @pytest.fixture
 def reader(tmp_path):
     """An adapter that reads token states."""
@@ -264,6 +251,30 @@ def reader(tmp_path):
         return tmp_path / "reader"
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "expected"),
+    [
+        ("csdiff.embeddings.extraction.embed", {"train": "nowhere/at/all"}, "nowhere/at/all"),
+        ("csdiff.embeddings.extraction.embed", {}, "scikit-learn"),
+        ("csdiff.evaluation.evaluate._predictions", {"extractors": "nowhere/at/all"}, "nowhere/at/all"),
+        ("csdiff.evaluation.evaluate._predictions", {"extractors": "inception:nowhere.pth"}, "inception"),
+        ("csdiff.evaluation.evaluate._predictions", {"clip": "nowhere/at/all"}, "nowhere/at/all"),
+    ],
+)
+def test_what_is_missing_is_refused_before_anything_is_embedded_or_measured(
+    step, options, expected, picture_adapter, captioned_pictures, tiny_decoder, monkeypatch, run
+):
+    monkeypatch.setattr(import_module(step.rpartition(".")[0]), step.rpartition(".")[2], nothing_is_measured)
+    if expected == "scikit-learn":
+        # None in sys.modules is how Python itself marks a module that cannot be imported
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+    if step.endswith("_predictions"):
+        options = {"decoder": tiny_decoder, "output": captioned_pictures / "drawn", **options}
+    more = [word for key, value in options.items() for word in (f"--{key}", value)]
+    code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *more)
+    assert (code, expected in said) == (2, True)
 
 
 def test_encoder_of_every_adapter_is_asked_for_before_the_first_is_measured(

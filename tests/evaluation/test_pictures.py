@@ -1,23 +1,19 @@
 """Metrics of pictures against cases whose value is known, and pictures drawn, kept and measured."""
 
 import shutil
-from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
+from tiny import cloud, directions
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.distances import feature_frechet_distance
-from csdiff.evaluation.picture_metrics import clip_score, diversity, fid, kid
+from csdiff.evaluation.picture_metrics import clip_score, concept_rate, diversity, fid, kid
 from csdiff.evaluation.picture_run import PictureRun, picture_files, read_picture
 from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.pipelines.embedding import PromptEmbedder
-
-
-def cloud(n, d, seed=0, shift=0.0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 def test_fid_by_two_roads():
@@ -43,6 +39,36 @@ def test_diversity_counts_pairs_of_one_prompt_only():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     assert diversity(x, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx(0.5)
     assert diversity(x, torch.arange(5)) is None
+
+
+def test_concepts_are_found_and_chance_is_k_of_all():
+    reference, names = directions(20, 4)
+    shown, wanted = directions(20, 2, seed=1)
+    found = concept_rate(shown, wanted, reference, names, originals=3 * shown, k=1)
+    assert (found.rate, found.error, found.ratio, found.ratio_error) == (1, 0, 1, 0)
+    assert (found.concepts, found.count) == (20, 40)
+    noise = torch.randn(2000, 40, generator=torch.Generator().manual_seed(2))
+    chance = concept_rate(noise, [f"thing {i % 20}" for i in range(2000)], reference, names, k=5)
+    assert chance.error == pytest.approx((0.25 * 0.75 / 2000) ** 0.5, rel=0.15)
+    assert abs(chance.rate - 0.25) < 4 * chance.error
+    assert chance.ratio is None
+
+
+def test_the_ratio_is_to_originals_that_are_not_all_recognised():
+    reference, names = directions(10, 3)
+    wrong = reference.roll(3, 0)
+    drawn, real = reference.clone(), reference.clone()
+    drawn[:15], real[:6] = wrong[:15], wrong[:6]
+    found = concept_rate(drawn, names, reference, names, real, k=1)
+    assert found.rate == pytest.approx(0.5)
+    assert found.ratio == pytest.approx(0.5 / 0.8)
+    assert 0.02 < found.ratio_error < 0.2
+
+
+def test_a_concept_without_a_reference_image_is_named():
+    reference, names = directions(3, 2)
+    with pytest.raises(CSDiffError, match="'comet'"):
+        concept_rate(reference[:1], ["comet"], reference, names)
 
 
 def test_noise_differs_between_prompts_and_not_between_lists():
@@ -183,19 +209,3 @@ def test_a_negative_does_not_depend_on_what_is_missing(picture_adapter, options,
         asked.clear()
         for file in (tmp_path / "drawn").glob("second-*/*.png"):
             file.unlink()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"extractors": "nowhere/at/all"}, {"extractors": "inception:nowhere.pth"}, {"clip": "nowhere/at/all"}],
-)
-def test_what_measures_pictures_is_loaded_before_anything_is_measured(
-    changes, picture_adapter, captioned_pictures, options, monkeypatch, run
-):
-    def measured(*_):
-        raise AssertionError("measured before everything was loaded")
-
-    monkeypatch.setattr(import_module("csdiff.evaluation.evaluate"), "_predictions", measured)
-    code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *words({**options, **changes}))
-    assert code == 2
-    assert next(iter(changes.values())).partition(":")[0] in said

@@ -5,15 +5,11 @@ import io
 import sys
 
 import pytest
-import torch
 from PIL import Image
+from tiny import cloud
 
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
-
-
-def cloud(n, d, seed=0, shift=0.0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 @pytest.mark.parametrize("method", ["pca", "gap"])
