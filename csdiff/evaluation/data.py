@@ -31,31 +31,27 @@ CONCEPT_COLUMNS = ("concept", "label")
 
 @dataclass
 class HeldOutPairs:
-    """Rows of a store, in memory.
-
-    Attributes:
-        source: What was asked for.
-        store: Where the rows are.
-        rows: `(N,)` row numbers.
-        text: `(N, Dt)` raw text embeddings.
-        image: `(N, D)` raw image embeddings.
-        image_ids: `(N,)` image of each row.
-        concepts: N names of what the images show, where the metadata say.
-        split: Of a source that is no store.
-    """
+    """Rows of a store, in memory."""
 
     source: str
+    """What was asked for."""
     store: EmbeddingStore
     rows: np.ndarray
+    """`(N,)` their numbers in the store."""
     text: Tensor
+    """`(N, Dt)` raw text embeddings."""
     image: Tensor
+    """`(N, D)` raw image embeddings."""
     image_ids: Tensor
+    """`(N,)` image of each row."""
     concepts: list[str] | None = None
+    """N names of what the images show, where the metadata say."""
     split: str | None = None
+    """Of a source that is no store."""
 
     @property
     def pictures(self) -> int:
-        """Distinct images."""
+        """How many different images."""
         return len(first_rows(self.image_ids))
 
     def describe(self) -> dict:
@@ -169,12 +165,11 @@ def training_store(card: AdapterCard) -> str | None:
 def check_fits(card: AdapterCard, store: EmbeddingStore, source: str) -> None:
     """A CSDiffError for a store of other dimensions, of other encoders, or of rows without their norms."""
     norms = {True: "unit-norm", False: "raw"}
-    facts = [
+    for what, expected, found in (
         ("embeddings that are", norms[bool(card.metadata.get("normalized"))], norms[store.normalized]),
         ("text embeddings of width", card.text_dim, store.text_dim),
         ("image embeddings of width", card.embedding_dim, store.image_dim),
-    ]
-    for what, expected, found in facts:
+    ):
         if found not in (None, expected):
             raise CSDiffError(
                 f"{source}: expected {what} {expected}, as the adapter {card.path} was trained on, found {found}; "

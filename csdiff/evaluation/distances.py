@@ -111,14 +111,11 @@ def unbiased_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor], Tensor]) -> fl
 
 
 class TwoSampleTest(NamedTuple):
-    """Outcome of :func:`mmd_test`."""
+    """Outcome of :func:`mmd_test`; a small p-value means two different distributions."""
 
     squared: float
-    """Unbiased MMD^2 under the Gaussian kernel."""
     bandwidth: float
-    """Width of the kernel, `exp(-|x-y|^2 / (2 bandwidth^2))`."""
     p_value: float
-    """Part of the permutations with an MMD^2 as large; small means two different distributions."""
 
 
 def mmd_test(
@@ -126,10 +123,10 @@ def mmd_test(
 ) -> TwoSampleTest:
     """Kernel two-sample test of unit vectors (Gretton et al. 2012).
 
-    `MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)`, means over different rows, with a Gaussian kernel. The
-    p-value comes from permuting the union, which is exact when the rows are independent: give predictions and images
-    of *different* pictures. Of each set the first 1,000 rows are used; the bandwidth is by default the median distance
-    between rows of the union.
+    `MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)`, means over different rows, with the Gaussian kernel
+    `k = exp(-|x-y|^2 / (2 bandwidth^2))`. The p-value is the part of the permutations of the union with an MMD^2 as
+    large, which is exact when the rows are independent: give predictions and images of *different* pictures. Of each
+    set the first 1,000 rows are used; the bandwidth is by default the median distance between rows of the union.
     """
     _need_two_rows(x, y)
     x, y = unit(x)[:_TESTED], unit(y)[:_TESTED]

@@ -107,20 +107,18 @@ def short_names(paths: list[str]) -> dict[str, str]:
     """The last part of each path, or as many parts as tell it from the others and from the baselines."""
     parts = {path: (Path(path).resolve() if ".." in path else Path(path).absolute()).parts[1:] for path in paths}
 
-    def short(path: str) -> str:
-        for depth in range(1, len(parts[path]) + 1):
-            end = parts[path][-depth:]
-            if sum(other[-depth:] == end for other in parts.values()) == 1 and "/".join(end) not in RESERVED:
-                return "/".join(end)
-        return path
-
-    return {path: short(path) for path in paths}
+    names = {}
+    for path, mine in parts.items():
+        ends = [mine[-depth:] for depth in range(1, len(mine) + 1)]
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts.values()) == 1)
+        names[path] = next((name for name in map("/".join, alone) if name not in RESERVED), path)
+    return names
 
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that a score depends on."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in found:
+    for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

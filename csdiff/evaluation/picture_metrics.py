@@ -40,9 +40,9 @@ def kid(drawn: Tensor, real: Tensor, subset_size: int = 500, subsets: int = 50, 
 
 
 def _compute(kind: type, drawn: Tensor, real: Tensor, **options):
-    given = nn.Identity()  # Stands for the network: the metric is given its features.
-    given.num_features = drawn.shape[1]
-    metric = kind(feature=given, **options)
+    network = nn.Identity()  # The metric is given the features.
+    network.num_features = drawn.shape[1]
+    metric = kind(feature=network, **options)
     metric.update(real.float(), real=True)
     metric.update(drawn.float(), real=False)
     return metric.compute()
@@ -106,12 +106,10 @@ class ConceptRate:
     ratio: float | None
     """`rate / originals`."""
     ratio_error: float | None
-    """An image and its original are drawn together."""
     k: int
     concepts: int
     """Concepts there are to choose from."""
     count: int
-    """Images."""
 
 
 def concept_rate(

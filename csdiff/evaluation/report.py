@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from csdiff.errors import require
-from csdiff.evaluation.metrics import (
-    BASELINES,
-    IMAGE_METRICS,
-    MAIN,
-    METRICS,
-    SPACE_METRICS,
-    Metric,
-    metric,
-    metric_rows,
-)
+from csdiff.evaluation.metrics import BASELINES, IMAGE_METRICS, MAIN, METRICS, SPACE_METRICS, metric, metric_rows
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
 from csdiff.tables import number, text_table
 
@@ -82,7 +74,7 @@ def _images(result: Mapping) -> Table:
     rows = []
     for space in first["spaces"]:
         within = {name: metrics["spaces"][space] for name, metrics in columns.items()}
-        named = [Metric(f"{entry.label}, {Path(space).name}", entry.key, entry.better) for entry in SPACE_METRICS]
+        named = [replace(entry, label=f"{entry.label}, {Path(space).name}") for entry in SPACE_METRICS]
         rows += metric_rows(within, named)
     made = result["manifest"]["pictures"]
     title = (
