@@ -9,31 +9,35 @@ from pathlib import Path, PurePosixPath
 
 from csdiff.data.images import is_image_content, is_image_name
 from csdiff.data.items import Item, Problem, Row, Source, SourceOptions, caption_list, printable
-from csdiff.data.listing import by_ending, inside, suffix_of
-from csdiff.data.published import image_folder
-from csdiff.data.tables import CAPTION_COLUMNS, find_column, grouped, json_fields, read_table
-from csdiff.data.text_files import UnreadableText, decode_text, lines, read_text
+from csdiff.data.listing import by_ending, image_file, place_of, suffix_of
+from csdiff.data.tables import (
+    CAPTION_COLUMNS,
+    UnreadableText,
+    decode_text,
+    find_column,
+    json_fields,
+    lines,
+    read_table,
+)
 from csdiff.errors import CSDiffError
 
 # `a.txt` or `a.png.txt` beside `a.png`; JSON as img2dataset writes it, where there is no text.
 _CAPTION_SUFFIXES = (".txt", ".caption")
+# Where the images of published caption files lie, beside the file or one folder up.
+_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "test_images")
+_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
 
 
 class TableSource(Source):
     """Rows of captions, with the images that they name in a folder (None: captions alone).
 
-    `others` are names of files that are not read, `problems` those known already, by the file name.
+    `others` are names of files that are not read.
     """
 
     def __init__(
-        self,
-        rows: list[Row],
-        folder: Path | None = None,
-        others: Sequence[str] = (),
-        allow_outside: bool = False,
-        problems: dict[str, Problem] | None = None,
+        self, rows: list[Row], folder: Path | None = None, others: Sequence[str] = (), allow_outside: bool = False
     ):
-        self.rows, self.folder, self.allow_outside, self.problems = rows, folder, allow_outside, problems or {}
+        self.rows, self.folder, self.allow_outside = rows, folder, allow_outside
         self.has_images, self.has_captions = folder is not None, any(row.captions for row in rows)
         self.count, self.not_read = len(rows), by_ending(others)
 
@@ -42,17 +46,10 @@ class TableSource(Source):
             row = self.rows[index]
             if self.folder is None:
                 yield Item(str(index), row.captions, extra=row.extra)
-            else:
-                yield self.problems.get(row.file) or self._item(row)
-
-    def _item(self, row: Row) -> Item | Problem:
-        id, file = printable(row.file), inside(self.folder, row.file, self.allow_outside)
-        if file is None:
-            detail = f"it leads out of {self.folder}; --allow_outside true reads it, if you trust it"
-            return Problem(id, "outside_image", detail)
-        if not file.is_file():
-            return Problem(id, "missing_image", f"no such file: {printable(str(file))}")
-        return Item(id, row.captions, file, id, row.extra)
+                continue
+            id = printable(row.file)
+            file = row.problem or image_file(id, row.file, [self.folder], self.allow_outside)
+            yield file if isinstance(file, Problem) else Item(id, row.captions, file, id, row.extra)
 
     def identity(self) -> dict:
         kind, digest = "captions" if self.folder is None else "folder", hashlib.sha256()
@@ -80,8 +77,14 @@ def table_source(
             rows.append(Row(row.file and f"{parent}{row.file}", row.captions, row.extra))
     if not rows:
         raise CSDiffError(f"{first}: expected at least one row, found none.")
-    rows = grouped(row for row in rows if row.file is not None) or rows
-    if rows[0].file is None:
+    # Rows that name one image are one, with all their captions, at the place of the first.
+    files: dict[str, Row] = {}
+    for row in rows:
+        if row.file in files:
+            files[row.file].captions.extend(row.captions)
+        elif row.file is not None:
+            files[row.file] = row
+    if not files:
         # Captions that cannot be matched would drop the images without a word.
         if images or any(map(is_image_name, names)):
             raise CSDiffError(
@@ -89,11 +92,34 @@ def table_source(
                 "be matched to the images; add the column, or name it with image_column."
             )
         return TableSource(rows)
-    files = [row.file for row in rows]
     if not names and not images:
-        folder = image_folder(folder, first, files)
-    known = {*files, *tables}
-    return TableSource(rows, folder, [name for name in names if name not in known], options.allow_outside)
+        folder = _image_folder(folder, first, list(files))
+    others = [name for name in names if name not in files and name not in tables]
+    return TableSource(list(files.values()), folder, others, options.allow_outside)
+
+
+def _image_folder(folder: Path, table: Path, names: Sequence[str]) -> Path:
+    """Where the images of a table lie: the folder or a usual place, where one of the first thousand is."""
+    # captions_val2017.json belongs to val2017.
+    own, places = table.stem.removeprefix("captions_"), (table.parent, table.parent.parent)
+    inner = (place / name for place in places for name in _FOLDERS)
+    for place in (folder, *(place / own for place in places), *places, *inner):
+        # A few may be missing.
+        if any(place_of(place, name).exists() for name in names[:1000]):
+            return place
+    raise CSDiffError(
+        f"{table}: expected its images beside it ({names[0]} in images, ...), found none; give the folder of the "
+        "images as source and this file as captions_file."
+    )
+
+
+def urban(folder: Path) -> TableSource:
+    """Urban-1k as published: a folder with `image/1.jpg` and `caption/1.txt`."""
+    images = {file.stem: file.name for file in (folder / "image").iterdir() if is_image_name(file.name)}
+    texts = sorted((folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
+    # One long caption an image, over several lines in some files.
+    rows = [Row(images[t.stem], [" ".join(decode_text(t.read_bytes()).split())]) for t in texts if t.stem in images]
+    return TableSource(rows, folder / "image")
 
 
 def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
@@ -107,7 +133,7 @@ def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
         raise CSDiffError(f"{folder}: expected images, found {found or 'nothing'}.")
     # Endings in any case, so that A.TXT is found beside A.JPG.
     beside = {str(PurePosixPath(name).with_suffix("")) + suffix_of(name): name for name in rest}
-    used, problems, rows = set(), {}, []
+    used, rows = set(), []
     for image in sorted(images):
         stem = image.removesuffix(PurePosixPath(image).suffix)
         places = [name + suffix for suffix in _CAPTION_SUFFIXES for name in (stem, image)]
@@ -116,17 +142,17 @@ def uncaptioned_folder(folder: Path, names: Sequence[str]) -> TableSource:
         try:
             rows.append(Row(image, _captions(folder / files[0]) if files else []))
         except UnreadableText as error:
-            rows.append(Row(image, [""]))
-            problems[image] = Problem(printable(image), "unreadable_caption", f"{files[0]}: {error}")
+            problem = Problem(printable(image), "unreadable_caption", f"{files[0]}: {error}")
+            rows.append(Row(image, [""], problem=problem))
     others = [name for name in rest if name not in used]
     if not any(row.captions for row in rows):
         _check_no_captions(folder, images, others)
-    return TableSource(rows, folder, others, problems=problems)
+    return TableSource(rows, folder, others)
 
 
 def _captions(file: Path) -> list[str]:
     """Captions of a file beside an image; [""] where it is there and empty."""
-    text = read_text(file)
+    text = decode_text(file.read_bytes())
     if file.suffix.lower() != ".json":
         return caption_list([line for line in lines(text) if line.strip()]) or [""]
     content = json_fields(text)

@@ -30,16 +30,6 @@ class Item:
     extra: dict[str, str | None] = field(default_factory=dict)
 
 
-@dataclass
-class Row:
-    """Captions in a table, with the file name of their image, the further columns asked for, and their split."""
-
-    file: str | None
-    captions: list[str]
-    extra: dict[str, str | None] = field(default_factory=dict)
-    split: str | None = None
-
-
 @dataclass(frozen=True)
 class Problem:
     """Something of the source that had to be left out.
@@ -53,6 +43,17 @@ class Problem:
     id: str
     reason: str
     detail: str = ""
+
+
+@dataclass
+class Row:
+    """Captions of a file, with the name of their image, the further columns asked for, and their split."""
+
+    file: str | None
+    captions: list[str]
+    extra: dict[str, str | None] = field(default_factory=dict)
+    split: str | None = None
+    problem: Problem | None = None
 
 
 REASONS = {

@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from csdiff.data.items import SourceOptions, printable
+from csdiff.data.items import Problem, SourceOptions, printable
 from csdiff.errors import CSDiffError
 
 # What systems leave beside files; names that begin with a dot (`._a.png`, `.ipynb_checkpoints`) are hidden anyway.
@@ -38,12 +38,25 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def inside(folder: Path, name: str, allow_outside: bool) -> Path | None:
-    """The place of a file that a table names, or None where its name leads out of the folder; links may."""
+def place_of(folder: Path, name: str) -> Path:
+    """Where a file is that a table in a folder names."""
     place = Path(os.path.normpath(folder / name))
     if not place.exists() and "\\" in name:  # Written on Windows.
         place = Path(os.path.normpath(folder / name.replace("\\", "/")))
-    return place if allow_outside or place.is_relative_to(os.path.normpath(folder)) else None
+    return place
+
+
+def image_file(id: str, name: str, folders: Sequence[Path], allow_outside: bool) -> Path | Problem:
+    """The image of an item, by its name below one of the folders; the name may not lead out of them, links may."""
+    places = [place_of(folder, name) for folder in folders]
+    if not allow_outside:
+        kept = zip(places, folders, strict=True)
+        places = [place for place, folder in kept if place.is_relative_to(os.path.normpath(folder))]
+    if not places:
+        detail = f"{printable(name)} leads out of {folders[0]}; --allow_outside true reads it, if you trust it"
+        return Problem(id, "outside_image", detail)
+    found = next(filter(Path.is_file, places), None)
+    return found or Problem(id, "missing_image", f"no such file: {printable(str(places[0]))}")
 
 
 def suffix_of(name: str) -> str:

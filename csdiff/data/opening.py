@@ -8,11 +8,10 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from csdiff.data.folder import TableSource, table_source, uncaptioned_folder
+from csdiff.data.folder import table_source, uncaptioned_folder, urban
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Source, SourceOptions
 from csdiff.data.listing import by_ending, data_files, no_split, split_folders, suffix_of, visible_files
-from csdiff.data.published import urban
 from csdiff.data.rows import HuggingFaceSource, ParquetSource, parquet_footer
 from csdiff.data.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, find_column
 from csdiff.data.web_dataset import WebDatasetSource
@@ -76,7 +75,7 @@ def _open_folder(path: Path, options: SourceOptions) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, options)
     if (path / "image").is_dir() and (path / "caption").is_dir():
-        return TableSource(list(urban(path)), path / "image")
+        return urban(path)
     names = visible_files(path)
     images = [name for name in names if is_image_name(name)]
     tables = [name for name in names if _is_table(path, name)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
-from csdiff.data.listing import inside
+from csdiff.data.listing import image_file
 from csdiff.data.tables import find_columns
 from csdiff.errors import CSDiffError
 
@@ -38,13 +38,8 @@ class RowSource(Source):
             return Item(id, captions, content, label, extra)
         if path is None:
             return Problem(id, "missing_image", f"row {index} has no image")
-        places = list(filter(None, (inside(folder, path, self.options.allow_outside) for folder in self.folders)))
-        if not places:
-            return Problem(id, "outside_image", f"{label} is outside; --allow_outside true reads it")
-        file = next((place for place in places if place.is_file()), None)
-        if file is None:
-            return Problem(id, "missing_image", f"no such file: {label}")
-        return Item(id, captions, file, label, extra)
+        file = image_file(id, path, self.folders, self.options.allow_outside)
+        return file if isinstance(file, Problem) else Item(id, captions, file, label, extra)
 
 
 class ParquetSource(RowSource):

@@ -1,17 +1,17 @@
-"""Caption tables: CSV, JSON lines, JSON, parquet, plain text, and the formats of published data sets."""
+"""Captions in files: their text and its encoding, tables of them, and the formats in which data sets are published."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from csdiff.data import published
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Row, SourceOptions, caption_list
-from csdiff.data.text_files import lines, read_text
+from csdiff.data.listing import no_split
 from csdiff.errors import CSDiffError
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".txt", ".jsonlines", ".token")
@@ -24,6 +24,54 @@ IMAGE_COLUMNS = (
     "image_file", "jpg", "png", "webp",
 )  # fmt: skip
 
+# UTF-16's mark begins as UTF-32's.
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+class UnreadableText(ValueError):
+    """Bytes that are not text in a known encoding; the message says where, and what to do."""
+
+
+def decode_text(content: bytes) -> str:
+    r"""Text in UTF-8, or in UTF-16 or UTF-32 where the file says so by its mark or by its zero bytes.
+
+    Lines end with `\n`; `\r\n` becomes it, and `\r` where a text has nothing else. Other encodings are not guessed:
+    what decodes as Windows-1252 may be anything.
+
+    Raises:
+        UnreadableText: with the line and the cure.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    start = content[:1000]
+    if encoding == "utf-8" and start.count(0) > len(start) / 4:
+        # ASCII in UTF-16 has a zero in every second byte.
+        encoding = "utf-16-be" if start[::2].count(0) > start[1::2].count(0) else "utf-16-le"
+    try:
+        text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UnreadableText(
+            f"line {line}: expected {encoding.upper()}, found the byte 0x{content[error.start]:02x}; save it as UTF-8 "
+            "(Excel: CSV UTF-8; or iconv -f WINDOWS-1252 -t UTF-8, if that is what it is)"
+        ) from error
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")
+
+
+def lines(text: str) -> list[str]:
+    """Lines of a text, without an empty one after the last newline; no other character ends one."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def json_fields(text: str) -> dict:
+    """The JSON object that a text is; empty where it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
 
 def read_table(path: Path, options: SourceOptions) -> list[Row]:
     """Rows of a caption table, or of a published caption file unless columns are named."""
@@ -31,42 +79,30 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
         raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}) or .tar, found {path.suffix!r}.")
     try:
         found = _read(path, options)
-        if not isinstance(found, dict):
-            return grouped(published.of_split(path, found, options.split))
+        if found and isinstance(found[0], Row):
+            return _of_split(path, found, options.split)
     except (OSError, CSDiffError):
         raise
     except Exception as error:  # Each parser has its own kinds.
         reason = " ".join(str(error).split())[:300]
         raise CSDiffError(f"{path} is not a readable {path.suffix} table ({reason}); correct it.") from error
-    names, texts = find_columns(found, options, path)
-    if names is None and texts is None:
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    image, caption = find_columns(columns, options, path) if found else (None, None)
+    if found and image is None and caption is None:
         raise CSDiffError(
             f"{path}: expected a column of captions (caption, text, ...) or of image files (file_name, image, ...), "
-            f"found {', '.join(map(repr, found)) or 'none'}; name it with caption_column or image_column."
+            f"found {', '.join(map(repr, columns)) or 'none'}; name it with caption_column or image_column."
         )
     rows = []
-    for index in range(len(found[names or texts])):
-        captions = caption_list(found[texts][index]) if texts else []
-        extra = options.extra({name: found[name][index] for name in options.metadata_columns})
-        if names is None:
+    for values in found:
+        captions, file = caption_list(values.get(caption)), values.get(image)
+        if isinstance(file, dict):
+            file = file.get("path")
+        if image is None:
             # Without an image an entry is its caption: an empty one is an empty caption, not a missing one.
-            rows.append(Row(None, captions or [""], extra))
-        else:
-            file = found[names][index]
-            rows.append(Row(str(file.get("path") if isinstance(file, dict) else file), captions, extra))
-    return grouped(rows)
-
-
-def grouped(rows: Iterable[Row]) -> list[Row]:
-    """Rows of which those that name one file are one, with all their captions, at the place of the first."""
-    kept, places = [], {}
-    for row in rows:
-        if row.file is not None and row.file in places:
-            places[row.file].captions.extend(row.captions)
-        else:
-            kept.append(row)
-            places[row.file] = row
-    return kept
+            captions = captions or [""]
+        rows.append(Row(None if image is None else str(file), captions, options.extra(values)))
+    return rows
 
 
 def find_column(
@@ -82,9 +118,7 @@ def find_column(
     return next((lower[name] for name in usual if name in lower), None)
 
 
-def find_columns(
-    columns: Sequence[str] | dict, options: SourceOptions, where: object
-) -> tuple[str | None, str | None]:
+def find_columns(columns: Sequence[str], options: SourceOptions, where: object) -> tuple[str | None, str | None]:
     """The columns of images and of captions; every column that the options name must be there."""
     for name in options.metadata_columns:
         find_column(columns, name, (), where, "metadata_columns")
@@ -92,32 +126,46 @@ def find_columns(
     return image, find_column(columns, options.caption_column, CAPTION_COLUMNS, where, "caption_column")
 
 
-def _read(path: Path, options: SourceOptions) -> dict[str, list] | Iterable[Row]:
-    """Columns of a table, or rows of a published format."""
+def _read(path: Path, options: SourceOptions) -> list[dict] | list[Row]:
+    """Rows of a table by the names of their columns, or those of a published format.
+
+    - COCO captions: `annotations/captions_val2017.json` (`images`, `annotations`).
+    - COCO and Flickr30k in Karpathy's form: `dataset_coco.json`, `dataset_flickr30k.json` (`images` with `sentences`).
+    - Flickr30k: `flickr_annotations_30k.csv` (`raw`, `filename`, `split`), `results.csv` (bars between columns), or
+      `results_20130124.token`, as Flickr8k has it.
+    - DOCCI: `docci_descriptions.jsonlines` (`image_file`, `description`, `split`).
+    """
     suffix = path.suffix.lower()
     asked = {options.image_column, options.caption_column, *options.metadata_columns} - {None}
     if suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return pq.read_table(path).to_pydict()
-    text = read_text(path)
+        return pq.read_table(path).to_pylist()
+    text = decode_text(path.read_bytes())
     if suffix == ".token" or path.name.endswith(".token.txt"):
-        return published.tokens(text)
+        pairs = (line.split("\t", 1) for line in lines(text) if line.strip())
+        return [Row(name.rsplit("#", 1)[0], [caption.strip()]) for name, caption in pairs]
     if suffix in (".jsonl", ".jsonlines"):
         rows = _json_lines(text)
-        docci = suffix == ".jsonlines" and not asked and {"image_file", "description"} <= set(rows[0] if rows else ())
-        return published.docci(rows) if docci else _columns(rows)
+        if suffix == ".jsonlines" and not asked and {"image_file", "description"} <= set(rows[0] if rows else ()):
+            return [Row(row["image_file"], [row["description"].strip()], split=row.get("split")) for row in rows]
+        return _objects(rows)
     if suffix == ".json":
         content = json.loads(text)
-        found = published.coco(content) if isinstance(content, dict) and not asked else None
-        return _columns(content) if found is None else found
+        found = _coco(content) if isinstance(content, dict) and not asked else None
+        return _objects(content) if found is None else found
     if suffix == ".csv" and not asked and text.partition("\n")[0].replace(" ", "").startswith("image_name|"):
-        return published.bars(text)
-    columns = _separated(path, text, asked)
-    return published.annotations(columns) if not asked and {"raw", "filename", "split"} <= columns.keys() else columns
+        # One line of the published file lacks its second bar: "...jpg| 4   A dog runs ...".
+        parts = [[part.strip() for part in line.split("|", 2)] for line in lines(text)[1:] if line.strip()]
+        return [Row(part[0], [part[2] if len(part) == 3 else part[1].lstrip("01234 ")]) for part in parts]
+    rows = _separated(path, text, asked)
+    if asked or not rows or not {"raw", "filename", "split"} <= rows[0].keys():
+        return rows
+    captions = ([caption.strip() for caption in json.loads(row["raw"])] for row in rows)
+    return [Row(row["filename"], texts, split=row["split"]) for row, texts in zip(rows, captions, strict=True)]
 
 
-def _separated(path: Path, text: str, asked: set[str]) -> dict[str, list]:
+def _separated(path: Path, text: str, asked: set[str]) -> list[dict]:
     head, suffix = text.lstrip("\n").partition("\n")[0], path.suffix.lower()
     known = {name.lower() for name in (*IMAGE_COLUMNS, *CAPTION_COLUMNS)}
 
@@ -135,26 +183,17 @@ def _separated(path: Path, text: str, asked: set[str]) -> dict[str, list]:
                 f"{path}: expected a caption a line, found lines that begin with an image's name ({first[:60]!r}); "
                 "write the names of the columns above them, for example image,caption."
             )
-        return {"caption": captions}
+        return [{"caption": caption} for caption in captions]
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    columns: dict[str, list] = {name.strip(): [] for name in reader.fieldnames or []}
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    rows = []
     for row in reader:
         if None in row or None in row.values():
-            found = f"line {reader.line_num} has not {len(columns)} fields separated by {separator!r}"
+            found = f"line {reader.line_num} has not {len(reader.fieldnames)} fields separated by {separator!r}"
             raise ValueError(f"{found}; put fields that hold the separator in quotes")
-        for name, value in row.items():
-            columns[name.strip()].append(value)
-    return columns
-
-
-def json_fields(text: str) -> dict:
-    """The JSON object that a text is; empty where it is none."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        rows.append(row)
+    return rows
 
 
 def _json_lines(text: str) -> list:
@@ -168,10 +207,33 @@ def _json_lines(text: str) -> list:
     return rows
 
 
-def _columns(rows: object) -> dict[str, list]:
+def _objects(rows: object) -> list[dict]:
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return rows
     if isinstance(rows, list) and all(isinstance(row, str) for row in rows):
-        return {"caption": rows}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected a list of objects, or of strings")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: [row.get(name) for row in rows] for name in names}
+        return [{"caption": row} for row in rows]
+    raise ValueError("expected a list of objects, or of strings")
+
+
+def _coco(content: dict) -> list[Row] | None:
+    """COCO captions or Karpathy's form; None where a JSON object is neither."""
+    images = content.get("images")
+    if isinstance(images, list) and isinstance(content.get("annotations"), list):
+        rows = {image["id"]: Row(image["file_name"], []) for image in images}
+        for annotation in content["annotations"]:
+            rows[annotation["image_id"]].captions.append(annotation["caption"].strip())
+        return [row for row in rows.values() if row.captions]
+    if not images or "sentences" not in images[0]:
+        return None
+    names = ["/".join(filter(None, (image.get("filepath"), image["filename"]))) for image in images]
+    captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
+    return [Row(n, c, split=i.get("split")) for n, c, i in zip(names, captions, images, strict=True)]
+
+
+def _of_split(path: Path, rows: list[Row], split: str) -> list[Row]:
+    """Rows of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
+    splits = {row.split for row in rows if row.split}
+    if not splits or split == "all":
+        return rows
+    wanted = {split, "restval"} if split == "train" else {split}
+    return [row for row in rows if row.split in wanted] or no_split(path, split, sorted(splits))

@@ -12,8 +12,7 @@ from pathlib import Path
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
 from csdiff.data.listing import hidden
-from csdiff.data.tables import CAPTION_COLUMNS, find_column, json_fields
-from csdiff.data.text_files import UnreadableText, decode_text, lines
+from csdiff.data.tables import CAPTION_COLUMNS, UnreadableText, decode_text, find_column, json_fields, lines
 
 _TEXTS = ("txt", "caption", "json")
 # No image, and no text of captions, is larger; a member may claim anything.
@@ -91,23 +90,18 @@ class WebDatasetSource(Source):
         for name, content in members.items():
             stem, _, suffix = name.rpartition(".")
             stems.setdefault(stem, {})[suffix] = content
-        named = f"{self.options.image_column}{self.options.caption_column}"
-        own = [
-            stem
-            for stem, parts in stems.items()
-            if stem != key and any(map(_is_image, parts)) and not parts.keys().isdisjoint(_TEXTS) and "." not in named
-        ]
+        own = []
+        if "." not in f"{self.options.image_column}{self.options.caption_column}":
+            whole = (s for s, parts in stems.items() if any(map(_is_image, parts)) and parts.keys() & set(_TEXTS))
+            own = [stem for stem in whole if stem != key]
         for stem in own:
             yield stem, stems.pop(stem)
         rest = {f"{stem}.{suffix}"[len(key) + 1 :]: c for stem, parts in stems.items() for suffix, c in parts.items()}
         images = list(filter(_is_image, rest))
-        if not rest or (own and not images):
+        if own and not images:
             return  # A `key.json` beside entries of their own describes them all.
-        if self.options.image_column is None and len(rest) > 1 and all("." in n and _is_image(n) for n in rest):
-            # Images alone, each with a number or the like in its name.
-            for name in images:
-                stem, _, suffix = name.rpartition(".")
-                yield f"{key}.{stem}", {suffix: rest[name]}
+        if self.options.image_column is None and len(stems) > 1 and key not in stems and len(images) == len(rest):
+            yield from stems.items()  # Images alone, each with a number or the like in its name.
         else:
             yield key, rest
 

@@ -14,7 +14,7 @@ from PIL import Image
 from csdiff.data import Item, Problem, open_source
 from csdiff.data.items import SourceOptions, well_formed
 from csdiff.data.listing import data_files
-from csdiff.data.text_files import UnreadableText, decode_text
+from csdiff.data.tables import UnreadableText, decode_text
 from csdiff.errors import CSDiffError
 from tests.data.test_data_sources import archive
 
