@@ -36,6 +36,11 @@ class EncoderFiles:
     processor: Path  # tokenizer or image processor
     revision: str | None
 
+    def identity(self, tower: Tower) -> dict:
+        """Name, revision and hash of one tower, as a `csdiff.json` records them; reads the weights."""
+        digest = weights_sha256(self.model, tower)
+        return {"id": encoder_name(self.id), "revision": self.revision, "weights_sha256": digest}
+
 
 class Encoder:
     """A frozen transformers model and the files it came from.
@@ -57,17 +62,15 @@ class Encoder:
         return self.model.device
 
     @cached_property
-    def _weights_sha256(self) -> str:
-        return weights_sha256(self.files.model, self.tower)
+    def _identity(self) -> dict:
+        return self.files.identity(self.tower)
 
     def describe(self, weights: bool = True) -> dict:
         """This encoder's part of a `csdiff.json`; without `weights` what needs no reading of the files."""
-        described = {}
-        if weights:
-            described = {"id": self.id, "revision": self.files.revision, "weights_sha256": self._weights_sha256}
-        described |= {"dim": self.dim, "class": type(self.model).__name__}
-        described |= {"pooling": self.pooling} if self.pooling else {}
-        return {**described, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        facts = {"dim": self.dim, "class": type(self.model).__name__}
+        facts |= {"pooling": self.pooling} if self.pooling else {}
+        facts["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        return {**self._identity, **facts} if weights else facts
 
 
 def resolve_encoder(id: str | Path) -> str:
@@ -140,9 +143,7 @@ def find_encoder(
     """
     known, option = known or {}, f"name it with --{tower}_encoder (in Python {tower}_encoder=)"
     if given is not None:
-        files = encoder_files(given, tower)
-        digest = weights_sha256(files.model, tower)
-        found = {"id": encoder_name(given), "revision": files.revision, "weights_sha256": digest}
+        found = encoder_files(given, tower).identity(tower)
         check_same_encoder(known, found, tower, of, str(given))
         return {**known, **found}
     if not known.get("id"):

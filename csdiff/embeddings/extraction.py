@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +16,10 @@ from csdiff.data.items import REASONS, Problem, Source
 from csdiff.data.opening import open_source
 from csdiff.devices import choose_device
 from csdiff.embeddings.config import EmbedConfig
-from csdiff.embeddings.encoders import encoder_files, encoder_name
-from csdiff.embeddings.fingerprint import weights_sha256
+from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.image_encoder import inspect_image_encoder
 from csdiff.embeddings.layout import REPORT_FILE
-from csdiff.embeddings.rows import report
-from csdiff.embeddings.shards import Extraction, check_limit
+from csdiff.embeddings.shards import LISTED_TRUNCATIONS, Extraction, check_limit
 from csdiff.embeddings.text_encoder import inspect_text_encoder
 from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError
@@ -139,14 +138,12 @@ def _check(config: EmbedConfig) -> None:
 
 def _identity(config: EmbedConfig, tower: str) -> dict:
     """Name, revision and hash of an encoder, which is looked at but not loaded."""
-    id, revision = getattr(config, f"{tower}_encoder"), getattr(config, f"{tower}_revision")
-    files = encoder_files(id, tower, revision)
+    files = encoder_files(getattr(config, f"{tower}_encoder"), tower, getattr(config, f"{tower}_revision"))
     if tower == "text":
         inspect_text_encoder(files, config.pooling, config.max_length)
     else:
         inspect_image_encoder(files)
-    digest = weights_sha256(files.model, tower)
-    return {"id": encoder_name(id), "revision": files.revision, "weights_sha256": digest}
+    return files.identity(tower)
 
 
 def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities: dict[str, dict]) -> None:
@@ -154,23 +151,35 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
     import transformers
 
     shards = [writer.record(shard) for shard in range(writer.shards)]
-    content = report(shards)
-    if content["problems"]:
-        check_limit(config, len(content["problems"]), content["items"], Problem(**content["problems"][-1]))
-    if content["rows"] == 0:
-        found = _counts(content["skipped"]) or "it is empty"
+    problems = [Problem(*problem) for shard in shards for problem in shard["problems"]]
+    total = {name: sum(shard[name] for shard in shards) for name in ("items", "rows", "truncated", "replaced")}
+    skipped = dict(sorted(Counter(problem.reason for problem in problems).items()))
+    if problems:
+        check_limit(config, len(problems), total["items"], problems[-1])
+    if total["rows"] == 0:
+        found = _counts(skipped) or "it is empty"
         raise CSDiffError(f"{config.source}: expected at least one usable item, found none: {found}.")
-    notes = shards[0]
-    towers = {tower: identities[tower] | notes[f"{tower}_encoder"] for tower in identities}
+    towers = {tower: identities[tower] | shards[0][f"{tower}_encoder"] for tower in identities}
     fingerprint = {
         "text_encoder": towers.get("text"),
         "image_encoder": towers.get("image"),
-        "tokenizer": notes.get("tokenizer"),
-        "preprocessing": {"decoding": DECODING, **notes["preprocessing"]} if "image" in towers else None,
+        "tokenizer": shards[0].get("tokenizer"),
+        "preprocessing": {"decoding": DECODING, **shards[0]["preprocessing"]} if "image" in towers else None,
         "versions": {module.__name__: module.__version__ for module in (numpy, torch, transformers)},
     }
-    content = {"source": config.source, **content, "reasons": {key: REASONS[key] for key in content["skipped"]}}
-    writer.finish(fingerprint, {**content, "not_read": source.not_read})
+    report = {
+        "source": config.source,
+        "items": total["items"],
+        "rows": total["rows"],
+        "skipped": skipped,
+        "truncated_captions": total["truncated"],
+        "replaced_captions": total["replaced"],
+        "problems": [asdict(problem) for problem in problems],
+        "truncated": [line for shard in shards for line in shard["truncated_listed"]][:LISTED_TRUNCATIONS],
+        "reasons": {reason: REASONS[reason] for reason in skipped},
+        "not_read": source.not_read,
+    }
+    writer.finish(fingerprint, report)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from csdiff.data.images import UnreadableImage, decode_image
-from csdiff.data.items import Item, Problem, Source
+from csdiff.data.items import MAX_CAPTION, Item, Problem, Source, well_formed
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.image_encoder import load_image_encoder
-from csdiff.embeddings.rows import ShardRows
-from csdiff.embeddings.text_encoder import load_text_encoder
+from csdiff.embeddings.text_encoder import CaptionTokenizer, load_text_encoder
 from csdiff.embeddings.writer import ShardWriter, StoreWriter
 from csdiff.errors import CSDiffError
 
@@ -23,6 +24,8 @@ from csdiff.errors import CSDiffError
 ALWAYS_ALLOWED = 10
 # Captions are sorted by length within this many batches.
 SORTED_BATCHES = 16
+# A shard's report lists this many cut captions by name; all are counted.
+LISTED_TRUNCATIONS = 20
 
 T, U = TypeVar("T"), TypeVar("U")
 
@@ -90,7 +93,7 @@ class Extraction:
             else:
                 for columns in _in_order(self.encoders, self._encode_images, batches, 2 * self._threads):
                     shard.append(columns)
-                if len(rows) == 0:
+                if not rows.rows:
                     blank = self._encode_images(([self.image.blank()], [1]))
                     shard.append({key: column[:0] for key, column in blank.items()})
                 shard.notes["image_encoder"] = self.image.describe(weights=False)
@@ -147,16 +150,15 @@ class Extraction:
 
     def _captions(self, rows: ShardRows, shard: ShardWriter) -> None:
         """Encodes captions of one length together, as padding costs as much as text, and stores them in order."""
-        size = self.config.batch_size
-        for start in range(0, max(len(rows.captions), 1), size * SORTED_BATCHES):
-            captions = rows.captions[start : start + size * SORTED_BATCHES] or [""]
-            lengths = torch.tensor(rows.lengths[start : start + size * SORTED_BATCHES] or [0])
-            order = lengths.argsort(stable=True)
-            batches = [[captions[i] for i in part.tolist()] for part in order.split(size)]
+        size, count = self.config.batch_size, len(rows.rows)
+        for start in range(0, max(count, 1), size * SORTED_BATCHES):
+            part = slice(start, start + size * SORTED_BATCHES)
+            captions = [row["caption"] for row in rows.rows[part]] or [""]
+            order = torch.tensor(rows.lengths[part] or [0]).argsort(stable=True)
+            batches = [[captions[i] for i in places.tolist()] for places in order.split(size)]
             encoded = list(_in_order(self.encoders, self._encode_captions, batches, len(batches)))
-            count = len(captions) if rows.captions else 0
             for key in encoded[0]:
-                column = torch.cat([part[key] for part in encoded])
+                column = torch.cat([columns[key] for columns in encoded])
                 shard.append({key: column[order.argsort()][:count]})
 
     def _encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
@@ -165,6 +167,88 @@ class Extraction:
         encoding = self.text.encode(captions)
         states = encoding.states.cpu()
         return {"text_embeds": encoding.embeds.cpu(), "text_states": states, "text_mask": encoding.mask.cpu()}
+
+
+class ShardRows:
+    """Which captions of its items become rows of a shard, and what is left out.
+
+    Without the tokenizer of a text encoder, items without captions are kept.
+    """
+
+    def __init__(self, config: EmbedConfig, tokenizer: CaptionTokenizer | None):
+        self.config, self.tokenizer = config, tokenizer
+        self.rows: list[dict] = []
+        self.lengths: list[int] = []
+        self.items = self.replaced = 0
+        self.problems: list[Problem] = []
+        self.truncated: list[str] = []
+
+    def add(self, item: Item) -> int:
+        """Add one row for each caption of use, or one without a caption; how many. What is wrong is noted."""
+        captions = self._fitting(item, self._usable(item))
+        if not captions and self.tokenizer is None:
+            captions = [(None, None, 0)]
+        for place, text, count in captions:
+            row = {"caption": text, "image_id": item.id, "image_path": item.path, "caption_index": place}
+            row |= {name: item.extra.get(name) for name in self.config.metadata_columns}
+            # Names of files may be no text either.
+            self.rows.append({k: well_formed(v) if isinstance(v, str) else v for k, v in row.items()})
+            self.lengths.append(count)
+        return len(captions)
+
+    def _usable(self, item: Item) -> list[tuple[int, str]]:
+        """Captions that are neither blank nor huge, with their place, as many as are asked for."""
+        if not item.captions and self.tokenizer is not None:
+            self.problems.append(Problem(item.id, "no_caption", "the image has no caption"))
+        kept = []
+        for place, caption in enumerate(item.captions):
+            text = well_formed(caption).strip()
+            if len(text) > MAX_CAPTION:
+                detail = f"caption {place} has {len(text):,} characters and begins {text[:40]!r}"
+                self.problems.append(Problem(item.id, "huge_caption", detail))
+            elif text:
+                self.replaced += "\ufffd" in text
+                kept.append((place, text))
+            else:
+                self.problems.append(Problem(item.id, "empty_caption", f"caption {place} is {caption!r}"))
+        if self.config.captions_per_image == "random" and kept:
+            digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
+            return [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
+        return kept[:1] if self.config.captions_per_image == "first" else kept
+
+    def _fitting(self, item: Item, captions: list[tuple[int, str]]) -> list[tuple[int, str, int]]:
+        """Those that the text encoder takes, with their tokens."""
+        if self.tokenizer is None or not captions:
+            return [(place, text, 0) for place, text in captions]
+        fitting, limit = [], self.tokenizer.max_length
+        counts = self.tokenizer.lengths([text for _, text in captions])
+        for (place, text), count in zip(captions, counts, strict=True):
+            found = f"caption {place} has {count} tokens"
+            if count > limit and self.config.long_captions == "skip":
+                self.problems.append(Problem(item.id, "long_caption", f"{found}, the text encoder takes {limit}"))
+                continue
+            if count > limit:
+                self.truncated.append(well_formed(f"{item.id}: {found}"))
+            fitting.append((place, text, count))
+        return fitting
+
+    def table(self, has_captions: bool) -> pa.Table:
+        """Metadata of the rows."""
+        types = {"caption": pa.string(), "image_id": pa.string(), "image_path": pa.string()}
+        types |= {"caption_index": pa.int32(), **dict.fromkeys(self.config.metadata_columns, pa.string())}
+        table = pa.Table.from_pylist(self.rows, pa.schema(types))
+        return table if has_captions else table.drop_columns(["caption", "caption_index"])
+
+    def to_dict(self) -> dict:
+        """What the report needs of this shard."""
+        return {
+            "items": self.items,
+            "rows": len(self.rows),
+            "problems": [[well_formed(text) for text in (p.id, p.reason, p.detail)] for p in self.problems],
+            "replaced": self.replaced,
+            "truncated": len(self.truncated),
+            "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
+        }
 
 
 def check_limit(config: EmbedConfig, problems: int, items: int, example: Problem) -> None:

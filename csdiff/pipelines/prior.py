@@ -14,7 +14,7 @@ from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
 from csdiff.data.items import well_formed
 from csdiff.embeddings.encoders import find_encoder
-from csdiff.embeddings.tokenizer import CaptionTokenizer
+from csdiff.embeddings.text_encoder import CaptionTokenizer
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot

@@ -21,8 +21,7 @@ from csdiff.embeddings.image_encoder import ImageEncoder
 from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.loader import StoreBatches
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.embeddings.text_encoder import TextEncoder
-from csdiff.embeddings.tokenizer import CaptionTokenizer, load_caption_tokenizer
+from csdiff.embeddings.text_encoder import CaptionTokenizer, TextEncoder, load_caption_tokenizer
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs, TrainingData, reads_states, wants_tokens
