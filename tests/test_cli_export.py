@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, KandinskyV22PriorPipeline
 from safetensors.torch import load_file
+from tiny import make_lora
 
 import csdiff
 from csdiff import AutoAdapter, CSDiffError, CSDiffPriorPipeline
@@ -35,26 +36,21 @@ def text():
     return torch.randn(8, DIM, generator=torch.Generator().manual_seed(0))
 
 
-def named(adapter, clip):
-    """The adapter as training on the encoders of `clip` leaves it."""
-    adapter.metadata = {f"{tower}_encoder": {"id": str(clip)} for tower in ("text", "image")}
-    return adapter.eval()
+def encoders(clip):
+    """What training on the encoders of `clip` records."""
+    return {f"{tower}_encoder": {"id": str(clip)} for tower in ("text", "image")}
 
 
 def random_mlp(clip):
     torch.manual_seed(0)
     adapter = MLPAdapter(embedding_dim=DIM, width=16, num_layers=1)
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.1)
-    return named(adapter, clip)
+    adapter.metadata = encoders(clip)
+    return adapter.eval()
 
 
 def random_lora(clip):
-    torch.manual_seed(0)
-    adapter = LoRAAdapter(embedding_dim=DIM, text_encoder=str(clip), rank=2)
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return named(adapter, clip)
+    return make_lora(clip, encoders(clip))
 
 
 def tokenize(tokenizer):

@@ -109,6 +109,19 @@ def directions(count: int, each: int, spread: float = 0.05, seed: int = 0) -> tu
     return points, [f"thing {i // each}" for i in range(count * each)]
 
 
+def make_lora(clip: str | Path, metadata: dict, dim: int = 16):
+    """A LoRA adapter in the text tower of a CLIP folder, with updates that are not zero."""
+    from csdiff.adapters import LoRAAdapter
+
+    torch.manual_seed(0)
+    adapter = LoRAAdapter(embedding_dim=dim, text_encoder=str(clip), rank=2).eval()
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapter.metadata = dict(metadata)
+    return adapter
+
+
 def make_pairs(n: int, text_dim: int, image_dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Correlated text and image embeddings in two separate clouds, raw norms about 10, float32."""
     draw = np.random.default_rng(seed)

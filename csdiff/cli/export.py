@@ -76,7 +76,7 @@ def export(config: ExportConfig) -> ExportResult:
     """
     import torch
 
-    from csdiff.adapters import hub
+    from csdiff import hub
     from csdiff.options import check_options
 
     check_options(config)
@@ -222,7 +222,7 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
                 f"{decoder.source}; `csdiff generate` and load_adapter drive the other ones."
             )
         check_pairing(AdapterCard(Path(config.source), dict(adapter.config), metadata), decoder)
-    parts = load_encoders(metadata, "format: the adapter's csdiff.json", dtype, text=None, image=None)
+    parts = load_encoders(metadata, "format: the adapter's csdiff.json", dtype)
     # Refuses encoders whose weights have changed.
     pipe = load_adapter(KandinskyV22PriorPipeline(prior=None, scheduler=None, **parts), adapter)
     if decoder is not None:

@@ -100,7 +100,7 @@ def open_store(
         with suppress(OSError, ValueError):  # What is wrong with it, the reader says.
             columns = [name for name in CONCEPT_COLUMNS if name in pq.read_schema(path).names][:1]
     text, image = (card.metadata[f"{side}_encoder"] for side in ("text", "image"))
-    options = text_encoder_options(text, card)
+    options = text_encoder_options(text, card.metadata)
     with tempfile.TemporaryDirectory(prefix="csdiff-evaluate-") as folder:
         embed(
             EmbedConfig(
@@ -202,7 +202,7 @@ def predict(card: AdapterCard, pairs: HeldOutPairs, device: str | torch.device =
         if adapter.uses_input_ids:
             tokenize = load_caption_tokenizer(known["id"])
         else:
-            encoder, size = load_text_encoder(known["id"], device, **text_encoder_options(known, card)), 64
+            encoder, size = load_text_encoder(known["id"], device, **text_encoder_options(known, card.metadata)), 64
     generator = torch.Generator().manual_seed(seed)
 
     def embed(rows: Tensor, text: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class PictureRun:
                 drawn = decoder.draw(
                     [prompts[place] for place in batch],
                     embedded[name][batch],
-                    None if negative is None else negative.expand(len(batch), -1),
+                    negative,
                     [_noise(file) for file in files],
                     self.options,
                 )
@@ -263,7 +263,7 @@ class PictureRun:
     def _baselines(self) -> dict[str, Tensor]:
         """Image embeddings of the baselines, cross-fitted on the references where the prompts are their captions."""
         text, known = self._encoders()
-        encoder = load_text_encoder(text["id"], self.device, **text_encoder_options(text, self.first))
+        encoder = load_text_encoder(text["id"], self.device, **text_encoder_options(text, self.first.metadata))
         captions = _encode(encoder, self.captions)
         # Usually the very model of --clip, whose features are there.
         image = self.real[_CLIP]

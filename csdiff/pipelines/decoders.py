@@ -167,8 +167,9 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
         )
     weights = None
     if hand_over in _PROJECTIONS:
-        weights = ip_adapter and _ip_adapter_place(ip_adapter, hand_over)
-        weights = weights or (preset and preset.ip_adapter) or _USUAL.get(class_name, FLUX_IP_ADAPTER_V2)
+        weights = (preset and preset.ip_adapter) or _USUAL.get(class_name, FLUX_IP_ADAPTER_V2)
+        if ip_adapter is not None:
+            weights = _ip_adapter_place(ip_adapter, weights)
         width = _ip_adapter_dim(weights, hand_over)
     elif ip_adapter is not None:
         raise CSDiffError(f"ip_adapter: a {class_name} takes image embeddings as it is; leave --ip_adapter out.")
@@ -207,15 +208,15 @@ def _file(source: str, file: str) -> Path:
     return Path(source) / file if Path(source).is_dir() else download(source, file, file)
 
 
-def _ip_adapter_place(location: str | os.PathLike, hand_over: str) -> tuple[str, str, str]:
-    """Folder or repository, subfolder and file."""
+def _ip_adapter_place(location: str | os.PathLike, usual: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Folder or repository, subfolder and file; those that are not said are the usual ones."""
     path, name = Path(location), str(location)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) == 1 and files[0].is_file() and files[0].suffix == ".safetensors":
         return str(files[0].parent), "", files[0].name
     if HUB_ID.fullmatch(name) and not path.exists() and path.suffix not in (".safetensors", ".bin"):
-        known = [p.ip_adapter for p in PRESETS.values() if p.ip_adapter and p.hand_over == hand_over]
-        return next((place for place in known if place[0] == name), (name, "", known[-1][2]))
+        known = [usual, *(preset.ip_adapter for preset in PRESETS.values() if preset.ip_adapter)]
+        return next((place for place in known if place[0] == name), (name, "", usual[2]))
     parts = path.parts
     if path.exists() or path.is_absolute() or len(parts) < 3 or path.suffix != ".safetensors":
         found = f"a folder with {len(files)} of them" if path.is_dir() else "nothing of the kind"
@@ -228,9 +229,9 @@ def _ip_adapter_place(location: str | os.PathLike, hand_over: str) -> tuple[str,
 
 def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
     """Width of the image embeddings: a preset's, or from the header of the weights file."""
-    known = [preset.embedding_dim for preset in PRESETS.values() if preset.ip_adapter == weights]
-    if known:
-        return known[0]
+    for preset in PRESETS.values():
+        if (preset.ip_adapter, preset.hand_over) == (weights, hand_over):
+            return preset.embedding_dim
     path = _file(weights[0], "/".join(filter(None, weights[1:])))
     header = read_safetensors_header(path)
     found = next((kind for kind, key in _PROJECTIONS.items() if key in header), None)
@@ -244,11 +245,7 @@ def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
 
 
 def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSource]:
-    """The adapter's card (None for the raw text embedding) and the decoder of a drawing, checked to fit.
-
-    Raises:
-        CSDiffError: nothing there, or the two do not fit.
-    """
+    """The adapter's card (None for the raw text embedding) and the decoder of a drawing, which must fit each other."""
     decoder = resolve_decoder(config.decoder, config.ip_adapter)
     if config.adapter == "none":
         return None, decoder
@@ -258,11 +255,7 @@ def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSour
 
 
 def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
-    """Refuses an adapter of another width or for another image encoder than the decoder's.
-
-    Raises:
-        CSDiffError: naming what was expected and what was found.
-    """
+    """Refuses an adapter of unit-norm embeddings, another width, or another image encoder than the decoder's."""
     if card.metadata.get("normalized"):
         raise CSDiffError(
             f"adapter: {card.path} was trained on unit-norm embeddings, for retrieval; decoders want raw ones. "
@@ -280,17 +273,10 @@ def check_encoders(
     image: tuple[int | None, dict | None],
     text: tuple[int | None, dict | None] = (None, None),
 ) -> None:
-    """Refuses an adapter of other widths, or for other encoders, than `where` takes and gives.
+    """Refuses an adapter, of this `config.json` and `csdiff.json`, that does not fit the encoders of `where`.
 
-    Args:
-        config: Of the adapter.
-        metadata: Its `csdiff.json`.
-        where: What it is for, for the message.
-        image: Width and encoder of the image embeddings taken there; None is not checked.
-        text: The same of the text embeddings given there.
-
-    Raises:
-        CSDiffError: naming what was expected and what was found.
+    These are `(width, record)` of the image embeddings taken there and of the text embeddings given there; None is not
+    checked. The CSDiffError names what was expected and what was found.
     """
     image_dim = config.get("embedding_dim")
     text_dim = config.get("text_dim") or image_dim

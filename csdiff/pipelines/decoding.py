@@ -17,7 +17,7 @@ from torch import Tensor
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import DecoderSource
-from csdiff.pipelines.ip_adapter import ip_adapter_arguments
+from csdiff.pipelines.loading import ip_adapter_arguments, load_karlo
 from csdiff.pipelines.scheduler import EmbeddingPrior, OneShotScheduler
 
 OnStep = Callable[[int, int, Callable[[], Image.Image | None]], None]
@@ -63,7 +63,7 @@ class Decoder:
         self,
         prompts: list[str],
         image_embeds: Tensor,
-        negative_image_embeds: Tensor | None,
+        negative: Tensor | None,
         generators: list[torch.Generator],
         options: GenerateConfig,
         on_step: OnStep | None = None,
@@ -73,7 +73,7 @@ class Decoder:
         Args:
             prompts: B texts, for decoders that also read them.
             image_embeds: `(B, D)` raw image embeddings.
-            negative_image_embeds: `(B, D)`; None for the decoder's own.
+            negative: `(1, D)`, the embedding of what none should show; None for the decoder's own.
             generators: B generators of the noise.
             options: Of these `sampling` (filled), the negative prompt, the size and `true_cfg`; None leaves a size to
                 the pipeline.
@@ -83,16 +83,15 @@ class Decoder:
             CSDiffError: an image is not finite; names the weights that are not, if there are such.
         """
         size = 1 if self.one_by_one else len(prompts)
-        images, total = [], len(prompts) // size * options.steps
-        for start in range(0, len(prompts), size):
+        images, calls = [], len(prompts) // size
+        for call in range(calls):
 
-            def report(step: int, latents: Tensor | None, before: int = start // size * options.steps) -> None:
+            def report(step: int, latents: Tensor | None, call: int = call) -> None:
                 if on_step is not None:
-                    done = before + min(step, options.steps)
-                    on_step(done, total, lambda: self._preview(latents, options))
+                    done = call * options.steps + min(step, options.steps)
+                    on_step(done, calls * options.steps, lambda: self._preview(latents, options))
 
-            rows = slice(start, start + size)
-            negative = None if negative_image_embeds is None else negative_image_embeds[rows]
+            rows = slice(call * size, (call + 1) * size)
             arguments = self._arguments(prompts[rows], image_embeds[rows], negative, options) | self._callback(report)
             images.extend(self.pipe(**arguments, generator=generators[rows], output_type="np").images)
         for prompt, image in zip(prompts, images, strict=True):
@@ -144,7 +143,7 @@ class KandinskyDecoder(Decoder):
         native = sample_size * self.pipe.movq_scale_factor if sample_size else 512
         return {
             "image_embeds": image_embeds,
-            "negative_image_embeds": negative,
+            "negative_image_embeds": None if negative is None else negative.expand_as(image_embeds),
             "height": options.height or native,
             "width": options.width or native,
             "num_inference_steps": options.steps,
@@ -160,18 +159,17 @@ class StableUnCLIPDecoder(Decoder):
     """Stable unCLIP: sees the image embedding and the prompt."""
 
     def _load(self):
-        # A pipeline that has a prior computes the embedding itself.
-        self.prior, parts = None, {}
-        if self.source.class_name == "StableUnCLIPPipeline":
-            self.prior = EmbeddingPrior(embedding_dim=self.source.embedding_dim)
-            parts = {"prior": self.prior, "prior_scheduler": OneShotScheduler()}
-        return super()._load(**parts)
+        # One of the two pipelines has a prior, and computes the embedding itself.
+        if self.source.class_name != "StableUnCLIPPipeline":
+            return super()._load()
+        prior = EmbeddingPrior(embedding_dim=self.source.embedding_dim)
+        return super()._load(prior=prior, prior_scheduler=OneShotScheduler())
 
     def _arguments(self, prompts, image_embeds, negative, options):
         arguments = super()._arguments(prompts, image_embeds, negative, options)
-        if self.prior is None:
+        if not hasattr(self.pipe, "prior"):
             return {**arguments, "image_embeds": image_embeds}
-        self.prior.image_embeds = image_embeds
+        self.pipe.prior.image_embeds = image_embeds
         return arguments
 
 
@@ -179,8 +177,6 @@ class UnCLIPDecoder(Decoder):
     """Karlo: sees the image embedding and the prompt, draws 64 pixels and enlarges them to 256."""
 
     def _load(self):
-        from csdiff.pipelines.karlo import load_karlo
-
         self.heard = None
         prior = EmbeddingPrior(embedding_dim=self.source.embedding_dim)
         return load_karlo(prior=prior, prior_scheduler=OneShotScheduler(), repo=self.source.source, dtype=self.dtype)

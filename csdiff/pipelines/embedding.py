@@ -22,24 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: str | None = None) -> dict:
-    """Where the text encoder is that the adapter names, else the decoder's; or the one given, if it is the same.
-
-    Raises:
-        CSDiffError: none is named, the one named is not there, or the one given is another.
-    """
+    """Where the text encoder is that the adapter names, else the decoder's; the one given must be the same."""
     known = (card.metadata.get("text_encoder") if card else None) or decoder.encoder("text")
     return find_encoder(known, "text", given, f"the adapter {card.path}" if card else f"the decoder {decoder.source}")
 
 
-def text_encoder_options(encoder: dict, card: AdapterCard | None) -> dict:
-    """`revision`, `pooling` and `max_length` with which `load_text_encoder` encodes as the training did.
+def text_encoder_options(encoder: dict, metadata: dict) -> dict:
+    """`revision`, `pooling` and `max_length` with which `load_text_encoder` encodes as the training of an adapter did.
 
-    Args:
-        encoder: what is known of the encoder, `{"id", "revision", "pooling", ...}`.
-        card: the adapter it is loaded for; None for none.
+    `encoder` is what is known of the encoder, `{"id", "revision", "pooling", ...}`, `metadata` the adapter's record.
     """
-    tokenizer = (card.metadata.get("tokenizer") if card else None) or {}
-    return {key: encoder.get(key) for key in ("revision", "pooling")} | {"max_length": tokenizer.get("max_length")}
+    cut = (metadata.get("tokenizer") or {}).get("max_length")
+    return {"revision": encoder.get("revision"), "pooling": encoder.get("pooling"), "max_length": cut}
 
 
 class PromptEmbedder:
@@ -49,7 +43,7 @@ class PromptEmbedder:
         card: The adapter; None hands on the raw text embedding.
         decoder: The decoder the embeddings are for.
         device: Where the models run.
-        dtype: Of the text encoder; the adapter computes in float32.
+        dtype: Of the encoders; the adapter computes in float32.
         text_encoder: Where the text encoder is, if not where the adapter says.
         image_encoder: The same for the image encoder.
 
@@ -73,12 +67,13 @@ class PromptEmbedder:
         image_encoder: str | None = None,
     ):
         self.decoder, self.device, self.dtype, self.adapter = decoder, device, dtype, None
-        self.image_encoder = decoder.encoder("image") or (card.metadata.get("image_encoder") if card else None)
+        metadata = card.metadata if card else {}
+        self.image_encoder = decoder.image_encoder or metadata.get("image_encoder")
         if image_encoder is not None:
             self.image_encoder = find_encoder(self.image_encoder, "image", image_encoder, "the adapter")
         known = known_text_encoder(card, decoder, text_encoder)
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        self.encoder = load_text_encoder(known["id"], device, dtype, **text_encoder_options(known, card))
+        self.encoder = load_text_encoder(known["id"], device, dtype, **text_encoder_options(known, metadata))
         if card is None:
             if self.encoder.dim != decoder.embedding_dim:
                 raise CSDiffError(
@@ -139,9 +134,6 @@ class PromptEmbedder:
 
         For Kandinsky 2.2 that is the embedding of all-zero pixels, for FLUX.1's IP-Adapters that of a black image.
         None for the others, whose own default is zeros, and where nothing guides by it.
-
-        Raises:
-            CSDiffError: as `image_tower`; its embedding is not finite.
         """
         kind = self.decoder.hand_over
         if (options.true_cfg if kind == "flux-ip-adapter" else options.guidance) <= 1:
@@ -158,11 +150,7 @@ class PromptEmbedder:
 
     @cached_property
     def image_tower(self) -> ImageEncoder:
-        """The image encoder whose embeddings the decoder takes.
-
-        Raises:
-            CSDiffError: neither decoder nor adapter names it, or it is not there.
-        """
+        """The image encoder whose embeddings the decoder takes; decoder or adapter must name it."""
         where = f"the decoder {self.decoder.source}"
         if not (self.image_encoder or {}).get("id"):
             raise CSDiffError(

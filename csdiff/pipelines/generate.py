@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import csdiff
+from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.files import write_json, writing
 from csdiff.options import check_options
@@ -66,22 +67,17 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     import torch
     import transformers
 
-    from csdiff.data.items import well_formed
     from csdiff.devices import choose_device
     from csdiff.pipelines.decoding import load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
-    prompts = [well_formed(prompt) for prompt in prompts]
-    if config.negative_prompt is not None:
-        config.negative_prompt = well_formed(config.negative_prompt)
     options = sampling(config, decoder)
     device = choose_device(config.device)
     dtype = decoder.dtype(config.dtype, device)
     embedder = PromptEmbedder(
         card, decoder, device, dtype, text_encoder=config.text_encoder, image_encoder=config.image_encoder
     )
-    seeds = [config.seed + index for index in range(config.num_images)]
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    jobs = [(prompt, config.seed + index) for prompt in prompts for index in range(config.num_images)]
     # One generator an image, so that its noise does not depend on what else is drawn.
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
     if embedder.samples or config.spread:
@@ -90,7 +86,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
         noise = generators if embedder.samples else own
         image_embeds = embedder.embed([prompt for prompt, _ in jobs], noise, config.spread)
     else:
-        image_embeds = embedder.embed(prompts).repeat_interleave(len(seeds), dim=0)
+        image_embeds = embedder.embed(prompts).repeat_interleave(config.num_images, dim=0)
     negative = embedder.negative(options)
     text_encoder = embedder.text_encoder
     del embedder
@@ -115,7 +111,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
         drawn = drawing.draw(
             [prompt for prompt, _ in batch],
             image_embeds[rows],
-            None if negative is None else negative.expand(len(batch), -1),
+            negative,
             generators[rows],
             options,
             on_step,
@@ -132,16 +128,14 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
 
 def check_config(config: GenerateConfig) -> GenerateConfig:
-    """The options with a single prompt as a list and places as text, checked.
-
-    Raises:
-        CSDiffError: naming the option, what it may be, and what was found.
-    """
+    """The options with a single prompt as a list, whole characters and places as text, checked."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     places = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
     prompt = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
     config = replace(config, prompt=prompt, **places)
     check_options(config)
+    if config.negative_prompt is not None:
+        config.negative_prompt = well_formed(config.negative_prompt)
     for name in ("height", "width"):
         if (values[name] or 0) % 8:
             raise CSDiffError(f"{name}: expected a multiple of 8 pixels, found {values[name]}.")
@@ -149,11 +143,7 @@ def check_config(config: GenerateConfig) -> GenerateConfig:
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-        CSDiffError: none at all, an empty one, or a file that cannot be read.
-    """
+    """The prompts of the command line, then those of the file; there must be some, and none is empty."""
     prompts, found = list(config.prompt), "none"
     if config.prompts_file is not None:
         try:
@@ -172,7 +162,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     for index, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise CSDiffError(f"Prompt {index} of {len(prompts)} is empty: expected text to draw, found {prompt!r}.")
-    return prompts
+    return [well_formed(prompt) for prompt in prompts]
 
 
 def sampling(config: GenerateConfig, decoder: DecoderSource) -> GenerateConfig:
@@ -202,15 +192,9 @@ def redraw_command(config: GenerateConfig, prompts: list[str], batch: Sequence[t
 
 
 def check_output_folder(output: str | os.PathLike) -> Path:
-    """Refuses a folder that could not be written, without making it.
-
-    Raises:
-        CSDiffError: it is a file, or it or its nearest existing parent is not a writable folder.
-    """
+    """Refuses a folder that could not be written, without making it."""
     folder = Path(output)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise CSDiffError(f"output: expected a folder, found the file {existing}; give another --output.")
     try:
         # Permission bits do not tell of read-only disks and special folders.
         tempfile.TemporaryFile(dir=existing).close()

@@ -1,17 +1,21 @@
-"""Putting an adapter into a pipeline object that has a prior."""
+"""Adapters and the pipelines of diffusers: in the place of a prior, or as arguments of an IP-Adapter."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import diffusers
 import torch
+from torch import Tensor
 
 from csdiff.embeddings.fingerprint import HUB_CACHE, weights_sha256
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.pipelines.decoders import check_encoders
-from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
+from csdiff.pipelines.scheduler import EmbeddingPrior, OneShotScheduler, is_one_shot
 
 
 def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: bool = True):
@@ -45,9 +49,7 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
         from csdiff.adapters import AutoAdapter
 
         adapter = AutoAdapter.from_pretrained(adapter)
-    from diffusers import KandinskyV22PriorEmb2EmbPipeline
-
-    if is_one_shot(adapter) and isinstance(pipe, KandinskyV22PriorEmb2EmbPipeline):
+    if is_one_shot(adapter) and isinstance(pipe, diffusers.KandinskyV22PriorEmb2EmbPipeline):
         raise CSDiffError(
             "KandinskyV22PriorEmb2EmbPipeline starts denoising at a picture, which an adapter that answers in one "
             "pass would not look at: mix prompts and pictures with CSDiffPriorPipeline.interpolate instead."
@@ -79,6 +81,141 @@ def load_adapter(pipe, adapter: str | os.PathLike | torch.nn.Module, *, check: b
     return pipe
 
 
+def load_karlo(
+    adapter=None,
+    repo: str | os.PathLike = "kakaobrain/karlo-v1-alpha",
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    use_safetensors: bool = True,
+    check: bool = True,
+    **components,
+):
+    """Loads Karlo's `UnCLIPPipeline` with an adapter in place of its diffusion prior.
+
+    `UnCLIPPipeline.from_pretrained` does not work since diffusers 0.38: Karlo's index names a module that has moved.
+    Every component still loads by itself, and the constructor takes them. The prior's own weights are not read when
+    an adapter is given.
+
+    Args:
+        adapter: an adapter, its folder, or a loaded `PriorTransformer`; None keeps Karlo's own prior.
+        repo: hub id or folder with Karlo's subfolders.
+        dtype: of the weights.
+        revision: of the hub repository.
+        use_safetensors: False also reads weights in PyTorch's own format (which diffusers loads without running code
+            in them).
+        check: refuse an adapter that does not fit (see `load_adapter`).
+        **components: components already loaded (`decoder=`, `text_encoder=`, ...); they are used as they are.
+
+    Returns:
+        An `UnCLIPPipeline`.
+
+    Raises:
+        CSDiffError: the adapter does not fit.
+        OSError: a component's folder is missing or incomplete.
+    """
+    loaded = dict(components)
+    # The constructor says of what class every component is.
+    for name, cls in get_type_hints(diffusers.UnCLIPPipeline.__init__).items():
+        if name in loaded or (name == "prior" and adapter is not None):
+            continue
+        options = {"subfolder": name} | ({"revision": revision} if revision else {})
+        if issubclass(cls, torch.nn.Module):
+            options |= {"dtype": dtype, "use_safetensors": use_safetensors}
+        loaded[name] = cls.from_pretrained(repo, **options)
+    # a placeholder of the right width, so that the adapter is checked against what the decoder takes
+    loaded.setdefault("prior", EmbeddingPrior(embedding_dim=loaded["text_proj"].config.clip_embeddings_dim))
+    pipe = diffusers.UnCLIPPipeline(**loaded)
+    return pipe if adapter is None else load_adapter(pipe, adapter, check=check)
+
+
+def ip_adapter_image_embeds(
+    image_embeds: Tensor,
+    negative_image_embeds: Tensor | None = None,
+    *,
+    guidance: bool = True,
+    blend: bool = False,
+) -> list[Tensor]:
+    """Shapes one image embedding for the argument `ip_adapter_image_embeds` of Stable Diffusion 1.5 and SDXL.
+
+    diffusers gives every prompt of a call all the image prompts of the call, so several prompts are several calls.
+
+    Args:
+        image_embeds: Raw image embedding of one image, `(D,)` or `(1, D)`; with `blend` `(n, D)`.
+        negative_image_embeds: The negative, as `image_embeds` or one row; zeros by default, what IP-Adapter is trained
+            with.
+        guidance: Whether the call uses classifier-free guidance (a guidance scale above 1). diffusers then splits
+            the tensor in two and expects the negative half first.
+        blend: Let one image be prompted by all `n` rows.
+
+    Returns:
+        A list (one IP-Adapter) of one tensor `(2, n, D)`, or `(1, n, D)` without guidance.
+
+    Raises:
+        CSDiffError: several rows without `blend`, or other shapes than these.
+
+    Source:
+        Ye et al., "IP-Adapter" (arXiv 2308.06721); `prepare_ip_adapter_image_embeds` in diffusers.
+    """
+    positive = torch.atleast_2d(image_embeds)
+    if positive.ndim != 2:
+        raise CSDiffError(f"image_embeds: expected (D,) or (n, D), found {tuple(image_embeds.shape)}.")
+    if len(positive) > 1 and not blend:
+        raise CSDiffError(
+            f"image_embeds: expected one embedding a call, found {len(positive)}: the pipeline would show all of them "
+            "to every prompt; call it once for each row, or give blend=True for one image of them all."
+        )
+    if not guidance:
+        return [positive[None]]
+    negative = torch.zeros_like(positive) if negative_image_embeds is None else torch.atleast_2d(negative_image_embeds)
+    if negative.shape[-1] != positive.shape[-1] or negative.shape[0] not in (1, positive.shape[0]):
+        raise CSDiffError(
+            f"negative_image_embeds: expected {tuple(positive.shape)}, found {tuple(negative_image_embeds.shape)}."
+        )
+    return [torch.stack([negative.to(positive).expand_as(positive), positive])]
+
+
+def ip_adapter_arguments(
+    pipe,
+    image_embeds: Tensor,
+    negative_image_embeds: Tensor | None = None,
+    *,
+    guidance: bool = True,
+    blend: bool = False,
+) -> dict[str, Any]:
+    """The arguments by which a pipeline takes one image embedding beside the prompt.
+
+    Args:
+        pipe: Any pipeline with an IP-Adapter that takes pooled embeddings (Stable Diffusion 1.5, SDXL, AnimateDiff and
+            their image-to-image, inpainting and ControlNet kinds: one list, negative first; FLUX.1 and its kinds: two
+            lists), or `StableCascadePriorPipeline` (one tensor).
+        image_embeds: See `ip_adapter_image_embeds`.
+        negative_image_embeds: The same. FLUX.1 reads it only with `true_cfg_scale` above 1, Stable Cascade never.
+        guidance: Whether the call uses a `guidance_scale` above 1; FLUX.1 does not care.
+        blend: Let one image be prompted by all rows of `image_embeds`.
+
+    Raises:
+        CSDiffError: as `ip_adapter_image_embeds`; a pipeline of another kind.
+
+    Usage:
+        >>> image = pipe("a red apple", **ip_adapter_arguments(pipe, prior("a red apple").image_embeds)).images[0]
+    """
+    names = inspect.signature(pipe.__call__).parameters
+    if "negative_ip_adapter_image_embeds" in names:
+        negative = torch.zeros_like(image_embeds) if negative_image_embeds is None else negative_image_embeds
+        both = {"ip_adapter_image_embeds": image_embeds, "negative_ip_adapter_image_embeds": negative}
+        return {name: ip_adapter_image_embeds(rows, guidance=False, blend=blend) for name, rows in both.items()}
+    if "ip_adapter_image_embeds" in names:
+        embeds = ip_adapter_image_embeds(image_embeds, negative_image_embeds, guidance=guidance, blend=blend)
+        return {"ip_adapter_image_embeds": embeds}
+    if type(pipe).__name__ == "StableCascadePriorPipeline":
+        return {"image_embeds": ip_adapter_image_embeds(image_embeds, guidance=False, blend=blend)[0]}
+    raise CSDiffError(
+        f"Expected a pipeline with an IP-Adapter or StableCascadePriorPipeline, found {type(pipe).__name__}; "
+        "docs/decoders.md says how the others take image embeddings."
+    )
+
+
 def _prior_parts(pipe) -> dict[str, str | None]:
     """Names under which a pipeline keeps the parts of its prior; CSDiffError where it has none."""
     components, names = getattr(pipe, "components", {}), {}
@@ -94,12 +231,11 @@ def _prior_parts(pipe) -> dict[str, str | None]:
 
 def _diffusion_scheduler(names: dict):
     """For adapters that denoise: whitened embeddings reach beyond the [-1, 1] to which schedulers clip by default."""
-    from diffusers import DDPMScheduler, UnCLIPScheduler
-
+    options = {"prediction_type": "sample", "clip_sample_range": 10.0}
     if (names["prior"], names["text_encoder"]) == ("prior", "prior_text_encoder"):
         # stable unCLIP does not say which step comes next, so UnCLIPScheduler would take steps of one
-        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=10.0)
-    return UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0)
+        return diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", **options)
+    return diffusers.UnCLIPScheduler(**options)
 
 
 def _check(pipe, names: dict, adapter):

@@ -12,11 +12,15 @@ import torch
 from diffusers import KandinskyV22PriorPipeline
 from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
+from csdiff.adapters import AutoAdapter
 from csdiff.data.items import well_formed
+from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import find_encoder
+from csdiff.embeddings.fingerprint import Tower
 from csdiff.embeddings.text_encoder import CaptionTokenizer
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
+from csdiff.pipelines.embedding import text_encoder_options
 from csdiff.pipelines.scheduler import OneShotScheduler, is_one_shot
 
 
@@ -90,19 +94,20 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
 
     @classmethod
     def _from_adapter_folder(cls, folder: Path, **components):
-        from csdiff.adapters import AutoAdapter
-
         dtype = components.pop("dtype", None) or components.pop("torch_dtype", None)
-        adapter = AutoAdapter.from_pretrained(folder, dtype=dtype, variant=components.pop("variant", None))
         # A name or a folder says where an encoder is; a model is used as it is.
         places = {}
-        for tower, needed in (("text", ("text_encoder", "tokenizer")), ("image", ("image_encoder",))):
-            given = components.get(f"{tower}_encoder")
-            place = components.pop(f"{tower}_encoder") if isinstance(given, (str, os.PathLike)) else None
-            known = tower == "text" or place or (adapter.metadata.get("image_encoder") or {}).get("id")
-            if known and not components.keys() >= set(needed):
-                places[tower] = place
-        return cls(adapter, **{**load_encoders(adapter.metadata, str(folder), dtype, **places), **components})
+        for name in ("text_encoder", "image_encoder"):
+            if isinstance(components.get(name), (str, os.PathLike)):
+                places[name] = components.pop(name)
+        variant = components.pop("variant", None)
+        adapter = AutoAdapter.from_pretrained(folder, dtype=dtype, variant=variant, **places)
+        towers = []
+        if not components.keys() >= {"text_encoder", "tokenizer"}:
+            towers.append("text")
+        if "image_encoder" not in components and (adapter.metadata.get("image_encoder") or {}).get("id"):
+            towers.append("image")
+        return cls(adapter, **{**load_encoders(adapter.metadata, str(folder), dtype, towers), **components})
 
     @torch.no_grad()
     def __call__(
@@ -224,21 +229,12 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
     ) -> KandinskyPriorPipelineOutput:
         """Mixes prompts and images: `z = sum_i weight_i * z_i`, with `z_i` a raw image embedding.
 
-        Args:
-            images_and_prompts: prompts (through the adapter), images or pixel tensors `(1, 3, H, W)` (through the
-                image tower), in any order.
-            weights: one for each; they usually add up to 1.
-            *args: see **kwargs.
-            device: where the images are embedded; the pipeline's device by default.
-            **kwargs: `num_images_per_prompt` and what else diffusers' method takes; `negative_prompt` is the decoder's
-                negative, "" the default negative of `__call__`.
-
-        Returns:
-            `image_embeds` and `negative_image_embeds`, both `(num_images_per_prompt, D)`.
+        As diffusers' method, with these differences: prompts go through the adapter, images (or pixel tensors
+        `(1, 3, H, W)`) are embedded on the pipeline's device by default, and `negative_prompt` is the decoder's
+        negative, "" the default one. Both embeddings of the result are `(num_images_per_prompt, D)`.
 
         Raises:
             CSDiffError: an image without an image tower.
-            ValueError: from diffusers, for other numbers of items and weights.
         """
         if self.image_encoder is None and any(not isinstance(item, str) for item in images_and_prompts):
             raise CSDiffError(
@@ -249,25 +245,25 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
         )
 
 
-def load_encoders(metadata: dict, of: str, dtype: torch.dtype | None, **places: str | os.PathLike | None) -> dict:
+def load_encoders(
+    metadata: dict, of: str, dtype: torch.dtype | None, towers: Sequence[Tower] = ("text", "image")
+) -> dict:
     """The encoders that an adapter's `csdiff.json` names, as parts of a pipeline by name.
 
     Args:
         metadata: The content of the `csdiff.json`.
         of: Where it is from, for the message.
         dtype: Number format of the encoders.
-        **places: `text` and `image`, what to load: where the encoder is now, or None for where it is said to be.
+        towers: Which of them.
 
     Raises:
-        CSDiffError: an encoder that is not named, not there, of other weights, or without a CLIP projection.
+        CSDiffError: an encoder that is not named, not there, or without a CLIP projection.
     """
-    from csdiff.embeddings import load_image_encoder, load_text_encoder
-
-    found = {t: find_encoder(metadata.get(f"{t}_encoder"), t, place, of) for t, place in places.items()}
+    found = {tower: find_encoder(metadata.get(f"{tower}_encoder"), tower, of=of) for tower in towers}
     parts = {}
     if "text" in found:
-        id, cut = found["text"]["id"], (metadata.get("tokenizer") or {}).get("max_length")
-        text = load_text_encoder(id, dtype=dtype, revision=found["text"].get("revision"), max_length=cut)
+        id = found["text"]["id"]
+        text = load_text_encoder(id, dtype=dtype, **text_encoder_options(found["text"], metadata))
         if text.pooling != "projection":
             raise CSDiffError(
                 f"{id} has no CLIP text projection, which this pipeline's calls need; encode the text with "

@@ -35,18 +35,14 @@ def metadata(encoders) -> dict:
 @pytest.fixture
 def adapter(metadata) -> MLPAdapter:
     """An adapter for the tiny CLIP."""
-    adapter = random_adapter()
-    adapter.metadata = dict(metadata)
-    return adapter
+    return random_adapter(metadata)
 
 
 @pytest.fixture(scope="session")
 def adapter_folder(metadata, tmp_path_factory):
     """The same adapter, saved."""
-    adapter = random_adapter()
-    adapter.metadata = dict(metadata)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    adapter.save_pretrained(folder)
+    random_adapter(metadata).save_pretrained(folder)
     return folder
 
 

@@ -48,7 +48,6 @@ def seen(pipe, **arguments) -> list[torch.Tensor]:
     else:
         model = getattr(pipe, "unet", None) or pipe.transformer
         part, pick = model.encoder_hid_proj.image_projection_layers[0], lambda args, given: args[0].reshape(-1, DIM)
-    pipe.set_progress_bar_config(disable=True)
     hook = part.register_forward_pre_hook(lambda _, *given: rows.append(pick(*given)), with_kwargs=True)
     try:
         pipe(**{"output_type": "np", **(KARLO if name == "UnCLIPPipeline" else SMALL), **arguments})

@@ -30,9 +30,7 @@ def kandinsky(folder, dim=1280, **extra):
 
 
 def adapter_folder(folder, dim, image_encoder):
-    adapter = random_adapter(dim, width=8)
-    adapter.metadata = {"image_encoder": {"id": image_encoder}}
-    adapter.save_pretrained(folder)
+    random_adapter({"image_encoder": {"id": image_encoder}}, dim, width=8).save_pretrained(folder)
     return read_adapter_card(folder)
 
 
@@ -166,9 +164,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
 
 def test_a_renamed_copy_is_the_same_encoder(metadata, tmp_path):
-    adapter = random_adapter()
-    adapter.metadata = {**metadata, "image_encoder": {**metadata["image_encoder"], "id": "elsewhere/renamed"}}
-    adapter.save_pretrained(tmp_path / "adapter")
+    renamed = {**metadata, "image_encoder": {**metadata["image_encoder"], "id": "elsewhere/renamed"}}
+    random_adapter(renamed).save_pretrained(tmp_path / "adapter")
     card = read_adapter_card(tmp_path / "adapter")
     folder = kandinsky(tmp_path / "decoder", dim=DIM, **{"csdiff.json": {"kind": "decoder", **metadata}})
     check_pairing(card, resolve_decoder(folder))

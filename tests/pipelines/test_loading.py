@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
 from PIL import Image
-from tiny_pipelines import DIM, PROMPT, build, clip_parts, karlo_folder, random_adapter
+from tiny import make_lora
+from tiny_pipelines import DIM, PROMPT, build, clip_parts, karlo_folder, random_adapter, random_transformer
 
 from csdiff import CSDiffError, load_adapter
-from csdiff.adapters import DiffusionAdapter, LoRAAdapter, TransformerAdapter
+from csdiff.adapters import DiffusionAdapter
 from csdiff.pipelines import CSDiffPriorPipeline, load_karlo
 
 
@@ -19,13 +20,8 @@ def pipe(tiny_clip):
 
 @pytest.fixture
 def lora(metadata, tiny_clip):
-    torch.manual_seed(0)
-    adapter = LoRAAdapter(embedding_dim=DIM, text_encoder=str(tiny_clip), rank=2).eval()
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    adapter = make_lora(tiny_clip, metadata)
     adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5, torch.randn(DIM), torch.rand(DIM) + 0.5)
-    adapter.metadata = dict(metadata)
     return adapter
 
 
@@ -50,14 +46,12 @@ def test_lora_brings_its_text_encoder_and_is_saved_merged(pipe, lora, tmp_path):
     torch.testing.assert_close(pipe(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
     pipe.save_pretrained(tmp_path)
     reloaded = KandinskyV22PriorPipeline.from_pretrained(tmp_path)
-    reloaded.set_progress_bar_config(disable=True)
     seen = reloaded(PROMPT, num_inference_steps=1, guidance_scale=1.0).image_embeds
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_lora_in_our_prior_pipeline(lora, tiny_clip):
     pipe = CSDiffPriorPipeline(lora, **clip_parts(tiny_clip))
-    pipe.set_progress_bar_config(disable=True)
     expected = lora_embeds(lora, pipe.tokenizer, PROMPT)
     torch.testing.assert_close(pipe(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
 
@@ -72,14 +66,6 @@ def test_lora_leaves_the_decoders_text_encoder_alone(lora, tiny_clip, tmp_path):
         load_karlo(lora, karlo_folder(tmp_path, tiny_clip), check=False)
 
 
-def random_transformer(text, metadata, **options) -> TransformerAdapter:
-    size = {"states_dim": text.states_dim, "num_embeddings": text.max_length}
-    adapter = TransformerAdapter.from_preset("tiny", embedding_dim=DIM, **size, **options).eval()
-    torch.nn.init.normal_(adapter.proj_to_clip_embeddings.weight)
-    adapter.metadata = dict(metadata)
-    return adapter
-
-
 def test_text_states_and_masks_reach_the_transformer(pipe, encoders, metadata, embed):
     adapter = random_transformer(encoders["text"], metadata)
     prompts = ["a cat", "a rather longer prompt", ""]
@@ -90,7 +76,6 @@ def test_text_states_and_masks_reach_the_transformer(pipe, encoders, metadata, e
 def test_a_noise_token_draws_from_the_generator(pipe, encoders, metadata):
     parts = {name: part for name, part in pipe.components.items() if name not in ("prior", "scheduler")}
     ours = CSDiffPriorPipeline(random_transformer(encoders["text"], metadata, noise_token=True), **parts)
-    ours.set_progress_bar_config(disable=True)
 
     def draw(seed, **options):
         return ours(PROMPT, num_images_per_prompt=2, generator=torch.Generator().manual_seed(seed), **options)
@@ -122,7 +107,7 @@ def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, dif
     with pytest.raises(CSDiffError, match=r"starts denoising at a picture.* CSDiffPriorPipeline\.interpolate"):
         load_adapter(pipe, adapter)
     assert pipe.prior is prior
-    load_adapter(pipe, diffusion).set_progress_bar_config(disable=True)
+    load_adapter(pipe, diffusion)
     picture = Image.new("RGB", (32, 32), "red")
     output = pipe(PROMPT, image=picture, num_inference_steps=4, strength=0.5, guidance_scale=1.0)
     assert output.image_embeds.shape == (1, DIM)
@@ -131,7 +116,6 @@ def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, dif
 
 def test_from_an_adapter_folder(adapter_folder, adapter, embed, zero_image_embeds):
     prior = CSDiffPriorPipeline.from_pretrained(adapter_folder)
-    prior.set_progress_bar_config(disable=True)
     image_embeds, negative_image_embeds = prior(PROMPT).to_tuple()
     torch.testing.assert_close(image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
     torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)

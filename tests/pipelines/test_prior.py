@@ -20,9 +20,7 @@ def parts(tiny_clip):
 
 @pytest.fixture
 def pipe(parts, adapter):
-    pipe = CSDiffPriorPipeline(adapter, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return CSDiffPriorPipeline(adapter, **parts)
 
 
 def test_embeddings_are_the_adapters(pipe, adapter, embed, zero_image_embeds):
@@ -40,7 +38,6 @@ def test_the_stock_pipeline_gives_the_same_whatever_is_asked(
     expected = embed(adapter, *PROMPTS)
     wanted = zero_image_embeds.expand(3, -1) if negative is None else embed(adapter, *negative)
     stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=OneShotScheduler(), **clip_parts(tiny_clip)).to(dtype)
-    stock.set_progress_bar_config(disable=True)
     output = stock(PROMPTS, negative, **arguments)
     room = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(output.image_embeds.float(), expected, atol=room, rtol=0)
@@ -50,7 +47,6 @@ def test_the_stock_pipeline_gives_the_same_whatever_is_asked(
 def test_a_scheduler_for_diffusion_priors_is_warned_of_with_the_cure(parts, adapter):
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=0.1)
     stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=scheduler, **parts)
-    stock.set_progress_bar_config(disable=True)
     with pytest.warns(UserWarning, match=r"scheduler=OneShotScheduler\(\)"):
         stock(PROMPT)
 
@@ -128,7 +124,6 @@ def test_callback_sees_and_may_replace_the_latents(pipe, adapter):
 def test_half_precision(tiny_clip, adapter, embed, dtype):
     expected = embed(adapter, PROMPT)
     pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(dtype)
-    pipe.set_progress_bar_config(disable=True)
     image_embeds = pipe(PROMPT, negative_prompt="blurry").image_embeds
     assert image_embeds.dtype == dtype
     assert torch.nn.functional.cosine_similarity(image_embeds.float(), expected) > 0.995
@@ -136,7 +131,6 @@ def test_half_precision(tiny_clip, adapter, embed, dtype):
 
 def test_model_offload_hooks_and_gives_the_same(tiny_clip, adapter, embed):
     pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip))
-    pipe.set_progress_bar_config(disable=True)
     # the processor stands in for the accelerator: the hooks are the same, only the copies are free
     pipe.enable_model_cpu_offload(device="cpu")
     assert hasattr(pipe.prior, "_hf_hook")
@@ -159,7 +153,6 @@ def test_save_and_reload_the_whole_pipeline(pipe, adapter, tmp_path, caplog):
     pipe.save_pretrained(tmp_path)
     for cls in (CSDiffPriorPipeline, KandinskyV22PriorPipeline):
         reloaded = cls.from_pretrained(tmp_path)
-        reloaded.set_progress_bar_config(disable=True)
         after = reloaded(PROMPT, negative_prompt="blurry")
         torch.testing.assert_close(before.image_embeds, after.image_embeds)
         torch.testing.assert_close(before.negative_image_embeds, after.negative_image_embeds)
@@ -170,11 +163,9 @@ def test_save_and_reload_the_whole_pipeline(pipe, adapter, tmp_path, caplog):
 
 def test_a_variant_is_saved_and_loaded(tiny_clip, adapter, tmp_path):
     pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(torch.float16)
-    pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert {".fp16." in file.name for file in tmp_path.rglob("*.safetensors")} == {True}
     reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
-    reloaded.set_progress_bar_config(disable=True)
     assert reloaded.prior.dtype == reloaded.text_encoder.dtype == torch.float16
     assert torch.equal(reloaded(PROMPT).image_embeds, pipe(PROMPT).image_embeds)
 
@@ -194,13 +185,11 @@ def test_optional_components_may_be_absent(pipe, tmp_path):
 def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(tiny_clip, adapter, embed, tmp_path):
     build("KandinskyV22PriorPipeline", tiny_clip).save_pretrained(tmp_path)
     pipe = CSDiffPriorPipeline.from_pretrained(tmp_path, prior=adapter)
-    pipe.set_progress_bar_config(disable=True)
     torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
 
 
 def test_without_an_image_encoder(parts, adapter, embed, tmp_path):
     pipe = CSDiffPriorPipeline(adapter, parts["text_encoder"], parts["tokenizer"])
-    pipe.set_progress_bar_config(disable=True)
     output = pipe(PROMPTS[:2])
     torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS[:2]), atol=1e-5, rtol=0)
     torch.testing.assert_close(output.negative_image_embeds, embed(adapter, "", ""), atol=1e-5, rtol=0)
@@ -231,7 +220,6 @@ def test_a_diffusion_prior_keeps_its_scheduler_and_steps(parts, tiny_clip):
     prior = prior_transformer(tiny_clip)
     torch.nn.init.ones_(prior.clip_std)
     pipe = CSDiffPriorPipeline(prior, **parts, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
     seeded = [
         pipe(PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(s)).image_embeds for s in (0, 0, 1)
     ]

@@ -30,7 +30,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from csdiff.adapters import MLPAdapter
+from csdiff.adapters import MLPAdapter, TransformerAdapter
 from csdiff.embeddings.encoders import quiet_loading
 
 PROMPT = "a red apple"
@@ -65,7 +65,7 @@ CALLS = {
 """Pipeline classes, and what a call needs beside the prompt and the embedding."""
 
 
-def random_adapter(dim: int = DIM, **options) -> MLPAdapter:
+def random_adapter(metadata: dict | None = None, dim: int = DIM, **options) -> MLPAdapter:
     """An MLP adapter whose answers differ from its input, with statistics to un-whiten by."""
     generator = torch.Generator().manual_seed(0)
     adapter = MLPAdapter(embedding_dim=dim, **options).eval()
@@ -74,6 +74,16 @@ def random_adapter(dim: int = DIM, **options) -> MLPAdapter:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     mean, std = torch.randn(dim, generator=generator), torch.rand(dim, generator=generator) + 0.5
     adapter.set_statistics(mean, std)
+    adapter.metadata = dict(metadata or {})
+    return adapter
+
+
+def random_transformer(text, metadata: dict, **options) -> TransformerAdapter:
+    """A small transformer adapter for a text encoder."""
+    size = {"embedding_dim": DIM, "states_dim": text.states_dim, "num_embeddings": text.max_length}
+    adapter = TransformerAdapter.from_preset("tiny", **size, **options).eval()
+    torch.nn.init.normal_(adapter.proj_to_clip_embeddings.weight)
+    adapter.metadata = dict(metadata)
     return adapter
 
 
@@ -90,9 +100,7 @@ def build(name: str, clip: Path):
         parts["controlnet"] = _control(parts)
     pipeline_class = getattr(diffusers, name)
     taken = inspect.signature(pipeline_class.__init__).parameters
-    pipe = pipeline_class(**{part: value for part, value in parts.items() if part in taken})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_class(**{part: value for part, value in parts.items() if part in taken})
 
 
 def build_with_ip_adapter(name: str, clip: Path, folder: Path):
