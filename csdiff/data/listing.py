@@ -92,20 +92,24 @@ def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> li
         splits.pop(None, None)
     if options.split == "all":
         return sorted({file for files in splits.values() for file in files})
-    wanted = _split_of(options.split) or options.split
-    chosen = {file for name, files in splits.items() if (_split_of(name) or name) == wanted for file in files}
-    return sorted(chosen) or no_split(folder, options.split, splits)
+    return _choose(folder, splits, options.split)
 
 
 def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], split: str) -> list[str]:
     """Names of the files in the folder of a split, where nothing but such folders has images or tables; else all."""
     # data/train/a.png as well as train/a.png
     base = "data/" if all(name.startswith("data/") for name in content) else ""
-    tops = {top: _keyword(top) for top in (name.removeprefix(base).partition("/")[0] for name in content)}
-    if split == "all" or not tops or not all(tops.values()):
+    tops = sorted({name.removeprefix(base).partition("/")[0] for name in content})
+    if split == "all" or not tops or not all(map(_keyword, tops)):
         return list(names)
-    wanted = tuple(f"{base}{top}/" for top, keyword in tops.items() if keyword == (_keyword(split) or split))
-    return [name for name in names if name.startswith(wanted)] if wanted else no_split(folder, split, tops)
+    return _choose(folder, {top: [n for n in names if n.startswith(f"{base}{top}/")] for top in tops}, split)
+
+
+def _choose(where: Path, splits: dict[str, list[str]], split: str) -> list[str]:
+    """Files of a split, by its name or by another word of the hub for it ("val", "validation")."""
+    wanted = _keyword(split) or split
+    chosen = {file for name, files in splits.items() if (_keyword(name) or name) == wanted for file in files}
+    return sorted(chosen) or no_split(where, split, splits)
 
 
 def no_split(where: object, split: str, found: Iterable[str]) -> NoReturn:

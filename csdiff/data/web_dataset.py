@@ -90,10 +90,9 @@ class WebDatasetSource(Source):
         for name, content in members.items():
             stem, _, suffix = name.rpartition(".")
             stems.setdefault(stem, {})[suffix] = content
-        own = []
-        if "." not in f"{self.options.image_column}{self.options.caption_column}":
-            whole = (s for s, parts in stems.items() if any(map(_is_image, parts)) and parts.keys() & set(_TEXTS))
-            own = [stem for stem in whole if stem != key]
+        whole = [stem for stem, parts in stems.items() if any(map(_is_image, parts)) and parts.keys() & set(_TEXTS)]
+        dotted = "." in f"{self.options.image_column}{self.options.caption_column}"
+        own = [] if dotted else [stem for stem in whole if stem != key]
         for stem in own:
             yield stem, stems.pop(stem)
         rest = {f"{stem}.{suffix}"[len(key) + 1 :]: c for stem, parts in stems.items() for suffix, c in parts.items()}

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from csdiff.embeddings.arrays import Column
-from csdiff.embeddings.integrity import ShardedMetadata, check_files, open_shards, read_fingerprint
 from csdiff.embeddings.layout import FINGERPRINT_FILE, PARTIAL_FOLDER
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, EmbeddingStatistics, Moments
+from csdiff.embeddings.store_files import Column, ShardedMetadata, check_files, open_shards, read_fingerprint
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute
 
