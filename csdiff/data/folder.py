@@ -94,7 +94,8 @@ def table_source(
         return TableSource(rows)
     if not names and not images:
         folder = _image_folder(folder, first, list(files))
-    others = [name for name in names if name not in files and name not in tables]
+    known = {*files, *tables}
+    others = [name for name in names if name not in known]
     return TableSource(list(files.values()), folder, others, options.allow_outside)
 
 

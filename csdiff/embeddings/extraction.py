@@ -19,7 +19,7 @@ from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.image_encoder import inspect_image_encoder
 from csdiff.embeddings.layout import REPORT_FILE
-from csdiff.embeddings.shards import LISTED_TRUNCATIONS, Extraction, check_limit
+from csdiff.embeddings.shards import Extraction, check_limit
 from csdiff.embeddings.text_encoder import inspect_text_encoder
 from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError
@@ -31,6 +31,8 @@ CONTENT_OPTIONS = (
     "captions_per_image", "seed", "long_captions", "max_length", "pooling", "dtype", "text_states", "image_tokens",
     "shard_size", "batch_size", "precision", "metadata_columns",
 )  # fmt: skip
+# The report lists this many cut captions by name; all are counted.
+LISTED_TRUNCATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,12 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
 
     shards = [writer.record(shard) for shard in range(writer.shards)]
     problems = [Problem(*problem) for shard in shards for problem in shard["problems"]]
-    total = {name: sum(shard[name] for shard in shards) for name in ("items", "rows", "truncated", "replaced")}
+    truncated = [line for shard in shards for line in shard["truncated"]]
+    items, rows, replaced = (sum(shard[name] for shard in shards) for name in ("items", "rows", "replaced"))
     skipped = dict(sorted(Counter(problem.reason for problem in problems).items()))
     if problems:
-        check_limit(config, len(problems), total["items"], problems[-1])
-    if total["rows"] == 0:
+        check_limit(config, len(problems), items, problems[-1])
+    if rows == 0:
         found = _counts(skipped) or "it is empty"
         raise CSDiffError(f"{config.source}: expected at least one usable item, found none: {found}.")
     towers = {tower: identities[tower] | shards[0][f"{tower}_encoder"] for tower in identities}
@@ -169,13 +172,13 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
     }
     report = {
         "source": config.source,
-        "items": total["items"],
-        "rows": total["rows"],
+        "items": items,
+        "rows": rows,
         "skipped": skipped,
-        "truncated_captions": total["truncated"],
-        "replaced_captions": total["replaced"],
+        "truncated_captions": len(truncated),
+        "replaced_captions": replaced,
         "problems": [asdict(problem) for problem in problems],
-        "truncated": [line for shard in shards for line in shard["truncated_listed"]][:LISTED_TRUNCATIONS],
+        "truncated": truncated[:LISTED_TRUNCATIONS],
         "reasons": {reason: REASONS[reason] for reason in skipped},
         "not_read": source.not_read,
     }

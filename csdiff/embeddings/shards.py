@@ -24,8 +24,6 @@ from csdiff.errors import CSDiffError
 ALWAYS_ALLOWED = 10
 # Captions are sorted by length within this many batches.
 SORTED_BATCHES = 16
-# A shard's report lists this many cut captions by name; all are counted.
-LISTED_TRUNCATIONS = 20
 
 T, U = TypeVar("T"), TypeVar("U")
 
@@ -246,8 +244,7 @@ class ShardRows:
             "rows": len(self.rows),
             "problems": [[well_formed(text) for text in (p.id, p.reason, p.detail)] for p in self.problems],
             "replaced": self.replaced,
-            "truncated": len(self.truncated),
-            "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
+            "truncated": self.truncated,
         }
 
 

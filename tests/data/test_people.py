@@ -150,7 +150,6 @@ def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path: Path, pictures: Path
         ("captions.txt", b'image,caption\n1.jpg,A child .\n1.jpg,"A girl, going in"\n'),
         ("c.csv", "filepath\ttitle\n1.jpg\tA child .\n1.jpg\tA girl, going in\n".encode("utf-16")),
         ("c.csv", b"\xef\xbb\xbffile_name;caption\r\n1.jpg;A child .\r\n1.jpg;A girl, going in\r\n"),
-        ("c.csv", b"image_name| comment_number| comment\n1.jpg| 0| A child .\n1.jpg| 1| A girl, going in\n"),
         ("c.jsonlines", b'{"image": "1.jpg", "text": ["A child .", "A girl, going in"]}\n'),
         ("c.tsv", b"image|caption\n1.jpg|A child .\n1.jpg|A girl, going in"),
         ("x.token.txt", b"1.jpg#0\tA child .\n1.jpg#1\tA girl, going in\n"),

@@ -1,10 +1,12 @@
-"""Configurations of `embed` that the tests vary, and what it leaves behind."""
+"""Configurations of `embed` that the tests vary, and what it leaves behind; as a script `embed` in a process."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
-from csdiff.embeddings import EmbedConfig
+from csdiff.embeddings import EmbedConfig, embed
 
 PICTURES = 13
 
@@ -19,3 +21,7 @@ def config(dataset: Path, clip: Path, output: Path, **options) -> EmbedConfig:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+if __name__ == "__main__":
+    embed(EmbedConfig(**json.loads(sys.argv[1])))

@@ -12,14 +12,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import embedding_runs
 import numpy as np
 import pytest
 from embedding_runs import config, content
 
 from csdiff.embeddings import EmbeddingStore, embed
 from csdiff.errors import CSDiffError
-
-PROCESS = Path(__file__).with_name("embed_process.py")
 
 
 class Killed(BaseException):
@@ -68,7 +67,7 @@ def test_stopped_before_any_rename_the_store_is_the_same(
 def start(dataset: Path, tiny_clip: Path, output: Path, root: Path, **environment: str) -> subprocess.Popen:
     options = json.dumps(asdict(config(dataset, tiny_clip, output)))
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(PROCESS), options]
+    command = [sys.executable, embedding_runs.__file__, options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csdiff.embeddings import load_image_encoder, load_text_encoder
+from csdiff.embeddings import load_caption_tokenizer, load_image_encoder, load_text_encoder
 from csdiff.errors import CSDiffError
 
 CAPTIONS = ["a red apple", "x", "a much longer caption of something else"]
@@ -71,6 +71,8 @@ def test_whole_or_one_tower_they_are_transformers_features(siglip: Path):
         encoder = load_text_encoder(folder)
         assert (encoder.dim, encoder.max_length, encoder.pooling) == (24, 20, "projection")
         torch.testing.assert_close(encoder.embed(CAPTIONS), text)
+        # The tokenizer alone pads as the encoder was trained, too.
+        assert torch.equal(load_caption_tokenizer(folder)(CAPTIONS)[0], encoder.caption_tokenizer(CAPTIONS)[0])
         encoding = encoder.encode(CAPTIONS)
         torch.testing.assert_close(encoding.embeds, text)
         # One caption alone is padded as it is among longer ones.
