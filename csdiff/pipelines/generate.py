@@ -108,14 +108,8 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     for start in range(0, len(jobs), config.batch_size):
         rows = slice(start, start + config.batch_size)
         batch = jobs[rows]
-        drawn = drawing.draw(
-            [prompt for prompt, _ in batch],
-            image_embeds[rows],
-            negative,
-            generators[rows],
-            options,
-            on_step,
-        )
+        texts = [prompt for prompt, _ in batch]
+        drawn = drawing.draw(texts, image_embeds[rows], negative, generators[rows], options, on_step)
         command = redraw_command(config, prompts, batch)
         for (prompt, seed), image in zip(batch, drawn, strict=True):
             own = {"prompt": prompt, "seed": seed, "command": command, "height": image.height, "width": image.width}

@@ -133,6 +133,7 @@ def test_ip_adapter_files(class_name, projection, other, tmp_path):
     [
         ("StableDiffusionXLPipeline", "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "sdxl-vit-h"),
         ("StableDiffusionPipeline", "h94/IP-Adapter", "ip-adapter-sd15"),
+        ("StableDiffusionXLPipeline", "h94/IP-Adapter", "ip-adapter-sdxl"),
         ("FluxPipeline", "XLabs-AI/flux-ip-adapter", "flux-ip-adapter"),
         ("FluxPipeline", "XLabs-AI/flux-ip-adapter-v2/ip_adapter.safetensors", "flux-ip-adapter-v2"),
     ],

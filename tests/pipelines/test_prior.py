@@ -23,10 +23,12 @@ def pipe(parts, adapter):
     return CSDiffPriorPipeline(adapter, **parts)
 
 
-def test_embeddings_are_the_adapters(pipe, adapter, embed, zero_image_embeds):
-    image_embeds, negative_image_embeds = pipe(PROMPT).to_tuple()
-    torch.testing.assert_close(image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
-    torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("prompts", [*PROMPTS, PROMPTS])
+def test_embeddings_are_the_adapters_whatever_else_is_embedded(pipe, adapter, embed, zero_image_embeds, prompts):
+    image_embeds, negative_image_embeds = pipe(prompts).to_tuple()
+    alone = [embed(adapter, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    torch.testing.assert_close(image_embeds, torch.cat(alone), atol=1e-5, rtol=0)
+    torch.testing.assert_close(negative_image_embeds, zero_image_embeds.expand_as(image_embeds), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 1}, {"guidance_scale": 1.0}, {"guidance_scale": 7}])
@@ -49,12 +51,6 @@ def test_a_scheduler_for_diffusion_priors_is_warned_of_with_the_cure(parts, adap
     stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=scheduler, **parts)
     with pytest.warns(UserWarning, match=r"scheduler=OneShotScheduler\(\)"):
         stock(PROMPT)
-
-
-def test_several_prompts_are_independent_of_each_other(pipe):
-    together = pipe(PROMPTS).image_embeds
-    alone = torch.cat([pipe(prompt).image_embeds for prompt in PROMPTS])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("negative", ["blurry", ["blurry"], ["blurry", "grey", "dark"]])
