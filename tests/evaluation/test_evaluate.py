@@ -264,14 +264,15 @@ def reader(tmp_path):
     ],
 )
 def test_what_is_missing_is_refused_before_anything_is_embedded_or_measured(
-    step, options, expected, picture_adapter, captioned_pictures, tiny_decoder, monkeypatch, run
+    step, options, expected, picture_adapter, captioned_pictures, tiny_decoder, monkeypatch, run, tmp_path
 ):
-    monkeypatch.setattr(import_module(step.rpartition(".")[0]), step.rpartition(".")[2], nothing_is_measured)
+    module, _, name = step.rpartition(".")
+    monkeypatch.setattr(import_module(module), name, nothing_is_measured)
     if expected == "scikit-learn":
         # None in sys.modules is how Python itself marks a module that cannot be imported
         monkeypatch.setitem(sys.modules, "sklearn", None)
     if step.endswith("_predictions"):
-        options = {"decoder": tiny_decoder, "output": captioned_pictures / "drawn", **options}
+        options = {"decoder": tiny_decoder, "output": tmp_path, **options}
     more = [word for key, value in options.items() for word in (f"--{key}", value)]
     code, said = run("--adapter", picture_adapter, "--data", captioned_pictures, *more)
     assert (code, expected in said) == (2, True)
