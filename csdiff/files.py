@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,45 +141,38 @@ def remove_partial(folder: Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
-class FolderLock:
+@contextmanager
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Keeps a second process from writing `what` into a folder, by its file `.lock`; that of a dead process is none.
 
     Raises:
-        CSDiffError: on entering, if another process holds it.
+        CSDiffError: if another process holds it.
     """
-
-    def __init__(self, folder: Path, what: str):
-        self.path, self.what = folder / ".lock", what
-        self._file: IO | None = None
-
-    def __enter__(self) -> FolderLock:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs into one folder are not noticed.
-            return self
-        while True:
-            self._file = self.path.open("a")
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs into one folder are not noticed.
+        yield
+        return
+    path, held = folder / ".lock", False
+    with ExitStack() as stack:
+        while not held:
+            file = stack.enter_context(path.open("a"))
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._file.close()
-                where = self.path.parent
                 raise CSDiffError(
-                    f"{where}: another process is writing {self.what} there; wait for it or stop it."
+                    f"{folder}: another process is writing {what} there; wait for it or stop it."
                 ) from None
             except OSError:  # A file system without locks.
-                return self
+                break
             # The one before may have removed the file between our two calls.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
-                    return self
-            self._file.close()
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
+                held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        try:
+            yield
+        finally:
             with suppress(OSError):
-                self.path.unlink(missing_ok=True)
-            self._file.close()
+                path.unlink(missing_ok=True)
 
 
 def disk_full(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Tables for the terminal, for log files and for Markdown pages; the one way they are drawn."""
+"""Tables for the terminal and for log files; the one way they are drawn."""
 
 from __future__ import annotations
 
@@ -39,12 +39,6 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[object]], title: str
     plain = {"markup": False, "emoji": False, "highlight": False, "color_system": None, "force_terminal": False}
     Console(file=out, width=10_000, **plain).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The same for a Markdown page: the first column to the left, all others to the right."""
-    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *([number(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _numeric(cell: str) -> bool:

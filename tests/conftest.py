@@ -25,6 +25,15 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture
+def checkout(root, tmp_path, monkeypatch) -> Path:
+    """A folder that looks like the checkout, in which the test runs: what commands write stays out of the real one."""
+    for name in ("assets", "configs", "csdiff", "generate.py", "train_adapter.py"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_clip(tmp_path_factory.mktemp("models") / "clip")

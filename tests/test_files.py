@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from csdiff.errors import CSDiffError
 from csdiff.files import (
-    FolderLock,
+    folder_lock,
     fsync,
     read_json,
     read_safetensors_header,
@@ -62,18 +62,18 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
 
 def test_a_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from csdiff.files import FolderLock\n"
-        "lock = FolderLock(Path(sys.argv[1]), 'a run').__enter__(); print('held', flush=True); sys.stdin.read()"
+        "import os, signal, sys; from pathlib import Path; from csdiff.files import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1]), 'a run'): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(CSDiffError, match="another process"), FolderLock(tmp_path, "a run"):
+    with pytest.raises(CSDiffError, match="another process"), folder_lock(tmp_path, "a run"):
         pass
     holder.kill()
     holder.wait()
-    with FolderLock(tmp_path, "a run"):
+    with folder_lock(tmp_path, "a run"):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -13,11 +13,11 @@ from PIL import Image
 from csdiff.evaluation import EvaluateConfig, concept_rate, evaluate, load_extractor
 from csdiff.evaluation.metrics import IMAGE_METRICS, SPACE_METRICS, lookup
 from csdiff.evaluation.picture_run import picture_files, read_picture
-from csdiff.tables import markdown_table
 
 from .data import ASSETS, load
 from .fit import fit, recipe
 from .methods import TABLE
+from .report import markdown_table
 
 DRAWN = ("eclipse", "diffusion", "default")
 SPACES = ["tiny-clip", "efficientnet-lite0"]

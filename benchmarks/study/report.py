@@ -2,11 +2,12 @@
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from csdiff.evaluation.metrics import MAIN, lookup, metric
-from csdiff.tables import markdown_table
+from csdiff.tables import number
 
 from .methods import QUICK, SWEEPS, TABLE
 
@@ -17,6 +18,12 @@ PAIRWISE = ("text_to_image", "image_to_text", "cosine", "groups")
 """Metrics that mean nothing between different images."""
 DEFAULT, OPPONENTS = "default", ("raw_text", "mean_shift", "ridge", "procrustes", "eclipse", "eclipse_standardized")
 SHORT = ("text_to_image.r@1", "kernel_distance", "centroid_gap")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for a Markdown page: the first column to the left, all others to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *([number(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def value(record: dict, split: str, key: str) -> float | None:

@@ -32,17 +32,21 @@ KEPT = {
     "prompt": str, "num_images": int, "negative_prompt": str, "seed": int, "steps": int, "guidance": float,
     "adapter": str, "decoder": str,
 }  # fmt: skip
+OTHER_MAPS = {
+    "raw": "Raw text: the text embedding as it is",
+    "ridge": "Ridge: a linear map fitted to the same pairs",
+}
 _OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished image as a path, or one that is still being drawn, or None and why there is none.
+    """A finished image as a path, or one that is still being drawn, and what stands under it.
 
-    `place` is the part of the page it belongs to.
+    `place` is "images", or of what is drawn to compare "adapter", "raw" or "ridge".
     """
 
-    image: str | Image.Image | None
+    image: str | Image.Image
     caption: str
     place: str = "images"
 
@@ -115,16 +119,16 @@ def create(models: Models, config: GenerateConfig, compare: bool, report: Report
             path = drawing.write(drawing.of_prompt(prompt, seed), seed, {"command": command})
             report(Drawn(path, f"{prompt}, seed {seed}"))
             if compare and seed == config.seed:
-                report(Drawn(path, adapter_name(drawing.card), "adapter"))
-        for place, name in (("raw", "Raw text"), ("ridge", "Ridge")) if compare else ():
+                report(Drawn(path, f"{adapter_name(drawing.card)}: the chosen adapter, in one step", "adapter"))
+        for place, caption in OTHER_MAPS.items() if compare else ():
             try:
                 drawing.replace_map(place)
                 image = drawing.of_prompt(prompt, config.seed)
             except CSDiffError as error:
                 drawing.drawn += 1
-                report(Drawn(None, str(error), place))
+                report(Note(f"{caption}: {error}"))
             else:
-                report(Drawn(drawing.write(image, config.seed, {"map": place}), name, place))
+                report(Drawn(drawing.write(image, config.seed, {"map": place}), caption, place))
 
 
 def blend(
@@ -198,8 +202,7 @@ class _Drawing:
         width = self.embedder.encoder.dim
         if place == "raw" and width != self.source.embedding_dim:
             raise CSDiffError(
-                f"Not possible: the text embedding has {width} dimensions, the decoder takes "
-                f"{self.source.embedding_dim}."
+                f"not possible, it has {width} dimensions, the decoder takes {self.source.embedding_dim}."
             )
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:

@@ -36,11 +36,6 @@ EXAMPLES = (
     "one shiny purple heart, 3d style",
     "a sailing boat on the sea, flat style",
 )
-STRIP = {
-    "raw": ("Raw text", "The text embedding as it is"),
-    "ridge": ("Ridge", "A linear map fitted to the same pairs"),
-    "adapter": ("Adapter", "The chosen adapter, in one step"),
-}
 WAY = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Uploads and images are kept so long, in seconds.
 SECONDS_KEPT = 6 * 3600
@@ -128,11 +123,11 @@ class Fields:
         return [*numbers, choice.adapter, choice.decoder, self.random]
 
 
-def gallery(name: str, columns: int) -> gr.Gallery:
+def gallery(name: str, columns: int, visible: bool = True) -> gr.Gallery:
     """Images at their own size, to download."""
     return gr.Gallery(
         show_label=False, elem_id=name, columns=columns, fit_columns=False, height="auto", object_fit="contain",
-        format="png", buttons=["download", "fullscreen"], interactive=False,
+        format="png", buttons=["download", "fullscreen"], interactive=False, visible=visible,
     )  # fmt: skip
 
 
@@ -163,13 +158,7 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                     link = gr.Textbox(label=words, interactive=False, buttons=["copy"], elem_id="link")
         with gr.Column(**ANSWERED):
             images = gallery("images", 2)
-            strip, captions = {}, {}
-            with gr.Row(elem_classes="strip", elem_id="strip", visible=False) as row:
-                for place, (name, text) in STRIP.items():
-                    look = {"elem_id": f"strip-{place}", "interactive": False, "height": 190, "buttons": []}
-                    with gr.Column(min_width=96):
-                        strip[place] = gr.Image(label=name, format="png", **look)
-                        captions[place] = gr.Markdown(text)
+            strip = gallery("strip", 3, visible=False)
             look = {"elem_id": "command", "interactive": False, "lines": 2, "buttons": ["copy"]}
             command = gr.Textbox(label="The same on the command line", visible=False, **look)
             with gr.Column(visible=False) as past:
@@ -183,15 +172,13 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
     own = asked[: len(KEPT)]
 
     def draw(report: Report, request: gr.Request, compares: bool, so_far: list, *values) -> None:
-        config, drawn = check(settings(models, *values)), []
+        config, drawn, compared = check(settings(models, *values)), [], []
         seeds = range(config.seed, config.seed + config.num_images)
         again = redraw_command(config, config.prompt, [(config.prompt[0], seed) for seed in seeds])
         report(
             {
                 images: [],
-                row: gr.Row(visible=compares),
-                **dict.fromkeys(strip.values()),
-                **{captions[place]: text for place, (_, text) in STRIP.items()},
+                strip: gr.Gallery([], visible=compares),
                 command: gr.Textbox(again, visible=True),
                 fields.seed: config.seed,
                 link: _link(request, to_record(config)),
@@ -201,10 +188,8 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         def show(message) -> None:
             if not isinstance(message, Drawn):
                 report(message)
-            elif message.image is None:
-                report({captions[message.place]: message.caption})
-            elif message.place in strip:
-                report({strip[message.place]: gr.Image(message.image, label=message.caption)})
+            elif message.place != "images":
+                report({strip: _with(compared, message)})
             else:
                 report({images: _with(drawn, message)})
                 if isinstance(message.image, str):
@@ -236,7 +221,7 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
     def choose(so_far: list, event: gr.SelectData) -> str:
         return so_far[event.index][0]
 
-    outputs = [images, row, *strip.values(), *captions.values(), command, fields.seed, link, history, earlier, past]
+    outputs = [images, strip, command, fields.seed, link, history, earlier, past]
     press([draw_it.click, prompt.submit], stop, line, draw, [compare, history, *asked], outputs)
     earlier.select(choose, history, chosen, **ASIDE)
     use_all.click(take, chosen, [line, *own], **ASIDE)

@@ -48,6 +48,5 @@ CSS = """
   .workplace > .asked > .settings { order: 2; }
 }
 /* All images at once: a second row would hide behind a scroll bar. */
-#images .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
-.strip p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
+#images .grid-wrap, #strip .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
 """

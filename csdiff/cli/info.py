@@ -75,11 +75,15 @@ class _Look:
         except (CSDiffError, OSError) as error:
             self.problems.append(str(error))
 
+    def read(self, read: Callable, *arguments) -> dict | list:
+        """What `read` returns; nothing where it fails."""
+        with self.noting():
+            return read(*arguments)
+        return {}
+
     def json(self, file: Path) -> dict:
         """The object in a file; empty where there is none."""
-        with self.noting():
-            return read_json(file) if file.is_file() else {}
-        return {}
+        return self.read(read_json, file) if file.is_file() else {}
 
     def kind(self, path: Path) -> Callable[[Path], dict]:
         """What describes a folder. In this order: a run is an adapter folder too, and so is a checkpoint."""
@@ -108,28 +112,21 @@ class _Look:
     def weights(self, *files: Path) -> dict:
         """`parameters`, `dtype` and `weights` (bytes) of safetensors files, from their headers."""
         counts: dict[str, int] = {}
-        size = 0
         for file in files:
-            with self.noting():
-                for name, (dtype, shape) in read_safetensors_header(file).items():
-                    if name not in STATISTICS:
-                        counts[DTYPES.get(dtype, dtype)] = counts.get(DTYPES.get(dtype, dtype), 0) + math.prod(shape)
-                size += file.stat().st_size
+            for name, (dtype, shape) in self.read(read_safetensors_header, file).items():
+                if name not in STATISTICS:
+                    counts[DTYPES.get(dtype, dtype)] = counts.get(DTYPES.get(dtype, dtype), 0) + math.prod(shape)
         dtype = ", ".join(sorted(counts, key=counts.get, reverse=True))
+        size = sum(file.stat().st_size for file in files)
         return {"parameters": sum(counts.values()), "dtype": dtype, "weights": size}
 
     def model_weights(self, folder: Path) -> dict:
         """The weights of a model, without its variants (`model.fp16.safetensors`), or what is in their place."""
         from csdiff.adapters.folder import WEIGHTS, find_variant, weight_files
 
-        stems = {file.name.partition(".")[0].partition("-")[0] for file in folder.glob("*.safetensors*")}
-        names = [
-            name for name in ("adapter_model.safetensors", "model.safetensors") if name.partition(".")[0] in stems
-        ]
-        name = names[0] if names else WEIGHTS
-        with self.noting():
-            return self.weights(*weight_files(folder, find_variant(folder, name=name), name))
-        return self.weights()
+        names = ("adapter_model.safetensors", "model.safetensors", WEIGHTS)
+        name = next((name for name in names if any(folder.glob(f"{Path(name).stem}[.-]*"))), WEIGHTS)
+        return self.weights(*self.read(weight_files, folder, find_variant(folder, name=name), name))
 
     def read_all(self, files: Iterable[Path]) -> None:
         """Look for values that are not finite."""
@@ -147,11 +144,7 @@ class _Look:
         from csdiff.adapters import AutoAdapter
         from csdiff.adapters.folder import read_config, read_metadata
 
-        config, metadata = {}, {}
-        with self.noting():
-            config = dict(read_config(folder))
-        with self.noting():
-            metadata = read_metadata(folder)
+        config, metadata = self.read(read_config, folder), self.read(read_metadata, folder)
         pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
         self.problems += [f"{file} is a pickle, and never read" for file in pickles]
         facts = {
@@ -176,9 +169,7 @@ class _Look:
 
         run = RunFolder(TrainConfig(output_dir=str(folder)))
         steps, newest, finished = run.checkpoints.steps(), run.checkpoints.latest(), (folder / "config.json").is_file()
-        best, config = run.checkpoints.named("best"), {}
-        with self.noting():
-            config = run.saved_options()
+        best, config = run.checkpoints.named("best"), self.read(run.saved_options)
         facts = {
             "finished": finished,
             "steps": steps[-1] if steps else 0,

@@ -18,7 +18,7 @@ from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, PARTIAL_FOLDER, REPORT_FILE
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
 from csdiff.errors import CSDiffError
-from csdiff.files import FolderLock, absolute, flatten, move, read_json, write_json, writing_folder
+from csdiff.files import absolute, flatten, folder_lock, move, read_json, write_json, writing_folder
 
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "|b1"}
 
@@ -68,7 +68,7 @@ class StoreWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CSDiffError(f"{self.path}: the store cannot be written there ({error.strerror}).") from error
-        self._lock.enter_context(FolderLock(self.partial, "this store"))
+        self._lock.enter_context(folder_lock(self.partial, "this store"))
         if not plan_file.exists():
             write_json(plan_file, plan)
         return False

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import yaml
 from csdiff.errors import CSDiffError
 from csdiff.files import (
     PARTIAL,
-    FolderLock,
     disk_full,
     flatten,
+    folder_lock,
     move,
     read_jsonl,
     remove_partial,
@@ -120,9 +121,9 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.checkpoint.keep)
 
-    def lock(self) -> FolderLock:
+    def lock(self) -> AbstractContextManager[None]:
         """Keeps a second run out of an existing folder."""
-        return FolderLock(self.path, "a training run")
+        return folder_lock(self.path, "a training run")
 
     def start_from(self) -> Path | None:
         """The checkpoint to continue from, or None for a new run; CSDiffError for another run or no checkpoint."""
