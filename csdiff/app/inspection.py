@@ -85,39 +85,53 @@ class Inspector:
                 folder = gather(files, Path(uploaded))
             report(Progress("Reading"))
             facts = inspect_path(InfoConfig(path=str(folder)))
-            kind = "adapter" if facts["kind"] in ("adapter", "run", "checkpoint") else facts["kind"]
             seen = Look(facts["kind"].capitalize(), as_text(facts).replace(uploaded, "uploaded files"))
             try:
-                if kind not in ("adapter", "store") or facts["problems"]:
+                if facts["problems"] or facts["kind"] not in ("adapter", "run", "checkpoint", "store"):
                     raise CSDiffError("Plots and metrics are made of adapters and stores.")
-                if kind == "adapter":
-                    self._adapter(seen, folder, store, report)
-                else:
-                    self._store(seen, folder, report)
+                self._measure(seen, folder, facts["kind"] == "store", store, report)
             except CSDiffError as error:
                 seen.note = str(error)
             return seen
 
-    def _adapter(self, seen: Look, folder: Path, store: str, report: Report) -> None:
-        card = read_adapter_card(folder)
-        name, readme = adapter_name(card), folder / "README.md"
-        seen.title += f": {card.kind}, {name}"
-        seen.card = plain_markdown(readme.read_text("utf-8", errors="replace")) if readme.is_file() else ""
-        pairs = self._held_out(card, store, report)
-        report(Progress("Measuring", 1, 2))
-        prediction = predict(card, pairs, self.device)
-        _measure(seen, pairs, {name: prediction}, prediction, report)
-        seen.note = f"Measured on {len(pairs.rows):,} captions of {pairs.pictures:,} images: {pairs.source}."
-
-    def _store(self, seen: Look, folder: Path, report: Report) -> None:
-        seen.title = "Embedding store"
-        pairs = read_pairs("the store", EmbeddingStore.open(folder), MOST_ROWS)
-        report(Progress("Measuring", 1, 2))
-        _measure(seen, pairs, {}, None, report)
-        seen.note = (
-            f"Measured on {len(pairs.rows):,} of {len(pairs.store):,} rows. No adapter is involved: the predictions "
-            "are those of a ridge map, fitted to four fifths of the images and applied to the rest."
-        )
+    def _measure(self, seen: Look, folder: Path, is_store: bool, store: str, report: Report) -> None:
+        if is_store:
+            seen.title, predictions = "Embedding store", {}
+            pairs = read_pairs("the store", EmbeddingStore.open(folder), MOST_ROWS)
+            report(Progress("Measuring", 1, 2))
+            note = (
+                f"Measured on {len(pairs.rows):,} of {len(pairs.store):,} rows. No adapter is involved: the "
+                "predictions are those of a ridge map, fitted to four fifths of the images and applied to the rest."
+            )
+        else:
+            card, readme = read_adapter_card(folder), folder / "README.md"
+            seen.title += f": {card.kind}, {adapter_name(card)}"
+            seen.card = plain_markdown(readme.read_text("utf-8", errors="replace")) if readme.is_file() else ""
+            pairs = self._held_out(card, store, report)
+            report(Progress("Measuring", 1, 2))
+            predictions = {adapter_name(card): predict(card, pairs, self.device)}
+            note = f"Measured on {len(pairs.rows):,} captions of {pairs.pictures:,} images: {pairs.source}."
+        fitted = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids)
+        baselines = {BASELINES[name]: prediction for name, prediction in fitted.items()}
+        columns = {
+            name: embedding_metrics(prediction, pairs.image, pairs.text, pairs.image_ids)
+            for name, prediction in {**predictions, **baselines}.items()
+        }
+        seen.table = {"headers": ["metric", "better", *columns], "data": metric_rows(columns)}
+        report(Progress("Plotting", 3, 4))
+        shown = next(iter(predictions.values()), baselines["ridge"])
+        with matplotlib.rc_context(STYLE):
+            seen.figures = {
+                "gap": plot_projection(pairs.text, pairs.image, shown, "gap"),
+                "projection": plot_projection(pairs.text, pairs.image, shown),
+                "similarities": plot_similarities(pairs.text, pairs.image, shown, pairs.image_ids),
+                "retrieval": plot_retrieval({**baselines, **predictions}, pairs.image, pairs.image_ids),
+            }
+        for figure in seen.figures.values():
+            # letters that can be read at the page's width
+            figure.set_size_inches(figure.get_size_inches() * 0.75)
+            figure.set_dpi(200)
+        seen.note = note
 
     def _held_out(self, card: AdapterCard, store: str, report: Report) -> HeldOutPairs:
         if store:
@@ -137,30 +151,6 @@ class Inspector:
         pairs = self._pairs[key]
         check_fits(card, pairs.store, pairs.source)
         return pairs
-
-
-def _measure(seen: Look, pairs: HeldOutPairs, predictions: dict, shown, report: Report) -> None:
-    """The table beside the baselines, and plots of `shown` (by default, of the ridge map)."""
-    fitted = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids)
-    baselines = {BASELINES[name]: prediction for name, prediction in fitted.items()}
-    columns = {
-        name: embedding_metrics(prediction, pairs.image, pairs.text, pairs.image_ids)
-        for name, prediction in {**predictions, **baselines}.items()
-    }
-    seen.table = {"headers": ["metric", "better", *columns], "data": metric_rows(columns)}
-    report(Progress("Plotting", 3, 4))
-    shown = baselines["ridge"] if shown is None else shown
-    with matplotlib.rc_context(STYLE):
-        seen.figures = {
-            "gap": plot_projection(pairs.text, pairs.image, shown, "gap"),
-            "projection": plot_projection(pairs.text, pairs.image, shown),
-            "similarities": plot_similarities(pairs.text, pairs.image, shown, pairs.image_ids),
-            "retrieval": plot_retrieval({**baselines, **predictions}, pairs.image, pairs.image_ids),
-        }
-    for figure in seen.figures.values():
-        # letters that can be read at the page's width
-        figure.set_size_inches(figure.get_size_inches() * 0.75)
-        figure.set_dpi(200)
 
 
 def gather(files: Sequence[str], target: Path) -> Path:

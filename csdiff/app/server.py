@@ -31,7 +31,7 @@ CONTENT_SECURITY_POLICY = (
 SECONDS_AFTER_WRONG_PASSWORD = 1.0
 
 
-class LocalOnly:
+def local_only(app, hosts: frozenset[str] | None):
     """ASGI middleware: browsers fetch nothing from elsewhere, and pages from elsewhere do not reach this one.
 
     A web page whose name is made to point at this machine (DNS rebinding) sends its own name as Host and Origin.
@@ -40,33 +40,30 @@ class LocalOnly:
         app: What is served.
         hosts: Names under which it is asked for; None takes all, where a password protects it.
     """
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.responses import PlainTextResponse
 
-    def __init__(self, app, hosts: frozenset[str] | None):
-        self.app, self.hosts = app, hosts
-
-    async def __call__(self, scope, receive, send):
-        from starlette.datastructures import Headers, MutableHeaders
-        from starlette.responses import PlainTextResponse
-
+    async def guarded(scope, receive, send):
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
             return
 
-        async def with_policy(message):
+        async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["content-security-policy"] = CONTENT_SECURITY_POLICY
-                headers["referrer-policy"] = "same-origin"
+                headers.update({"content-security-policy": CONTENT_SECURITY_POLICY, "referrer-policy": "same-origin"})
             await send(message)
 
-        asked, app = Headers(scope=scope), self.app
+        asked, answer = Headers(scope=scope), app
         names = [urlsplit(f"//{asked.get('host', '')}").hostname]
         names += [urlsplit(asked["origin"]).hostname or "null"] if asked.get("origin") else []
-        foreign = [str(name) for name in names if not is_loopback(name) and name not in (self.hosts or ())]
-        if foreign and self.hosts is not None:
+        foreign = [str(name) for name in names if not is_loopback(name) and name not in (hosts or ())]
+        if foreign and hosts is not None:
             text = f"This page is not served as {foreign[0]}; csdiff app --allow_host {foreign[0]} would do so."
-            app = PlainTextResponse(text, 403)
-        await app(scope, receive, with_policy)
+            answer = PlainTextResponse(text, 403)
+        await answer(scope, receive, send_with_policy)
+
+    return guarded
 
 
 def serve(config: AppConfig) -> None:
@@ -121,7 +118,7 @@ def serving(config: AppConfig) -> Iterator[str]:
                 auth=(lambda _, given: right_password(given, password)) if password else None,
                 auth_message="Any name, and the password of this page." if password else None,
                 max_file_size=config.max_upload_mb * 10**6,
-                app_kwargs={"middleware": [Middleware(LocalOnly, hosts=hosts)], "docs_url": None, "redoc_url": None},
+                app_kwargs={"middleware": [Middleware(local_only, hosts=hosts)], "docs_url": None, "redoc_url": None},
                 theme=theme(),
                 css=CSS,
                 footer_links=[],

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from csdiff.app.config import AppConfig
-from csdiff.app.server import PASSWORD, LocalOnly, check_access, is_loopback, right_password, serving
+from csdiff.app.server import PASSWORD, check_access, is_loopback, local_only, right_password, serving
 from csdiff.errors import CSDiffError
 
 
@@ -91,7 +91,7 @@ def test_with_a_password_only_that_one_does_and_any_name_of_the_page():
 )
 def test_pages_from_elsewhere_do_not_reach_a_page_without_password(headers, code):
     for hosts, expected in ((frozenset({"proxy.example"}), code), (None, 200)):
-        client = TestClient(LocalOnly(PlainTextResponse("page"), hosts), base_url="http://127.0.0.1")
+        client = TestClient(local_only(PlainTextResponse("page"), hosts), base_url="http://127.0.0.1")
         answer = client.get("/config", headers=headers)
         assert answer.status_code == expected
         assert "default-src 'self'" in answer.headers["content-security-policy"]
