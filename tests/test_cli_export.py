@@ -53,6 +53,13 @@ def random_lora(clip):
     return make_lora(clip, encoders(clip))
 
 
+def exported(adapter, folder, **options):
+    """The folder that an adapter, saved in `folder`, is exported to."""
+    adapter.save_pretrained(folder / "adapter")
+    export(ExportConfig(source=str(folder / "adapter"), output=str(folder / "out"), **options))
+    return folder / "out"
+
+
 def tokenize(tokenizer):
     return tokenizer(TEXTS, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
 
@@ -103,9 +110,8 @@ def test_the_number_format_is_that_of_the_weights_alone(run, tmp_path, text, dty
 def test_weights_beyond_the_range_are_refused(tiny_clip, tmp_path):
     adapter = random_mlp(tiny_clip)
     adapter.proj_out.bias.data[0] = 1e6
-    adapter.save_pretrained(tmp_path / "adapter")
     with pytest.raises(CSDiffError, match="float16"):
-        export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "out"), dtype="float16"))
+        exported(adapter, tmp_path, dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
@@ -153,9 +159,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, options
 @pytest.mark.parametrize("make", [random_mlp, random_lora])
 def test_a_prior_loads_in_stock_diffusers(make, tiny_clip, tmp_path):
     adapter = make(tiny_clip)
-    adapter.save_pretrained(tmp_path / "adapter")
-    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), format="prior"))
-    pipe = KandinskyV22PriorPipeline.from_pretrained(tmp_path / "prior")
+    pipe = KandinskyV22PriorPipeline.from_pretrained(exported(adapter, tmp_path, format="prior"))
     assert type(pipe) is KandinskyV22PriorPipeline
     found = pipe(TEXTS, guidance_scale=1.0, num_inference_steps=1).image_embeds
     tokens = tokenize(pipe.tokenizer)
@@ -172,10 +176,7 @@ def test_a_half_precision_prior_takes_the_adapter_it_came_from(tiny_clip, tmp_pa
     adapter = random_mlp(tiny_clip)
     for tower in ("text", "image"):
         adapter.metadata[f"{tower}_encoder"]["weights_sha256"] = weights_sha256(tiny_clip, tower)
-    adapter.save_pretrained(tmp_path / "adapter")
-    options = {"format": "prior", "dtype": "float16"}
-    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), **options))
-    pipe = CSDiffPriorPipeline.from_pretrained(tmp_path / "prior")
+    pipe = CSDiffPriorPipeline.from_pretrained(exported(adapter, tmp_path, format="prior", dtype="float16"))
     loaded = csdiff.load_adapter(pipe, tmp_path / "adapter")
     assert torch.equal(loaded.prior.skip.weight, adapter.skip.weight)
     adapter.metadata["text_encoder"]["weights_sha256"] = "0" * 64
@@ -187,27 +188,23 @@ def test_a_half_precision_prior_takes_the_adapter_it_came_from(tiny_clip, tmp_pa
 def test_encoders_with_other_weights_are_refused(make, tiny_clip, tmp_path):
     adapter = make(tiny_clip)
     adapter.metadata["text_encoder"]["weights_sha256"] = "0" * 64
-    adapter.save_pretrained(tmp_path / "adapter")
     with pytest.raises(CSDiffError, match=r"text encoder .* weights differ"):
-        export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "prior"), format="prior"))
-    assert not (tmp_path / "prior").exists()
+        exported(adapter, tmp_path, format="prior")
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoders_that_moved_are_named(tiny_clip, tmp_path):
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
-    random_mlp(tmp_path / "gone").save_pretrained(tmp_path / "adapter")
-    options = {"source": str(tmp_path / "adapter"), "output": str(tmp_path / "prior"), "format": "prior"}
+    adapter, options = random_mlp(tmp_path / "gone"), {"format": "prior"}
     with pytest.raises(CSDiffError, match=r"gone.*--text_encoder"):
-        export(ExportConfig(**options))
-    export(ExportConfig(**options, text_encoder=str(moved), image_encoder=str(moved)))
-    assert (tmp_path / "prior" / "text_encoder").is_dir()
+        exported(adapter, tmp_path, **options)
+    prior = exported(adapter, tmp_path, **options, text_encoder=str(moved), image_encoder=str(moved))
+    assert (prior / "text_encoder").is_dir()
 
 
 def test_a_pipeline_draws_by_itself(tiny_clip, tiny_decoder, tmp_path):
-    random_mlp(tiny_clip).save_pretrained(tmp_path / "adapter")
-    options = {"format": "pipeline", "decoder": str(tiny_decoder)}
-    export(ExportConfig(source=str(tmp_path / "adapter"), output=str(tmp_path / "whole"), **options))
-    pipe = AutoPipelineForText2Image.from_pretrained(tmp_path / "whole")
+    whole = exported(random_mlp(tiny_clip), tmp_path, format="pipeline", decoder=str(tiny_decoder))
+    pipe = AutoPipelineForText2Image.from_pretrained(whole)
     image = pipe("red apple", prior_guidance_scale=1.0, num_inference_steps=1, height=32, width=32).images[0]
     assert image.size == (32, 32)
 
@@ -216,9 +213,7 @@ def test_a_merged_adapter_gives_what_the_lora_adapter_gives(tiny_clip, tmp_path)
     from csdiff.embeddings import load_text_encoder
 
     adapter = random_lora(tiny_clip)
-    adapter.save_pretrained(tmp_path / "lora")
-    export(ExportConfig(source=str(tmp_path / "lora"), output=str(tmp_path / "merged"), merge_lora=True))
-    merged = AutoAdapter.from_pretrained(tmp_path / "merged")
+    merged = AutoAdapter.from_pretrained(exported(adapter, tmp_path, merge_lora=True))
     assert not merged.uses_input_ids
     text = load_text_encoder(merged.metadata["text_encoder"]["id"])
     tokens = tokenize(text.tokenizer)
