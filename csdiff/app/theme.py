@@ -19,13 +19,10 @@ def theme() -> gr.themes.Base:
         block_label_text_color="*neutral_600",
         block_title_text_color="*neutral_700",
         body_background_fill="*neutral_50",
-        block_background_fill="white",
-        block_border_width="1px",
         block_label_background_fill="transparent",
         block_label_border_width="0px",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_text_color="white",
     )
 
 
