@@ -123,4 +123,4 @@ def _ridge(card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
     if train is None:
         raise CSDiffError("No ridge map: the embedding store that the adapter was trained on is not on this machine.")
     pairs = read_pairs(train, EmbeddingStore.open(train), TRAIN_ROWS)
-    return LinearAdapter.fit([(pairs.text, pairs.image)]).eval()
+    return LinearAdapter.fit(zip(pairs.text.split(8192), pairs.image.split(8192), strict=True)).eval()
