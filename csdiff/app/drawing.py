@@ -210,9 +210,8 @@ class _Drawing:
         seconds, left = (time.monotonic() - self.began) / done * (of_all - done), ""
         # the first step of a model is slower than the rest
         if done > 1 and seconds:
-            left = (
-                f", about {max(1, round(seconds))} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
-            )
+            time_left = f"{max(1, round(seconds))} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+            left = f", about {time_left} left"
         number = f"Image {self.drawn + 1} of {self.total}, step" if self.total > 1 else "Step"
         self.report(Progress(f"{number} {step} of {total}{left}", done, of_all))
         if step % max(2, total // 5) == 0 and step < total and (seen := preview()):
