@@ -56,15 +56,6 @@ def test_every_option_is_one_of_ours(name: str, root: Path):
                 assert {word[2:].split("=")[0] for word in options if word.startswith("--")} <= known, options
 
 
-@pytest.fixture
-def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like the checkout, so that what the code writes stays out of it."""
-    for name in ("assets", "configs", "csdiff", *SCRIPTS):
-        (tmp_path / name).symlink_to(root / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_quick_runs(name: str, root: Path, checkout: Path, capsys: pytest.CaptureFixture):
     for language, code in code_blocks(root / name):
