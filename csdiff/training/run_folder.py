@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from csdiff.files import (
     flatten,
     folder_lock,
     move,
+    read_json,
     read_jsonl,
     remove_partial,
     write_text,
@@ -130,6 +131,7 @@ class RunFolder:
         writable = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not writable.is_dir() or not os.access(writable, os.W_OK):
             raise CSDiffError(f"--output_dir {self.path} cannot be written: {writable} is not a folder to write into.")
+        self._check_ours()
         resume = self.config.resume
         if resume == "never" or (resume == "auto" and not self._used()):
             return None
@@ -142,6 +144,22 @@ class RunFolder:
         raise CSDiffError(
             f"--resume {resume}: expected auto, never, or a checkpoint folder, found no {STATE}/state.json there."
         )
+
+    def _check_ours(self) -> None:
+        """Refuse a folder of anything but a run or an adapter, whose files would be mixed with those of a run."""
+        if not self.path.is_dir() or (self.path / CONFIG_NAME).is_file():
+            return
+        with suppress(CSDiffError):
+            if read_json(self.path / "csdiff.json").get("kind") == "adapter":
+                return
+        # What a run leaves that ended before its first step: embeddings, and the lock of a killed process.
+        ours = {"store", self.config.data.store and Path(self.config.data.store).name}
+        others = sorted(path.name for path in self.path.iterdir() if path.name not in ours and path.name[0] != ".")
+        if others:
+            raise CSDiffError(
+                f"--output_dir {self.path}: expected a new or empty folder, or that of a run, found other files "
+                f"({', '.join(others[:3])}{', ...' * (len(others) > 3)}): give another."
+            )
 
     def _used(self) -> bool:
         return self.checkpoints.latest() is not None or (self.path / ADAPTER_CONFIG).exists()

@@ -38,7 +38,7 @@ def test_the_page_from_pictures_to_a_picture(root: Path, tmp_path: Path):
         shutil.copy(root / name, tmp_path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     found = blocks(root / "docs" / "train.md")
-    assert [language for language, _ in found] == ["python", "bash", "bash", "bash"]
+    assert [language for language, _ in found] == ["python", "bash", "bash", "bash", "bash"]
     for language, code in found:
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         if "csdiff train" in code:
@@ -48,7 +48,7 @@ def test_the_page_from_pictures_to_a_picture(root: Path, tmp_path: Path):
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     assert not list((tmp_path / "my-adapter").glob("previous-*"))
     lines = [json.loads(line) for line in (tmp_path / "my-adapter" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 20, 30, 40, 50]
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [25, 50]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [60]
     assert (tmp_path / "my-adapter" / "config.json").is_file()
     assert list((tmp_path / "my-drawings").glob("*.png"))

@@ -9,6 +9,7 @@ import torch
 import training_runs
 from tiny import make_plain_store
 
+from csdiff.adapters.linear import LinearAdapter
 from csdiff.embeddings import write_store
 from csdiff.errors import CSDiffError
 from csdiff.training import train
@@ -138,11 +139,21 @@ def test_too_few_rows(tmp_path):
     refused(training_runs.config(tmp_path / "row", tmp_path / "o", **no_split), "1 row", "at least 2")
 
 
-def test_a_folder_that_is_no_run(plain_store, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    refused(training_runs.config(plain_store, tmp_path), "training.yaml", "another --output_dir")
-    for place in ("config.json", "config.json/below"):
-        refused(training_runs.config(plain_store, tmp_path / place), "cannot be written")
+def test_a_folder_that_is_no_run(tmp_path):
+    store = make_plain_store(tmp_path / "store")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, found in ((store, "img_emb"), (tmp_path / "mine", "README.md")):
+        for resume in ("auto", "never"):
+            refused(
+                training_runs.config(store, folder, resume=resume), f"--output_dir {folder}", found, "give another"
+            )
+    for place in ("README.md", "README.md/below"):
+        refused(training_runs.config(store, tmp_path / "mine" / place), "cannot be written")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    LinearAdapter(embedding_dim=16).save_pretrained(tmp_path / "adapter")
+    refused(training_runs.config(store, tmp_path / "adapter"), "training.yaml", "another --output_dir")
 
 
 def test_a_run_that_cannot_go_on(plain_store, tmp_path):
