@@ -155,7 +155,7 @@ def test_an_encoder_that_only_the_folder_names_is_not_fetched(text_encoder, tmp_
     make_adapter("lora", text_encoder).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_encoder": "stranger/clip"}))
-    monkeypatch.setattr("csdiff.embeddings.encoders._download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("csdiff.embeddings.encoders.download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CSDiffError, match=r"stranger/clip.*--text_encoder"):
         AutoAdapter.from_pretrained(tmp_path)
     loaded = AutoAdapter.from_pretrained(tmp_path, text_encoder=text_encoder)
