@@ -17,6 +17,9 @@ from typing import IO, Any
 from csdiff.errors import CSDiffError
 
 PARTIAL = ".partial-"
+# Files that can run code when they are loaded, and so never are.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_TYPE_NAMES = {dict: "an object", str: "a string", int: "a whole number", bool: "true or false"}
 # No space, quota used up, file larger than the process may write.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -196,6 +199,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CSDiffError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
     return content
+
+
+def check_types(file: Path, content: dict[str, Any], types: dict[str, type], cure: str) -> None:
+    """CSDiffError for the first entry of a JSON object that is known and of another type.
+
+    Entries are named with dots, an object before what is in it; null and absent ones are not known.
+    """
+    for name, expected in types.items():
+        value: Any = content
+        for key in name.split("."):
+            value = None if value is None else value.get(key)
+        if value is not None and type(value) is not expected:
+            raise CSDiffError(f"{file}: {name}: expected {_TYPE_NAMES[expected]}, found {value!r:.60}; {cure}.")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

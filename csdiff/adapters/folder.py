@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from csdiff.embeddings.encoders import nearby
 from csdiff.embeddings.fingerprint import HUB_ID
 from csdiff.errors import CSDiffError
-from csdiff.files import read_json, read_safetensors_header
+from csdiff.files import PICKLES, check_types, read_json, read_safetensors_header
 from csdiff.hub import download
 
 if TYPE_CHECKING:
@@ -33,20 +33,16 @@ _HUB_FILES = ("*.json", "*.safetensors", "README.md")
 
 Header = dict[str, tuple[str, tuple[int, ...], Path]]
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# What the entries of csdiff.json must be where they are known; null and absent mean that they are not.
-_TYPES: dict[str, tuple[type, str]] = {
-    name: expected
-    for expected, names in {
-        (dict, "an object"): "text_encoder image_encoder tokenizer preprocessing statistics objective data training "
-        "metrics versions",
-        (str, "a string"): "text_encoder.id text_encoder.revision text_encoder.weights_sha256 text_encoder.pooling "
-        "image_encoder.id image_encoder.revision image_encoder.weights_sha256 data.train training.weights license",
-        (int, "a whole number"): "tokenizer.max_length training.steps",
-        (bool, "true or false"): "normalized",
-    }.items()
-    for name in names.split()
+# What the entries of csdiff.json are.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing", "statistics"), dict),
+    **dict.fromkeys(("objective", "data", "training", "metrics", "versions"), dict),
+    **dict.fromkeys((f"text_encoder.{key}" for key in ("id", "revision", "weights_sha256", "pooling")), str),
+    **dict.fromkeys((f"image_encoder.{key}" for key in ("id", "revision", "weights_sha256")), str),
+    **dict.fromkeys(("data.train", "training.weights", "license"), str),
+    **dict.fromkeys(("tokenizer.max_length", "training.steps"), int),
+    "normalized": bool,
 }
 
 
@@ -113,13 +109,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if (format, kind) != (FORMAT, "adapter"):
         expected = f'"format": {FORMAT} and "kind": "adapter"'
         raise CSDiffError(f"{path / METADATA} must say {expected}; found {format!r} and {kind!r}.")
-    for name, (expected, words) in _TYPES.items():
-        part, _, key = name.rpartition(".")
-        value = (metadata.get(part) or {}).get(key) if part else metadata.get(key)
-        if value is not None and type(value) is not expected:
-            raise CSDiffError(
-                f"{path / METADATA}: {name} must be {words}, found a {type(value).__name__}; save the adapter again."
-            )
+    check_types(path / METADATA, metadata, _TYPES, "save the adapter again")
     for tower in ("text", "image"):
         if metadata.get(f"{tower}_encoder"):
             metadata[f"{tower}_encoder"] = nearby(metadata[f"{tower}_encoder"], tower, path)
@@ -231,7 +221,7 @@ def weight_files(path: Path, variant: str | None = None, name: str = WEIGHTS) ->
                 raise CSDiffError(f"{index} lists {shard.name!r}, which is not a safetensors file in {path}.")
         return shards
     others = sorted(file.name for file in path.glob(f"{name.partition('.')[0]}*.safetensors"))
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICKLE_SUFFIXES)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLES)
     found = f"; there is {others[0]}, of another `variant`" if others else ""
     if pickles and not others:
         found = f"; {pickles[0]} is a pickle, which can run code and is never loaded: ask for safetensors"

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
-from csdiff.files import flatten, read_json, read_safetensors_header
+from csdiff.files import PICKLES, flatten, read_json, read_safetensors_header
 from csdiff.tables import number
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "BOOL": "bool"}
 # Buffers of an adapter, not parameters.
 STATISTICS = {"clip_mean", "clip_std", "text_mean", "text_std", "norm_scale", "norm_shift"}
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass

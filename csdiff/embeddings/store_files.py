@@ -14,16 +14,19 @@ from torch import Tensor
 from csdiff.embeddings.fingerprint import file_sha256
 from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, find_shards
 from csdiff.errors import CSDiffError
-from csdiff.files import read_json
-from csdiff.options import describe
+from csdiff.files import check_types, read_json
 
 # Dimensions of a column's array, rows included.
 DIMENSIONS = {"text_embeds": 2, "image_embeds": 2, "text_states": 3, "text_mask": 2, "image_tokens": 3}
 
 # What stands in a store's `csdiff.json`, for whoever reads it afterwards.
-_FIELDS = {"rows": int, "dtype": str, "normalized": bool | None, "versions": dict | None, "files": dict | None}
-_FIELDS |= dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing", "data"), dict | None)
-_FIELDS |= dict.fromkeys(("statistics", "text_statistics"), dict | None)
+_TYPES = {
+    **dict.fromkeys(("text_encoder", "image_encoder", "tokenizer", "preprocessing", "data"), dict),
+    **dict.fromkeys(("versions", "files", "statistics", "text_statistics"), dict),
+    "rows": int,
+    "dtype": str,
+    "normalized": bool,
+}
 
 
 def read_fingerprint(path: Path) -> dict | None:
@@ -36,18 +39,12 @@ def read_fingerprint(path: Path) -> dict | None:
         raise CSDiffError(
             f'{file}: expected "kind": "store", found {found.get("kind")!r}; give the folder of an embedding store.'
         )
-    fields = [(name, found[name], kind) for name, kind in _FIELDS.items() if name in found]
-    listed = found.get("files")
-    for name, entry in listed.items() if isinstance(listed, dict) else ():
-        entry = entry if isinstance(entry, dict) else {}
-        fields += [(f"{name}: bytes", entry.get("bytes"), int), (f"{name}: sha256", entry.get("sha256"), str)]
-    for name, value, kind in fields:
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            expected = describe(kind).replace("dict", "an object")
-            raise CSDiffError(
-                f"{file}: {name}: expected {expected}, found {value!r:.60}; restore the file, or remove it to read "
-                "the folder as foreign."
-            )
+    cure = "restore the file, or remove it to read the folder as foreign"
+    check_types(file, found, _TYPES, cure)
+    for name, entry in (found.get("files") or {}).items():
+        stated = entry if isinstance(entry, dict) else {}
+        if type(stated.get("bytes")) is not int or type(stated.get("sha256")) is not str:
+            raise CSDiffError(f"{file}: {name}: expected bytes and sha256, found {entry!r:.60}; {cure}.")
     return found
 
 

@@ -274,12 +274,12 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("text_encoder", "openai/clip", "text_encoder: expected an object or null"),
+        ("text_encoder", "openai/clip", "text_encoder: expected an object"),
         ("rows", "12", "rows: expected a whole number"),
         ("rows", 13, "expected 13 rows, found 12"),
         ("normalized", 1, "normalized: expected true or false"),
         ("files", [], "files: expected an object"),
-        ("files", {"img_emb/a.npy": 5}, r"img_emb/a\.npy: bytes: expected a whole number"),
+        ("files", {"img_emb/a.npy": 5}, r"img_emb/a\.npy: expected bytes and sha256"),
         ("statistics", {"mean": [1, 2]}, "statistics: expected count"),
         ("statistics.std", [-1.0] * 7, "statistics: .*no deviation below 0"),
         ("text_statistics.std", [1.0] * 4, "text_statistics: .* of one length"),

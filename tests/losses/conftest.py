@@ -9,6 +9,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

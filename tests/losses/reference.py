@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
+
 
 def squared_distances(x, y):
     return (x[:, None, :] - y[None, :, :]).square().sum(dim=2)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from csdiff.losses import (
     token_cauchy_schwarz_divergence,
 )
 
-NAMES = list(OBJECTIVES)
+NEEDS_GEOMLOSS = pytest.mark.skipif(find_spec("geomloss") is None, reason="needs geomloss")
+NAMES = [pytest.param(name, marks=NEEDS_GEOMLOSS if name == "sinkhorn" else ()) for name in OBJECTIVES]
 
 
 def batch(count=12, dim=8, seed=0):
@@ -47,14 +49,8 @@ def call(objective, inputs):
     return objective(inputs.pop("prediction"), inputs.pop("image"), **inputs)
 
 
-def needs_geomloss(name):
-    if name == "sinkhorn":
-        pytest.importorskip("geomloss")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_takes_the_same_inputs_and_sends_a_gradient(name):
-    needs_geomloss(name)
     inputs = batch()
     output = call(build_objective(name), inputs)
     assert output.loss.dim() == 0
@@ -67,7 +63,6 @@ def test_every_objective_takes_the_same_inputs_and_sends_a_gradient(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_an_objective_says_it_uses_is_what_it_uses(name):
-    needs_geomloss(name)
     objective, inputs = build_objective(name), batch()
     loss = call(objective, inputs).loss
     for said, keys in (
@@ -82,7 +77,6 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_keywords_with_defaults_fit_for_json(name):
-    needs_geomloss(name)
     options = objective_options(name)
     assert json.loads(json.dumps(options)) == options
     build_objective(name, **options)
@@ -92,7 +86,6 @@ def test_options_are_keywords_with_defaults_fit_for_json(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_and_autocast_give_the_float64_result(name):
-    needs_geomloss(name)
     inputs = batch()
     expected = call(build_objective(name), inputs)
     (right,) = torch.autograd.grad(expected.loss, inputs["prediction"])
@@ -208,7 +201,6 @@ def test_learnable_temperature_is_a_parameter_that_stays_above_its_floor(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_one_pair_has_a_value_or_a_plain_refusal(name):
-    needs_geomloss(name)
     inputs = {key: None if rows is None else rows[:1].detach() for key, rows in batch().items()}
     if name in ("coral", "kl"):
         inputs["unpaired_text"] = inputs["unpaired_image"] = None
@@ -302,9 +294,8 @@ def test_terms_by_hand(name, options, terms):
     torch.testing.assert_close(output.loss.detach(), sum(expected.values()))
 
 
-@pytest.mark.parametrize("name", ["cs", "mmd", "sinkhorn", "coral", "kl"])
+@pytest.mark.parametrize("name", ["cs", "mmd", pytest.param("sinkhorn", marks=NEEDS_GEOMLOSS), "coral", "kl"])
 def test_a_distribution_objective_is_small_for_equal_sets_and_joins_info_nce(name):
-    needs_geomloss(name)
     inputs = {**batch(), "unpaired_text": None, "unpaired_image": None}
     far = call(build_objective(name), {**inputs, "prediction": inputs["image"].flip(1)})
     # The same set in another order: no pair matches, the distributions are equal.
