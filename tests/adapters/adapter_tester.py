@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from csdiff.adapters import Adapter, build_adapter
 
-DIM, STATES_DIM, TOKENS, VOCABULARY = 16, 24, 12, 99
+DIM, STATES_DIM, TOKENS = 16, 24, 12
+# Of the tokenizer of tests/tiny.py.
+END_TOKEN = 520
 
 
 @dataclass
@@ -37,27 +39,6 @@ CASES = {
         text_dim=20,
     ),
 }
-
-
-def save_text_encoder(path) -> str:
-    """Saves a tiny random CLIP text tower with projection, for LoRA to wrap; returns the path."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    torch.manual_seed(7)
-    config = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=STATES_DIM,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=DIM,
-        bos_token_id=VOCABULARY - 2,
-        eos_token_id=VOCABULARY - 1,
-        pad_token_id=VOCABULARY - 1,
-    )
-    CLIPTextModelWithProjection(config).save_pretrained(path)
-    return str(path)
 
 
 def make_adapter(name: str, text_encoder: str, seed: int = 0, **options: Any) -> Adapter:
@@ -126,6 +107,6 @@ def training_loss(adapter: Adapter) -> Tensor:
 
 def token_ids(batch: int = 3, seed: int = 2) -> Tensor:
     """Token ids (batch, TOKENS), each row ended and padded by the end token."""
-    ids = torch.randint(0, VOCABULARY - 3, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
-    ids[:, 6:] = VOCABULARY - 1
+    ids = torch.randint(0, END_TOKEN - 1, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
+    ids[:, 6:] = END_TOKEN
     return ids

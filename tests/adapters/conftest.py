@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.adapters.adapter_tester import CASES, make_adapter, save_text_encoder
+from tests.adapters.adapter_tester import CASES, make_adapter
 
 
 @pytest.fixture(scope="session")
-def text_encoder(tmp_path_factory) -> str:
-    return save_text_encoder(tmp_path_factory.mktemp("text_encoder"))
+def text_encoder(tiny_clip) -> str:
+    return str(tiny_clip)
 
 
 @pytest.fixture(params=list(CASES))

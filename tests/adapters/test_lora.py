@@ -1,13 +1,13 @@
 """LoRA in the text encoder: sizes, plain PEFT, merging, and the two parts a pipeline takes."""
 
 import json
-import logging
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers.utils import logging
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.adapters import LoRAAdapter
@@ -109,21 +109,18 @@ def test_half_precision_weights_on_disk_train_in_float32(text_encoder, tmp_path)
 
 
 @pytest.mark.filterwarnings("error")
-def test_loading_says_nothing(tiny_clip, tmp_path):
+def test_loading_says_nothing(adapter, text_encoder, tmp_path, caplog):
     """A folder with both towers: transformers reports the tensors of the other one, in colour, to a pipe too."""
-    LoRAAdapter(embedding_dim=DIM, text_encoder=str(tiny_clip), rank=2).save_pretrained(tmp_path)
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("transformers").addHandler(handler)
+    adapter.save_pretrained(tmp_path)
+    logging.enable_propagation()
     try:
-        CLIPTextModelWithProjection.from_pretrained(tiny_clip)
-        assert records
-        records.clear()
+        CLIPTextModelWithProjection.from_pretrained(text_encoder)
+        assert caplog.records
+        caplog.clear()
         AutoAdapter.from_pretrained(tmp_path)
     finally:
-        logging.getLogger("transformers").removeHandler(handler)
-    assert not records
+        logging.disable_propagation()
+    assert not caplog.records
 
 
 def test_a_relative_or_moved_encoder_is_found(text_encoder, tmp_path, monkeypatch):
