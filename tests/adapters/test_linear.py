@@ -9,8 +9,6 @@ from sklearn.linear_model import Ridge
 from csdiff import CSDiffError
 from csdiff.adapters import LinearAdapter, MLPAdapter, PairedMoments, TransformerAdapter, linear
 
-METHODS = ("mean_shift", "whiten", "ridge", "procrustes", "coral")
-
 
 def pairs(count=400, text_dim=10, image_dim=10, noise=0.3, seed=0):
     """Text and image rows related by a random linear map, far from the origin, with a gap between their centres."""
@@ -91,7 +89,7 @@ def test_coral_gives_the_image_covariance_whatever_the_pairing():
     torch.testing.assert_close(shuffled.embed(x), adapter.embed(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", linear.METHODS)
 def test_batching_and_source_do_not_matter(method):
     x, y = pairs()
 
@@ -139,7 +137,7 @@ def test_moments_survive_a_large_offset():
     assert moments.squared_error(weight, bias) == pytest.approx(direct, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", linear.METHODS)
 def test_calibrated_norms_on_held_out_rows(method):
     x, y = pairs(count=3000, noise=2.0)
     adapter = LinearAdapter.fit(in_batches(x[:2000], y[:2000]), method)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csdiff import CSDiffError
-from csdiff.adapters import MLPAdapter
+from csdiff.adapters import MLPAdapter, build_adapter
 from tests.adapters.adapter_tester import DIM, embed, make_adapter, text_inputs
 
 
@@ -58,13 +58,13 @@ def test_calibrating_twice_composes():
         assert norms.std().item() == pytest.approx(real.std().item(), rel=1e-3, abs=1e-4)
 
 
-def test_whitening_is_undone():
-    adapter = MLPAdapter(embedding_dim=DIM)
+@pytest.mark.parametrize(("name", "options"), [("mlp", {}), ("transformer", {"preset": "tiny"})])
+def test_a_fresh_adapter_gives_text_the_image_statistics(name, options):
+    adapter = build_adapter(name, embedding_dim=DIM, **options)
     mean, std = torch.randn(DIM), torch.rand(DIM) + 0.1
     adapter.set_statistics(mean, std, text_mean=mean * 2, text_std=std * 3)
-    rows = torch.randn(5000, DIM, generator=torch.Generator().manual_seed(0)) * 3 * std + 2 * mean
-    image = adapter.embed(rows)
-    torch.testing.assert_close(image, (rows - 2 * mean) / 3 + mean, rtol=1e-5, atol=1e-5)
+    rows, states = torch.randn(500, DIM) * 3 * std + 2 * mean, torch.randn(500, 5, DIM)
+    torch.testing.assert_close(adapter.embed(rows, states), (rows - 2 * mean) / 3 + mean, rtol=1e-5, atol=1e-5)
 
 
 def test_a_constant_dimension_stays_finite():

@@ -37,15 +37,6 @@ def test_tokens_are_seen_and_padding_is_not(adapter, left):
     assert adapter.embed(embeds, states, torch.zeros_like(mask)).isfinite().all()
 
 
-def test_a_fresh_adapter_gives_text_the_image_statistics():
-    adapter = build_adapter("transformer", embedding_dim=DIM, preset="tiny")
-    mean, std = torch.randn(DIM), torch.rand(DIM) + 0.5
-    adapter.set_statistics(mean, std, mean - 1, std * 2)
-    embeds, states = torch.randn(4, DIM), torch.randn(4, 5, DIM)
-    expected = (embeds - mean + 1) / 2 + mean
-    torch.testing.assert_close(adapter.embed(embeds, states), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_noise_token_samples_and_repeats(text_encoder):
     adapter = make_adapter("transformer", text_encoder, noise_token=True)
     embeds, states, mask = text_inputs("transformer", batch=2)
