@@ -237,12 +237,18 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
                 f"{tuple(text_embeds.shape)}; encode the text with the encoder the adapter was trained for."
             )
 
-    def _check_states(self, text_states: Tensor | None) -> Tensor:
-        width = self.config.states_dim
+    def _check_states(self, text_states: Tensor | None, exactly: bool = False) -> Tensor:
+        width, count = self.config.states_dim, self.config.num_embeddings
         if text_states is None or text_states.ndim != 3 or text_states.shape[-1] != width:
             raise CSDiffError(
                 f"{type(self).__name__} needs the text encoder's token states, `text_states` (B, L, {width}), found "
                 f"{None if text_states is None else tuple(text_states.shape)}; `mlp` needs none."
+            )
+        found, rule = text_states.shape[1], "exactly" if exactly else "at most"
+        if found > count or (exactly and found < count):
+            raise CSDiffError(
+                f"{type(self).__name__} takes {rule} {count} text tokens, found {found}; pad or truncate the text as "
+                "the training did."
             )
         return text_states
 

@@ -173,12 +173,7 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     def _condition(self, text_embeds, text_states, text_mask) -> list[Tensor | None]:
         if not self.uses_text_states:
             return [text_embeds.to(self.dtype), None, None]
-        text_states = self._check_states(text_states)
-        if text_states.shape[1] != self.config.num_embeddings:
-            raise CSDiffError(
-                f"{type(self).__name__} takes exactly {self.config.num_embeddings} text tokens, found "
-                f"{text_states.shape[1]}; pad the text, or build the adapter with that `num_embeddings`."
-            )
+        text_states = self._check_states(text_states, exactly=True)
         return [text_embeds.to(self.dtype), text_states.to(self.dtype), text_mask]
 
 

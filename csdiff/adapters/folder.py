@@ -28,7 +28,7 @@ METADATA = "csdiff.json"
 CARD = "README.md"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
-HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+_HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _HUB_FILES = ("*.json", "*.safetensors", "README.md")
 
 Header = dict[str, tuple[str, tuple[int, ...], Path]]
@@ -46,20 +46,21 @@ _TYPES: dict[str, type] = {
 }
 
 
-def locate(name_or_path: str | os.PathLike, *, subfolder: str | None = None, **options: Any) -> Path:
+def locate(name_or_path: str | os.PathLike, options: dict[str, Any] | None = None) -> Path:
     """The folder of an adapter: a local one as it is, of a hub repository ("owner/name") the downloaded snapshot.
 
-    The other `options` are those of `huggingface_hub.snapshot_download`.
+    `subfolder` and what `huggingface_hub.snapshot_download` knows of `options` are taken out of them.
 
     Raises:
         CSDiffError: Neither a folder here nor a repository that can be reached.
     """
-    path = Path(name_or_path)
+    where = {name: options.pop(name) for name in _HUB_OPTIONS if name in options} if options else {}
+    path, subfolder = Path(name_or_path), where.pop("subfolder", None)
     is_id = isinstance(name_or_path, str) and HUB_ID.fullmatch(name_or_path) is not None
     # `runs/adapter` looks like an id too: where `runs` is a folder here, a missing `adapter` is meant.
     if not path.exists() and is_id and not path.parent.is_dir():
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _HUB_FILES]
-        path = download(name_or_path, "an adapter", allow_patterns=patterns, **options)
+        path = download(name_or_path, "an adapter", allow_patterns=patterns, **where)
     return path / subfolder if subfolder else path
 
 

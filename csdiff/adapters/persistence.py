@@ -96,8 +96,7 @@ class Persistent:
                 of `csdiff.json` of another type, tensors missing, left over or of another shape, weights that are not
                 finite, deviations that are not positive, an encoder with other weights than the adapter's.
         """
-        where = {name: kwargs.pop(name) for name in folder.HUB_OPTIONS if name in kwargs}
-        path = folder.locate(pretrained_model_name_or_path, **where)
+        path = folder.locate(pretrained_model_name_or_path, kwargs)
         config = folder.read_config(path, cls)
         metadata = folder.read_metadata(path)
         for tower in ("text", "image"):

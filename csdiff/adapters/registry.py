@@ -72,8 +72,7 @@ class AutoAdapter:
         """
         from csdiff.adapters import folder
 
-        where = {name: kwargs.pop(name) for name in folder.HUB_OPTIONS if name in kwargs}
-        path = folder.locate(pretrained_model_name_or_path, **where)
+        path = folder.locate(pretrained_model_name_or_path, kwargs)
         found = folder.read_config(path)["_class_name"]
         if found not in CLASS_NAMES:
             raise CSDiffError(

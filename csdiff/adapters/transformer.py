@@ -152,13 +152,7 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
 
     def _last_states(self, text, text_states, text_mask, latents) -> Tensor:
         """The last block's output (B, l + 3, width), for the l text states that are not padding in every row."""
-        text_states = self._check_states(text_states)
-        if text_states.shape[1] > self.config.num_embeddings:
-            raise CSDiffError(
-                f"{type(self).__name__} takes at most {self.config.num_embeddings} text tokens, found "
-                f"{text_states.shape[1]}; truncate the text as the training did."
-            )
-        text_states, text_mask = self._without_padding(text_states, text_mask)
+        text_states, text_mask = self._without_padding(self._check_states(text_states), text_mask)
         start = text
         if self.config.noise_token:
             start = self._noise(text, None) if latents is None else latents
