@@ -1,21 +1,24 @@
-"""Draw sixteen prompts with the shipped models for the documentation: by the adapter, the ridge map and the raw text.
+"""Draw prompts with the shipped models for the documentation; every sheet from seed 0 and with nothing left out.
 
-None of the prompts is a caption of the data set word for word; they were written down before they were drawn, and all
-of them are shown.
+`prompts.png`: sixteen prompts by the adapter. `prompts_maps.png`: the forty everyday ones of `example_prompts.txt` by
+the adapter, the ridge map and the raw text. `examples.png`: of those, the ones that show most. `spread.png`: one
+prompt with growing spread. None of the prompts is a caption of the data set word for word, and all of them were
+written down before they were drawn.
 
-    python scripts/draw_prompts.py    # writes docs/figures/prompts.png and docs/figures/prompts_maps.png
+    python scripts/draw_prompts.py    # writes them to docs/figures (half an hour on a CPU)
 """
 
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 from images import ASSETS, ROOT, SPLITS, load_split
 from PIL import Image, ImageDraw
 
-from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.generate import generate
+from csdiff.pipelines import GenerateConfig, generate
 
+FIGURES = ROOT / "docs/figures"
 PROMPTS = (
     "a red apple, 3d style",
     "a happy dog, flat style",
@@ -34,48 +37,53 @@ PROMPTS = (
     "a sunflower in a pot, 3d style",
     "a friendly ghost, noto style",
 )
+EVERYDAY = tuple((Path(__file__).parent / "example_prompts.txt").read_text().splitlines())
+CHOSEN = EVERYDAY[:8]
 MAPS = {"adapter": None, "ridge": str(ASSETS / "ridge"), "raw text": "none"}
+SPREAD = "a happy dog wearing sunglasses, flat style"
 
 
-def check_prompts_are_new() -> None:
-    captions = {caption for split in SPLITS for captions in load_split(split).captions for caption in captions}
-    known = captions.intersection(PROMPTS)
-    if known:
-        raise SystemExit(f"these prompts are captions of the data set: {sorted(known)}")
-
-
-def draw(adapter: str | None) -> list[Image.Image]:
+def draw(prompts: tuple[str, ...], **options) -> list[Image.Image]:
     with tempfile.TemporaryDirectory() as folder:
-        config = GenerateConfig(prompt=list(PROMPTS), adapter=adapter, output=folder, grid=False, progress=False)
+        config = GenerateConfig(prompt=list(prompts), output=folder, grid=False, progress=False, **options)
         return [Image.open(file).convert("RGB") for file in generate(config)]
 
 
-def write(draw: ImageDraw.ImageDraw, prompt: str, middle: int, top: int) -> None:
+def lines(prompt: str) -> str:
     words, style = prompt.rsplit(", ", 1)
-    cut = len(words) if len(words) <= 24 else words.rfind(" ", 0, 24)
-    for line, text in enumerate(filter(None, (words[:cut], words[cut:].strip(), style))):
-        draw.text((middle, top + 13 * line), text, fill="black", anchor="ma")
+    cut = len(words) if len(words) <= 22 else words.rfind(" ", 0, 22)
+    return "\n".join(filter(None, (words[:cut], words[cut:].strip(), style)))
+
+
+def sheet(rows: dict[str, list[Image.Image]], captions: list[str], columns: int, name: str) -> None:
+    """Rows of images of 128 pixels, one under the other, captions below them; `columns` images to a line."""
+    left, deep = 64 if len(rows) > 1 else 0, 136 * len(rows) + 48 * bool(captions)
+    count = len(next(iter(rows.values())))
+    made = Image.new("RGB", (left + columns * 140, -(-count // columns) * deep), "white")
+    pen = ImageDraw.Draw(made)
+    for index in range(count):
+        x, y = left + index % columns * 140, index // columns * deep
+        for row, (title, images) in enumerate(rows.items()):
+            made.paste(images[index], (x + 6, y + 4 + 136 * row))
+            if left:
+                pen.text((6, y + 64 + 136 * row), title, fill="black")
+        if captions:
+            pen.text((x + 70, y + deep - 46), captions[index], fill="black", anchor="ma", align="center")
+    made.save(FIGURES / name, optimize=True)
 
 
 def main() -> None:
-    check_prompts_are_new()
-    drawn = {name: draw(adapter) for name, adapter in MAPS.items()}
-    sheet = Image.new("RGB", (4 * 160, 4 * 176), "white")
-    for index, (prompt, image) in enumerate(zip(PROMPTS, drawn["adapter"], strict=True)):
-        left, top = index % 4 * 160, index // 4 * 176
-        sheet.paste(image, (left + 16, top + 4))
-        write(ImageDraw.Draw(sheet), prompt, left + 80, top + 135)
-    sheet.save(ROOT / "docs/figures/prompts.png", optimize=True)
-
-    sheet = Image.new("RGB", (64 + 8 * 136, 2 * 460), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, prompt in enumerate(PROMPTS):
-        left, top = 64 + index % 8 * 136, index // 8 * 460
-        for row, (name, images) in enumerate(drawn.items()):
-            sheet.paste(images[index], (left + 4, top + 4 + 136 * row))
-            pen.text((6, top + 64 + 136 * row), name, fill="black")
-        write(pen, prompt, left + 68, top + 412)
-    sheet.save(ROOT / "docs/figures/prompts_maps.png", optimize=True)
+    captions = {caption for split in SPLITS for captions in load_split(split).captions for caption in captions}
+    if known := captions.intersection(PROMPTS + EVERYDAY):
+        raise SystemExit(f"these prompts are captions of the data set: {sorted(known)}")
+    sheet({"": draw(PROMPTS)}, list(map(lines, PROMPTS)), 4, "prompts.png")
+    spread = {f"spread {s}": draw((SPREAD,), num_images=6, spread=s) for s in (0.0, 0.3, 0.6)}
+    sheet(spread, [], 6, "spread.png")
+    drawn = {name: draw(EVERYDAY, adapter=adapter) for name, adapter in MAPS.items()}
+    sheet(drawn, list(map(lines, EVERYDAY)), 10, "prompts_maps.png")
+    shown = [EVERYDAY.index(prompt) for prompt in CHOSEN]
+    chosen = {name: [images[i] for i in shown] for name, images in drawn.items()}
+    sheet(chosen, list(map(lines, CHOSEN)), 8, "examples.png")
 
 
 if __name__ == "__main__":

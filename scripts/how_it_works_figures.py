@@ -6,21 +6,18 @@ its picture. Prints the numbers that the page quotes. Under a minute on one core
 
 from __future__ import annotations
 
-import argparse
-import io
 from pathlib import Path
 
 import matplotlib
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from diffusers import KandinskyV22Pipeline
+from images import ASSETS, ROOT, load_split, to_pil
 from PIL import Image
 from torch import Tensor
 
 from csdiff import AutoAdapter, CSDiffPriorPipeline
 from csdiff.embeddings import load_image_encoder, load_text_encoder
-from csdiff.resources import assets_dir
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,17 +26,10 @@ COLOURS = {"image": "#8a949e", "text": "#c8442b", "adapted": "#1f6fb4", "ink": "
 PROMPT = "a red apple, 3d style"
 
 
-def held_out() -> tuple[list[str], list[Image.Image]]:
-    """Captions and pictures of the combination split, which no model has seen."""
-    table = pq.read_table(assets_dir() / "data/combination.parquet", columns=["captions", "image"])
-    pictures = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in table["image"].to_pylist()]
-    return [captions[0] for captions in table["captions"].to_pylist()], pictures
-
-
 @torch.inference_mode()
 def embed(captions: list[str], pictures: list[Image.Image]) -> dict[str, Tensor]:
     """Unit embeddings `(N, D)` of the pictures, of the captions, and of the captions through the adapter."""
-    adapter = AutoAdapter.from_pretrained(assets_dir() / "adapter")
+    adapter = AutoAdapter.from_pretrained(ASSETS / "adapter")
     texts, images = load_text_encoder("tiny-clip"), load_image_encoder("tiny-clip")
     parts = {"image": [], "text": [], "adapted": []}
     for start in range(0, len(captions), 64):
@@ -111,7 +101,7 @@ def draw_similarities(clouds: dict[str, Tensor], path: Path) -> None:
 
 def denoise(embeds: dict[str, Tensor], show: tuple[int, ...], steps: int = 25) -> list[Image.Image]:
     """The picture after some of the decoder's steps, the last of them the finished one."""
-    decoder = KandinskyV22Pipeline.from_pretrained(assets_dir() / "decoder", dtype=torch.float32)
+    decoder = KandinskyV22Pipeline.from_pretrained(ASSETS / "decoder", dtype=torch.float32)
     decoder.set_progress_bar_config(disable=True)
     latents: list[Tensor] = []
 
@@ -132,7 +122,7 @@ def denoise(embeds: dict[str, Tensor], show: tuple[int, ...], steps: int = 25) -
 
 def draw_road(path: Path) -> None:
     """One caption: its text embedding, the embedding that the adapter makes of it, and the decoder at work."""
-    prior = CSDiffPriorPipeline.from_pretrained(assets_dir() / "adapter")
+    prior = CSDiffPriorPipeline.from_pretrained(ASSETS / "adapter")
     prior.set_progress_bar_config(disable=True)
     text = load_text_encoder("tiny-clip").encode([PROMPT])
     output = prior(PROMPT)
@@ -165,17 +155,10 @@ def draw_road(path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(__file__).resolve().parent.parent
-    parser.add_argument("--output", type=Path, default=root / "docs/figures")
-    folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    clouds = embed(*held_out())
-    draw_clouds(clouds, folder / "how_clouds.png")
-    draw_similarities(clouds, folder / "how_similarities.png")
-    draw_road(folder / "how_road.png")
-
-
 if __name__ == "__main__":
-    main()
+    figures = ROOT / "docs/figures"
+    held_out = load_split("combination")
+    clouds = embed([captions[0] for captions in held_out.captions], to_pil(held_out.pixels))
+    draw_clouds(clouds, figures / "how_clouds.png")
+    draw_similarities(clouds, figures / "how_similarities.png")
+    draw_road(figures / "how_road.png")

@@ -31,8 +31,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def pil(self, indices: list[int]) -> list[Image.Image]:
-        return [Image.fromarray(self.pixels[i].permute(1, 2, 0).cpu().numpy()) for i in indices]
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 
 
 def load_images(*paths: Path, every: int = 1, device: torch.device | str = "cpu") -> Images:

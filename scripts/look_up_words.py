@@ -28,7 +28,7 @@ def main() -> None:
     text = encode_text([f"a {word}" for word in words])
     by_text = F.normalize(text, dim=1) @ F.normalize(encode_text([f"a {label}" for label in labels]), dim=1).T
     adapter = AutoAdapter.from_pretrained(ASSETS / "adapter")
-    similarity = F.normalize(adapter.embed(text), dim=1) @ F.normalize(encode_images(train), dim=1).T
+    similarity = F.normalize(adapter.embed(text), dim=1) @ F.normalize(encode_images(train.pixels), dim=1).T
     place = torch.tensor([labels.index(label) for label in train.labels])
     by_image = torch.full((len(words), len(labels)), -1.0)
     by_image.scatter_reduce_(1, place.expand(len(words), -1), similarity, reduce="amax")

@@ -4,7 +4,6 @@ What each term sees (points moved by its gradient), and the divergence against t
 minute on one core.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -123,21 +122,7 @@ def draw_bandwidth(path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "figures")
-    parser.add_argument("--only", choices=["flow", "bandwidth"], default=None)
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    drawings = {
-        "flow": (draw_flow, "loss_flow.png"),
-        "bandwidth": (draw_bandwidth, "loss_bandwidth.png"),
-    }
-    for name, (draw, file) in drawings.items():
-        if args.only in (None, name):
-            draw(args.output / file)
-
-
 if __name__ == "__main__":
-    main()
+    figures = Path(__file__).resolve().parent.parent / "docs/figures"
+    draw_flow(figures / "loss_flow.png")
+    draw_bandwidth(figures / "loss_bandwidth.png")

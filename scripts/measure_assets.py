@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from diffusers import KandinskyV22Pipeline
 from efficientnet import pooled_features
-from images import ASSETS, BUILD, ROOT, SPLITS, Images, load_split
+from images import ASSETS, BUILD, ROOT, SPLITS, Images, load_split, to_pil
+from judge import outlines_and_colours, style_blind
 from loop import DEVICE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,8 +38,8 @@ from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.evaluation import baseline_metrics, concept_rate, embedding_metrics
 
 PARTS = ("clip", "decoder", "adapter", "text")
-JUDGES = {"tiny-clip": 5, "efficientnet-lite0": 10, "efficientnet-lite1": 10}
-"""Networks that judge images, and how many nearest concepts count as right."""
+JUDGES = {"tiny-clip": 5, "efficientnet-lite0": 10, "outlines": 10}
+"""What judges images, and how many nearest concepts count as right."""
 COLUMNS = 12
 
 
@@ -66,12 +67,10 @@ class Kept:
         return value
 
 
-def encode_images(images: Images) -> Tensor:
-    """Raw image embeddings of the tiny CLIP, (N, D)."""
+def encode_images(pixels: Tensor) -> Tensor:
+    """Raw image embeddings of the tiny CLIP, (N, D), of uint8 images (N, 3, H, W)."""
     encoder = load_image_encoder("tiny-clip", device=DEVICE)
-    rows = range(0, len(images), 128)
-    parts = [encoder.encode(images.pil(list(range(i, min(i + 128, len(images)))))).embeds for i in rows]
-    return torch.cat(parts).cpu()
+    return torch.cat([encoder.encode(to_pil(chunk)).embeds for chunk in pixels.split(128)]).cpu()
 
 
 def encode_text(captions: list[str]) -> Tensor:
@@ -80,9 +79,8 @@ def encode_text(captions: list[str]) -> Tensor:
 
 
 def features(pixels: Tensor, judge: str) -> Tensor:
-    if judge == "tiny-clip":
-        return encode_images(Images(pixels, [], [], [], []))
-    return pooled_features(pixels, judge).cpu()
+    by = {"tiny-clip": encode_images, "efficientnet-lite0": pooled_features, "outlines": outlines_and_colours}
+    return by[judge](pixels)
 
 
 def draw(embeds: Tensor, name: str, kept: Kept) -> Tensor:
@@ -143,15 +141,12 @@ class Judges:
             reference = self.kept.get(f"train-{judge}")
             if reference is None:
                 reference = self.kept.put(f"train-{judge}", features(self.train.pixels, judge))
-            rate = concept_rate(
-                features(drawn, judge),
-                [originals.concepts[i] for i in rows],
-                reference[self.rows],
-                self.concepts,
-                features(originals.pixels[rows], judge),
-                k=JUDGES[judge],
-            )
-            found[judge] = asdict(rate)
+            found_in = [features(drawn, judge), reference[self.rows], features(originals.pixels[rows], judge)]
+            if judge == "outlines":
+                found_in = map(style_blind(found_in[1], self.concepts), found_in)
+            made, known, real = found_in
+            wanted = [originals.concepts[i] for i in rows]
+            found[judge] = asdict(concept_rate(made, wanted, known, self.concepts, real, k=JUDGES[judge]))
         return found
 
 
@@ -161,8 +156,8 @@ def contact_sheet(above: Tensor, below: Tensor, path: Path) -> None:
     sheet = Image.new("RGB", (COLUMNS * 132 + 4, rows * 276), "gray")
     for i in range(len(above)):
         left, top = 4 + i % COLUMNS * 132, 4 + i // COLUMNS * 276
-        for k, image in enumerate((above[i], below[i])):
-            sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left, top + 132 * k))
+        for k, image in enumerate(to_pil(torch.stack([above[i], below[i]]))):
+            sheet.paste(image, (left, top + 132 * k))
     sheet.save(path, optimize=True)
 
 
@@ -177,9 +172,9 @@ def measure_decoder(splits: dict[str, Images], chosen: list[int], judges: Judges
     decoder = KandinskyV22Pipeline.from_pretrained(ASSETS / "decoder", dtype=torch.float32).to(DEVICE)
     parameters = {"unet": decoder.unet, "movq": decoder.movq}
     held_out = splits["combination"]
-    originals = Images(held_out.pixels[chosen], [], [], [], [])
+    originals = held_out.pixels[chosen]
     drawn = draw(encode_images(originals), "from-image", kept)
-    contact_sheet(originals.pixels[:36], drawn[:36], ROOT / "docs/figures/decoder_combination.png")
+    contact_sheet(originals[:36], drawn[:36], ROOT / "docs/figures/decoder_combination.png")
     return {
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in parameters.items()},
         "sampling": json.loads((ASSETS / "decoder/csdiff.json").read_text())["sampling"],
@@ -191,7 +186,7 @@ def measure_decoder(splits: dict[str, Images], chosen: list[int], judges: Judges
 @torch.no_grad()
 def measure_adapter(splits: dict[str, Images]) -> dict:
     adapter = AutoAdapter.from_pretrained(ASSETS / "adapter")
-    pairs = {split: (encode_text([c[0] for c in i.captions]), encode_images(i)) for split, i in splits.items()}
+    pairs = {split: (encode_text([c[0] for c in i.captions]), encode_images(i.pixels)) for split, i in splits.items()}
     figures = {"parameters": sum(p.numel() for p in adapter.parameters())}
     for split in SPLITS[1:]:
         text, image = pairs[split]
@@ -224,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240, help="how many to draw for each row of the table")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--judges", nargs="*", choices=JUDGES, default=list(JUDGES), help="networks that judge")
+    parser.add_argument("--judges", nargs="*", choices=JUDGES, default=list(JUDGES), help="who judges")
     parser.add_argument("--build", type=Path, default=BUILD / "measured", help="where drawn images are kept")
     arguments = parser.parse_args()
     path = ASSETS / "figures.json"
