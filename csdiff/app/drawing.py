@@ -32,10 +32,7 @@ KEPT = {
     "prompt": str, "num_images": int, "negative_prompt": str, "seed": int, "steps": int, "guidance": float,
     "adapter": str, "decoder": str,
 }  # fmt: skip
-OTHER_MAPS = {
-    "raw": "Raw text: the text embedding as it is",
-    "ridge": "Ridge: a linear map fitted to the same pairs",
-}
+OTHER_MAPS = {"raw": "Raw text", "ridge": "Ridge"}
 _OBJECTIVES = {"cs_aligner": "CS-Aligner", "ridge": "Ridge"}
 
 
@@ -119,16 +116,16 @@ def create(models: Models, config: GenerateConfig, compare: bool, report: Report
             path = drawing.write(drawing.of_prompt(prompt, seed), seed, {"command": command})
             report(Drawn(path, f"{prompt}, seed {seed}"))
             if compare and seed == config.seed:
-                report(Drawn(path, f"{adapter_name(drawing.card)}: the chosen adapter, in one step", "adapter"))
-        for place, caption in OTHER_MAPS.items() if compare else ():
+                report(Drawn(path, adapter_name(drawing.card), "adapter"))
+        for place, name in OTHER_MAPS.items() if compare else ():
             try:
                 drawing.replace_map(place)
                 image = drawing.of_prompt(prompt, config.seed)
             except CSDiffError as error:
                 drawing.drawn += 1
-                report(Note(f"{caption}: {error}"))
+                report(Note(f"{name}: {error}"))
             else:
-                report(Drawn(drawing.write(image, config.seed, {"map": place}), caption, place))
+                report(Drawn(drawing.write(image, config.seed, {"map": place}), name, place))
 
 
 def blend(
@@ -202,7 +199,8 @@ class _Drawing:
         width = self.embedder.encoder.dim
         if place == "raw" and width != self.source.embedding_dim:
             raise CSDiffError(
-                f"not possible, it has {width} dimensions, the decoder takes {self.source.embedding_dim}."
+                f"Not possible: the text embedding has {width} dimensions, the decoder takes "
+                f"{self.source.embedding_dim}."
             )
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:

@@ -123,11 +123,11 @@ class Fields:
         return [*numbers, choice.adapter, choice.decoder, self.random]
 
 
-def gallery(name: str, columns: int, visible: bool = True) -> gr.Gallery:
+def gallery(name: str, columns: int) -> gr.Gallery:
     """Images at their own size, to download."""
     return gr.Gallery(
         show_label=False, elem_id=name, columns=columns, fit_columns=False, height="auto", object_fit="contain",
-        format="png", buttons=["download", "fullscreen"], interactive=False, visible=visible,
+        format="png", buttons=["download", "fullscreen"], interactive=False,
     )  # fmt: skip
 
 
@@ -158,7 +158,12 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                     link = gr.Textbox(label=words, interactive=False, buttons=["copy"], elem_id="link")
         with gr.Column(**ANSWERED):
             images = gallery("images", 2)
-            strip = gallery("strip", 3, visible=False)
+            with gr.Column(visible=False) as beside:
+                strip = gallery("strip", 3)
+                gr.Markdown(
+                    "One seed, three maps: the chosen adapter in one step, the text embedding as it is, and a linear "
+                    "map fitted to the same pairs."
+                )
             look = {"elem_id": "command", "interactive": False, "lines": 2, "buttons": ["copy"]}
             command = gr.Textbox(label="The same on the command line", visible=False, **look)
             with gr.Column(visible=False) as past:
@@ -178,7 +183,8 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         report(
             {
                 images: [],
-                strip: gr.Gallery([], visible=compares),
+                beside: gr.Column(visible=compares),
+                strip: [],
                 command: gr.Textbox(again, visible=True),
                 fields.seed: config.seed,
                 link: _link(request, to_record(config)),
@@ -221,7 +227,7 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
     def choose(so_far: list, event: gr.SelectData) -> str:
         return so_far[event.index][0]
 
-    outputs = [images, strip, command, fields.seed, link, history, earlier, past]
+    outputs = [images, beside, strip, command, fields.seed, link, history, earlier, past]
     press([draw_it.click, prompt.submit], stop, line, draw, [compare, history, *asked], outputs)
     earlier.select(choose, history, chosen, **ASIDE)
     use_all.click(take, chosen, [line, *own], **ASIDE)

@@ -46,4 +46,6 @@ CSS = """
 }
 /* All images at once: a second row would hide behind a scroll bar. */
 #images .grid-wrap, #strip .grid-wrap, #blended .grid-wrap, #history .grid-wrap { max-height: none; }
+#strip .grid-wrap, #history .grid-wrap { min-height: 0; }
+#strip .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 """
