@@ -213,7 +213,7 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
     from csdiff.pipelines.loading import load_adapter
     from csdiff.pipelines.prior import load_encoders
 
-    metadata, decoder = adapter.metadata, None
+    metadata, decoder, call = adapter.metadata, None, _EMBED
     if config.format == "pipeline":
         decoder = resolve_decoder(config.decoder)
         if decoder.hand_over != "kandinsky":
@@ -230,6 +230,9 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
         pipe = KandinskyV22CombinedPipeline(
             **parts, **{f"prior_{name}": part for name, part in pipe.components.items()}
         )
+        # The pipeline's own default is 512 pixels whatever its UNet was trained on.
+        side = (pipe.unet.config.sample_size or 0) * pipe.decoder_pipe.movq_scale_factor or 512
+        call = _DRAW.format(side=side, steps=decoder.steps, guidance=float(decoder.guidance))
     prior = getattr(pipe, "prior_prior", None) or pipe.prior
     card = _CARD.format(
         license=metadata.get("license") or "apache-2.0",
@@ -238,6 +241,8 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
         prior=type(prior).__name__,
         module=type(prior).__module__,
         loader="AutoPipelineForText2Image" if decoder is not None else type(pipe).__name__,
+        location=config.push_to_hub or ".",
+        call=call,
     )
     # Encoders keep their identity in another number format; a merged text encoder is another one.
     towers = ("image_encoder",) if adapter.uses_input_ids else ("text_encoder", "image_encoder")
@@ -260,15 +265,28 @@ tags: [csdiff, unclip, prior]
 
 # {name}
 
-A `{pipeline}` whose prior is a csdiff `{prior}`. diffusers takes classes of other packages only from imported modules,
-so import csdiff's first:
+A `{pipeline}` whose prior is a csdiff `{prior}`.
+diffusers takes classes of other packages only from imported modules, so import csdiff's first. An adapter that answers
+in one step wants one step without guidance.
 
 ```python
 from diffusers import {loader}
 
 import {module}, csdiff.pipelines.scheduler
 
-pipe = {loader}.from_pretrained("PATH")
-result = pipe("a red apple")
+pipe = {loader}.from_pretrained("{location}")
+{call}
 ```
 """
+_EMBED = 'image_embeds, negative = pipe("a red apple", num_inference_steps=1, guidance_scale=1.0).to_tuple()'
+_DRAW = """\
+image = pipe(
+    "a red apple",
+    prior_num_inference_steps=1,
+    prior_guidance_scale=1.0,
+    height={side},
+    width={side},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+).images[0]
+image.save("apple.png")"""
