@@ -29,9 +29,9 @@ from csdiff.embeddings import EmbeddingStore
 from csdiff.losses import build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs
-from csdiff.training.embedder import Embedder
 from csdiff.training.gradient_cache import split
 from csdiff.training.inputs import Inputs
+from csdiff.training.model import Embedder
 from csdiff.training.task import AlignmentTask
 
 
@@ -95,7 +95,7 @@ def overhead(rounds: int, folder: Path) -> None:
     dim, batch = 512, 4096
     store = plain_store(folder / "store", 8 * batch, dim)
     inputs, task = Inputs("cpu"), make_task(dim, batch)
-    feed = inputs.batches("pairs", Pairs(store), batch)
+    feed = inputs.feed({"pairs": Pairs(store)}, {"pairs": batch}, seed=0)
     memory, step = store.read(range(len(store))), bare_step(dim)
 
     def bare():
@@ -104,7 +104,7 @@ def overhead(rounds: int, folder: Path) -> None:
 
     seconds = alternate(
         {
-            "csdiff": lambda: task.step(inputs.prepare({"pairs": next(feed)})),
+            "csdiff": lambda: task.step(next(feed)),
             "bare": bare,
         },
         rounds,

@@ -61,32 +61,37 @@ class Pairs:
 
     def statistics(self, key: str) -> EmbeddingStatistics:
         """Of a column, from at most 131,072 rows; CSDiffError if one of them has NaN, infinity, or only zeros."""
-        if key not in self._statistics:
-            rows = self.sample(_STATISTICS_ROWS)
-            parts = []
-            for start in range(0, len(rows), 4096):
-                part = rows.read(slice(start, start + 4096), [key])[key]
-                zero = (part.norm(dim=1) == 0).nonzero()
-                if len(zero):
-                    place = self.store.place(key, int(rows.rows[start + int(zero[0])]))
-                    raise CSDiffError(f"{self.store.path}: {place} has only zeros: embed it again, or leave it out.")
-                parts.append(Moments.of(part))
-            self._statistics[key] = reduce(Moments.merge, parts).statistics()
-        return self._statistics[key]
+        if key in self._statistics:
+            return self._statistics[key]
+        rows, parts = self.sample(_STATISTICS_ROWS), []
+        for start in range(0, len(rows), 4096):
+            part = rows.read(slice(start, start + 4096), [key])[key]
+            zero = (part.norm(dim=1) == 0).nonzero()
+            if len(zero):
+                place = self.store.place(key, int(rows.rows[start + int(zero[0])]))
+                raise CSDiffError(f"{self.store.path}: {place} has only zeros: embed it again, or leave it out.")
+            parts.append(Moments.of(part))
+        return self._statistics.setdefault(key, reduce(Moments.merge, parts).statistics())
 
 
 @dataclass
 class TrainingData:
-    """The data of a run: pairs to train on, held-out pairs, and unpaired rows by name, where there are such."""
+    """The data of a run.
 
-    train: Pairs
+    Attributes:
+        groups: What a batch has rows of, by name: `pairs`, and `unpaired_text`, `unpaired_image` where there are such.
+        batch_sizes: How many rows, over all processes.
+        validation: Held-out pairs, where there are such.
+    """
+
+    groups: dict[str, Pairs]
+    batch_sizes: dict[str, int]
     validation: Pairs | None
-    unpaired: dict[str, Pairs]
 
     @property
-    def groups(self) -> dict[str, Pairs]:
-        """What a batch has rows of, by name: `pairs`, and `unpaired_text`, `unpaired_image` where there are such."""
-        return {"pairs": self.train, **self.unpaired}
+    def train(self) -> Pairs:
+        """The pairs trained on."""
+        return self.groups["pairs"]
 
     @property
     def store(self) -> EmbeddingStore:
@@ -137,14 +142,14 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
             "with csdiff embed, or set --data.accept_normalized true for retrieval."
         )
     for name, other in stores.items():
-        if other is not None and other is not store:
+        if other is not None:
             _check_fits(name, other, store)
     train, validation = Pairs(store), None
     if stores["validation"] is not None:
         validation = Pairs(stores["validation"])
     elif data.validation_fraction > 0:
         train, validation = _split(store, data.validation_fraction)
-    for name, pairs in {"train": train, "validation": validation}.items():
+    for name, pairs in (("train", train), ("validation", validation)):
         if pairs is None:
             continue
         if len(pairs) < 2:
@@ -153,19 +158,17 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
             pairs.statistics(key)
     if data.one_caption_per_image:
         train.group_by_image()
-    made = TrainingData(train, validation, {name: Pairs(stores[name]) for name in _SIDES if stores[name] is not None})
-    for name, pairs in made.groups.items():
-        option, wanted = "--batch_size", config.batch_size
-        if name != "pairs" and data.unpaired_batch_size is not None:
-            option, wanted = "--data.unpaired_batch_size", data.unpaired_batch_size
-        if wanted > pairs.epoch_rows:
-            rows, cure = name.replace("_", " "), ""
+    groups = {"pairs": train} | {name: Pairs(stores[name]) for name in _SIDES if stores[name] is not None}
+    sizes = {name: (name != "pairs" and data.unpaired_batch_size) or config.batch_size for name in groups}
+    for name, pairs in groups.items():
+        if sizes[name] > pairs.epoch_rows:
+            option = "--data.unpaired_batch_size" if name != "pairs" and data.unpaired_batch_size else "--batch_size"
+            rows, cure = name.replace("_", " "), "lower it"
             if pairs.groups is not None:
-                rows, cure = "images", " or set --data.one_caption_per_image false"
-            raise CSDiffError(
-                f"{option} {wanted}: expected at most {pairs.epoch_rows} {rows} of {pairs.store.path}; lower it{cure}."
-            )
-    return made
+                rows, cure = "images", "lower it or set --data.one_caption_per_image false"
+            most = f"{pairs.epoch_rows} {rows} of {pairs.store.path}"
+            raise CSDiffError(f"{option} {sizes[name]}: expected at most {most}; {cure}.")
+    return TrainingData(groups, sizes, validation)
 
 
 def _open(name: str, config: TrainConfig, device: str) -> EmbeddingStore | None:
@@ -216,14 +219,13 @@ def _split(store: EmbeddingStore, fraction: float) -> tuple[Pairs, Pairs]:
     About `fraction` of the rows is held out, at most 20,000.
     """
     count = len(store)
-    target = min(max(round(fraction * count), 2), _HELD_OUT_LIMIT)
+    target = min(max(round(fraction * count), 2), _HELD_OUT_LIMIT, count)
     codes = np.concatenate([_codes(store, range(start, min(start + 8192, count))) for start in range(0, count, 8192)])
     if count > _EXACT_SPLIT:
         held_out = codes < target / count * 2**32
     else:
-        values, counts = np.unique(codes, return_counts=True)
-        enough = int(np.searchsorted(np.cumsum(counts), target)) + 1
-        held_out = codes <= values[min(max(enough, 2), len(values)) - 1]
+        # Rows of one image share a code; there are to be two images at least.
+        held_out = codes <= max(np.sort(codes)[target - 1], np.unique(codes)[:2][-1])
     if held_out.all() or not held_out.any():
         raise CSDiffError(
             f"{store.path}: holding out {fraction:.0%} of {count} rows by image leaves none on one side: give "

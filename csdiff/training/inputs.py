@@ -64,17 +64,24 @@ class Inputs:
         """Whether captions are read."""
         return self.text_encoder is not None or self.tokenize is not None
 
-    def batches(
-        self, group: str, pairs: Pairs, batch_size: int, seed: int = 0, place: tuple[int, int, int] = (0, 1, 0)
-    ) -> Iterator[dict]:
-        """Endless batches of one group: this process's part (`place`: rank, processes, first step) of them."""
-        captions = self.captions and group != "unpaired_image"
-        data = {"keys": self.keys[group], "captions": captions, "rows": pairs.rows, "groups": pairs.groups}
-        return iter(StoreBatches(pairs.store, batch_size, seed, *place, **data))
-
-    def prepare(self, batch: Rows) -> Rows:
-        """Move every group to the device and encode what is not cached."""
-        return {group: self._rows(rows, tokens=group == "pairs") for group, rows in batch.items()}
+    def feed(
+        self,
+        groups: dict[str, Pairs],
+        sizes: dict[str, int],
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        step: int = 0,
+    ) -> Iterator[Rows]:
+        """Endless batches of groups of rows side by side, from a step on: this process's part of them, prepared."""
+        loaders = []
+        for name, pairs in groups.items():
+            captions = self.captions and name != "unpaired_image"
+            data = {"keys": self.keys[name], "captions": captions, "rows": pairs.rows, "groups": pairs.groups}
+            loaders.append(StoreBatches(pairs.store, sizes[name], seed, rank, processes, step, **data))
+        for parts in zip(*loaders, strict=True):
+            batch = dict(zip(groups, parts, strict=True))
+            yield {name: self._rows(rows, tokens=name == "pairs") for name, rows in batch.items()}
 
     def read(self, pairs: Pairs, block: int = 1024) -> list[dict]:
         """All rows of a set of pairs, prepared, in blocks; without tokens, which only the objective looks at."""
@@ -90,6 +97,7 @@ class Inputs:
 
     @torch.no_grad()
     def _rows(self, rows: dict, tokens: bool) -> dict:
+        """Rows on the device, with what is not cached encoded."""
         ready: dict[str, Tensor] = {
             name: value.to(self.device, non_blocking=True)
             for name, value in rows.items()
@@ -152,7 +160,7 @@ def open_inputs(config: TrainConfig, data: TrainingData, device: torch.device) -
         _open_image_tokens(inputs, config, data)
     elif config.data.image_encoder is not None:
         _encoder(config, data, "image")
-    unpaired = data.unpaired.get("unpaired_text")
+    unpaired = data.groups.get("unpaired_text")
     for name, group, pairs in (("validation", "pairs", data.validation), ("unpaired_text", "unpaired_text", unpaired)):
         if pairs is None:
             continue

@@ -3,9 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
-
-Result = TypeVar("Result")
+from typing import Any
 
 
 class _Stopped(BaseException):
@@ -31,7 +29,7 @@ class Interrupt:
         finally:
             self._restore()
 
-    def attempt(self, work: Callable[[], Result]) -> Result | None:
+    def attempt(self, work: Callable[[], Any]) -> Any:
         """What `work` gives; None when a signal came before, or ended it anywhere: `work` must not change the run."""
         try:
             self._attempting = True

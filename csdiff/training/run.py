@@ -3,7 +3,6 @@
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,14 +16,12 @@ from csdiff.files import flatten, read_json
 from csdiff.training.config import TrainConfig
 from csdiff.training.console import Console
 from csdiff.training.data import open_data
-from csdiff.training.embedder import build_embedder
-from csdiff.training.export import Exporter
 from csdiff.training.inputs import open_inputs
 from csdiff.training.interrupts import Interrupt
-from csdiff.training.objective import make_objective
+from csdiff.training.model import build_embedder, make_objective
 from csdiff.training.run_folder import ONLINE, RunFolder
+from csdiff.training.snapshots import Snapshots, Validator, check_decoder
 from csdiff.training.task import AlignmentTask
-from csdiff.training.validation import Validator, check_decoder, draw
 
 _BASELINE_ROWS = 20_000
 
@@ -58,7 +55,7 @@ class Run:
             self.task.load(start)
             self._check_progress(start)
         self.progress = self.task.progress
-        self.exporter = Exporter(config, data, self.task, inputs)
+        self.snapshots = Snapshots(config, data, self.task, inputs)
         self.validator: Validator | None = None
         self.metrics: dict = {}
         self.measured_at: int | None = None
@@ -88,12 +85,12 @@ class Run:
         config, train, accelerator = self.config, self.data.train, self.accelerator
         weights = sum(p.numel() for p in self.task.parameters.values())
         images = "" if train.groups is None else f" of {train.epoch_rows:,} images, one caption of each an epoch"
-        unpaired = "".join(f", {len(pairs):,} {name} rows" for name, pairs in self.data.unpaired.items())
-        held_out = 0 if self.data.validation is None else len(self.data.validation)
+        unpaired = [f", {len(rows):,} {name} rows" for name, rows in self.data.groups.items() if name != "pairs"]
+        held_out = len(self.data.validation or ())
         epochs = config.max_steps * config.batch_size / train.epoch_rows
         self.console.say(
             f"Training {config.adapter} ({weights:,} weights) with {config.objective} on {len(train):,} pairs{images}"
-            f"{unpaired}, {held_out:,} held out ({self.data.store.path}).\n"
+            f"{''.join(unpaired)}, {held_out:,} held out ({self.data.store.path}).\n"
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs), processes: "
             f"{accelerator.num_processes} on {accelerator.device.type}; output in {self.folder.path}."
         )
@@ -106,11 +103,16 @@ class Run:
         self.console.start(progress.step, config.max_steps)
         earlier, began = progress.seconds, time.perf_counter()
         logged_at, logged_step = began, progress.step
-        feed = self._feed()
+        place = self.accelerator.process_index, self.accelerator.num_processes, progress.step
+        feed = self.inputs.feed(self.data.groups, self.data.batch_sizes, config.seed, *place)
         try:
             with interrupt.watched():
-                if progress.validation_left and self._validate():
-                    self._save()
+                if progress.validation_left:
+                    better, stop = self._validate(), not agree(interrupt.signal is None)
+                    if better or stop:
+                        self._save()
+                    if stop:
+                        self._stop()
                 while progress.step < config.max_steps:
                     numbers = self._step(next(feed))
                     now = time.perf_counter()
@@ -136,16 +138,6 @@ class Run:
             feed.close()
         if self.measured_at != progress.step:
             self._validate()
-
-    def _feed(self) -> Iterator[dict]:
-        """Endless batches of all groups side by side, on the device."""
-        config, loaders = self.config, {}
-        place = self.accelerator.process_index, self.accelerator.num_processes, self.progress.step
-        for name, pairs in self.data.groups.items():
-            size = (name != "pairs" and config.data.unpaired_batch_size) or config.batch_size
-            loaders[name] = self.inputs.batches(name, pairs, size, config.seed, place)
-        for parts in zip(*loaders.values(), strict=True):
-            yield self.inputs.prepare(dict(zip(loaders, parts, strict=True)))
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -201,11 +193,11 @@ class Run:
         """Pictures of the prompts, and metrics of the averaged and the online weights, where there are such."""
         pictures, measured, step = [], {}, self.progress.step
         if self.main and self.config.validation.decoder is not None:
-            pictures = draw(self.config, self.exporter, step)
+            pictures = self.snapshots.draw(step)
         if self.validator is not None:
             for name in ("average", "online"):
-                embedder = self.exporter.copy(step, averaged=name == "average")
-                measured[name] = self.validator.measure(embedder, self.task.autocast)
+                averaged = name == "average"
+                measured[name] = self.validator.measure(self.snapshots.take(step, averaged), self.task.autocast)
         return pictures, measured
 
     def _save(self) -> None:
@@ -214,7 +206,7 @@ class Run:
         step = self.progress.step
 
         def write(folder: Path) -> None:
-            self.exporter.write(folder, step, self.metrics if self.measured_at == step else {})
+            self.snapshots.write(folder, step, self.metrics if self.measured_at == step else {})
             self.task.save(folder)
 
         self.folder.checkpoints.save(step, write, self.task.checkpoint_bytes(), self.progress.best_step)
@@ -240,8 +232,8 @@ class Run:
             best = self.folder.checkpoints.path(step)
             self.task.load(best)
             metrics = read_json(best / "csdiff.json").get("metrics") or {}
-        self.exporter.write(self.folder.path, step, metrics)
-        self.exporter.write(self.folder.path / ONLINE, step, metrics, averaged=False)
+        self.snapshots.write(self.folder.path, step, metrics)
+        self.snapshots.write(self.folder.path / ONLINE, step, metrics, averaged=False)
         if metrics:
             self.console.table(f"step {step}, held out", {**progress.baselines, "adapter": metrics})
         notes = [f"{self.config.batch_size * progress.step / max(progress.seconds, 1e-9):,.0f} samples/s"]

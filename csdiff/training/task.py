@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.training.config import TrainConfig
-from csdiff.training.embedder import Embedder
 from csdiff.training.gradient_cache import Rows, cached_gradients, split
+from csdiff.training.model import Embedder
 from csdiff.training.optimization import EMA, copy_weights, learning_rate_factor, make_optimizer
 from csdiff.training.run_folder import STATE
 

@@ -18,7 +18,7 @@ from csdiff.errors import CSDiffError
 from csdiff.files import disk_full, flatten
 from csdiff.options import check_options
 from csdiff.training.config import TrainConfig, absolute_places
-from csdiff.training.objective import check_names
+from csdiff.training.model import check_names
 from csdiff.training.run import Run
 from csdiff.training.run_folder import RunFolder
 
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config)
     with ExitStack() as stack:
         if folder.path.is_dir() and os.environ.get("RANK", "0") == "0":
-            stack.enter_context(folder.lock())
+            stack.enter_context(folder.lock)
         start = folder.start_from()
         config.threads = _threads(config, folder)
         stack.enter_context(threads(config.threads))
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
     if accelerator.is_main_process:
         if not folder.path.is_dir():
             folder.path.mkdir(parents=True)
-            stack.enter_context(folder.lock())
+            stack.enter_context(folder.lock)
         folder.open(start, run.progress.step)
     accelerator.wait_for_everyone()
     options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(asdict(config)).items()}

@@ -1,6 +1,5 @@
 """Killed at any moment and started again, from anywhere, a run ends with the bits of one that was never disturbed."""
 
-import json
 import os
 import shutil
 import signal
@@ -84,7 +83,7 @@ def test_two_runs_in_one_folder(plain_store, tmp_path):
     made = processes.config(plain_store, tmp_path / "out", **{"checkpoint.every": 0, "validation.every": 0})
     made.max_steps = 100_000
     running = processes.start(processes.train, made)
-    wait_for(lambda: log(tmp_path / "out"))
+    wait_for_a_number(tmp_path / "out")
     before = (tmp_path / "out/training.yaml").read_bytes()
     made.max_steps, made.seed = 2, 1
     with pytest.raises(CSDiffError, match="another process"):
@@ -101,7 +100,7 @@ def test_two_runs_in_one_folder(plain_store, tmp_path):
 def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
     made = processes.config(plain_store, tmp_path, max_steps=100_000, **{"checkpoint.every": 0, "validation.every": 0})
     running = processes.start(processes.train, made, said=tmp_path / "said")
-    wait_for(lambda: log(tmp_path))
+    wait_for_a_number(tmp_path)
     os.kill(running.pid, number)
     assert processes.finish(running) == [128 + number]
     latest = processes.Checkpoints(tmp_path / "checkpoints").named("latest")
@@ -111,12 +110,7 @@ def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
     AutoAdapter.from_pretrained(latest)
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+def wait_for_a_number(output, seconds=60):
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + seconds
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-def log(output):
-    path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

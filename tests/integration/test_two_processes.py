@@ -16,9 +16,8 @@ def gradients_of_a_batch(store, output, micro, changes):
     from accelerate import Accelerator
 
     from csdiff.training.data import open_data
-    from csdiff.training.embedder import build_embedder
     from csdiff.training.inputs import open_inputs
-    from csdiff.training.objective import make_objective
+    from csdiff.training.model import build_embedder, make_objective
     from csdiff.training.task import AlignmentTask
 
     accelerator = Accelerator(cpu=True)
@@ -29,8 +28,8 @@ def gradients_of_a_batch(store, output, micro, changes):
     size = accelerator.num_processes
     group = torch.distributed.group.WORLD if size > 1 else None
     task = AlignmentTask(build_embedder(made, data, inputs), make_objective(made, group).train(), made, group)
-    batch = {"pairs": next(inputs.batches("pairs", data.train, 25, 0, (accelerator.process_index, size, 0)))}
-    output_of = task.backward(inputs.prepare(batch), micro)
+    batch = next(inputs.feed(data.groups, data.batch_sizes, 0, accelerator.process_index, size))
+    output_of = task.backward(batch, micro)
     task.average_gradients()
     found = {name: p.grad for name, p in task.parameters.items()} | {"loss": output_of.loss.detach().reshape(1)}
     if accelerator.is_main_process:

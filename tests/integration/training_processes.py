@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import socket
-from contextlib import contextmanager
 from pathlib import Path
 
 from training_runs import config
@@ -77,47 +76,30 @@ def train_and_die(made, where, count=1, rank="0"):
     import csdiff.training.run_folder as run_folder
     import csdiff.training.task as task
 
-    owner, name = {
-        "after a step": (task.AlignmentTask, "step"),
-        "while a checkpoint is written": (task.AlignmentTask, "save"),
-        "before a checkpoint is renamed": (run_folder, "writing_folder"),
-        "before it is named": (run_folder, "write_text"),
-        "after the last checkpoint": (run.Run, "finish"),
-        "while the finished adapter is written": (files, "_replace_entries"),
-    }[where]
-    original = getattr(owner, name)
-    calls = 0
+    # A function, and which of its calls count; the process dies before such a call, or after it.
+    after = {
+        "after a step": (task.AlignmentTask, "step", lambda *given: True),
+        "while a checkpoint is written": (task, "save_file", lambda tensors, path: path.name.startswith("weights")),
+    }
+    before = {
+        "before a checkpoint is renamed": (Path, "rename", lambda path, target: target.name.startswith("step-")),
+        "before it is named": (run_folder, "write_text", lambda path, text: path.name == "latest"),
+        "after the last checkpoint": (run.Run, "finish", lambda *given: True),
+        "while the finished adapter is written": (files, "_replace_entries", lambda *given: True),
+    }
+    owner, name, counts = (before | after)[where]
+    original, calls = getattr(owner, name), 0
 
-    def due():
+    def deadly(*given):
         nonlocal calls
-        calls += 1
-        return calls == count and os.environ.get("RANK", "0") == rank
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def deadly(*args, **options):
-        if where == "before it is named" and args[0].name != "latest":
-            return original(*args, **options)
-        now = due()
-        if now and where == "while a checkpoint is written":
-            (args[1] / "state").mkdir()
-            (args[1] / "state/weights.safetensors").write_bytes(b"half of it")
-        if now and where != "after a step":
-            die()
-        result = original(*args, **options)
-        if now:
-            die()
+        calls += counts(*given)
+        due = counts(*given) and calls == count and os.environ.get("RANK", "0") == rank
+        result = None if due and where in before else original(*given)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    @contextmanager
-    def deadly_folder(*args, **options):
-        with original(*args, **options) as aside:
-            yield aside
-            if due():
-                die()
-
-    setattr(owner, name, deadly_folder if name == "writing_folder" else deadly)
+    setattr(owner, name, deadly)
     train(made)
 
 

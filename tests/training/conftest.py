@@ -26,19 +26,20 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def rich_store(pictures, tiny_clip, tmp_path_factory):
-    """The pictures embedded with the tiny CLIP, token states included."""
-    output = tmp_path_factory.mktemp("rich") / "store"
-    encoders = {"text_encoder": str(tiny_clip), "image_encoder": str(tiny_clip)}
-    embed(EmbedConfig(str(pictures), str(output), text_states=True, image_tokens=True, progress=False, **encoders))
+def embedded(pictures, clip, output, **options):
+    embed(EmbedConfig(str(pictures), str(output), str(clip), str(clip), progress=False, **options))
     return output
 
 
 @pytest.fixture(scope="session")
 def pooled_store(pictures, tiny_clip, tmp_path_factory):
-    """The same without token states."""
-    output = tmp_path_factory.mktemp("pooled") / "store"
-    encoders = {"text_encoder": str(tiny_clip), "image_encoder": str(tiny_clip)}
-    embed(EmbedConfig(str(pictures), str(output), progress=False, **encoders))
-    return output
+    """The pictures embedded with the tiny CLIP."""
+    return embedded(pictures, tiny_clip, tmp_path_factory.mktemp("pooled") / "store")
+
+
+@pytest.fixture(scope="session")
+def rich_store(pictures, tiny_clip, tmp_path_factory):
+    """The same with the token states of both sides."""
+    return embedded(
+        pictures, tiny_clip, tmp_path_factory.mktemp("rich") / "store", text_states=True, image_tokens=True
+    )

@@ -1,4 +1,4 @@
-"""Adapters, objectives and encoders in every combination that makes sense, and those that make none."""
+"""Adapters, objectives and encoders in every combination that makes sense, the recipes, and those that make none."""
 
 import json
 
@@ -8,9 +8,12 @@ import training_runs
 from safetensors.torch import load_file
 
 from csdiff.adapters.registry import AutoAdapter
+from csdiff.cli import parse
+from csdiff.embeddings import write_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.training import train
+from csdiff.training.config import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
@@ -62,6 +65,23 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
     assert metadata["text_encoder"]["dim"] == 16
     assert metadata["image_encoder"]["weights_sha256"]
     assert (tmp_path / "image_adapter" / "config.json").exists() == (name == "image adapter")
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "embeddings", "captions", "regression", "retrieval", "cpu", "one-gpu", "eight-gpus"]
+)
+def test_recipe(root, rich_store, tmp_path, name):
+    # Recipes name encoders of their own: a store of no known encoder fits all of them.
+    write_store(tmp_path / "pairs", **EmbeddingStore.open(rich_store).read(range(40)))
+    small = {"max_steps": 2, "batch_size": 16, "threads": 1, "data.train": tmp_path / "pairs", "output_dir": tmp_path}
+    arguments = [f"--{key}={value}" for key, value in small.items()]
+    if "gpu" in name:
+        arguments += ["--adapter_options.num_layers=1", "--adapter_options.num_attention_heads=2"]
+        arguments += ["--micro_batch_size=7", "--validation.limit=2"]
+    made = parse(TrainConfig, [f"--config={root / 'configs' / name}.yaml", *arguments], prog="train")
+    made.logging.trackers, made.logging.progress = [], False
+    assert train(made).metrics
+    assert len(training_runs.log(tmp_path, "validation")) == 1
 
 
 def test_a_transformer_with_the_token_term_resumes_to_the_bit(rich_store, tmp_path):

@@ -1,13 +1,14 @@
 """The gradient of micro-batches is the gradient of the whole batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from csdiff.adapters.registry import build_adapter
 from csdiff.losses.objectives import build_objective
-from csdiff.training.embedder import Embedder
 from csdiff.training.gradient_cache import cached_gradients, split
-from csdiff.training.objective import DenoisingObjective
+from csdiff.training.model import DenoisingObjective, Embedder
 from csdiff.training.task import AlignmentTask
 
 ROWS, TEXT, IMAGE, LENGTH, STATES = 37, 12, 16, 6, 10
@@ -47,12 +48,12 @@ def adapter(name, dropout):
     return built.train()
 
 
-def one_shot_task(name, dropout):
+def make_task(name, dropout=0.0, image_adapter=None):
     """With the token-level term where the name says so."""
-    embedder = Embedder(adapter(name.removesuffix(TOKENS).strip(), dropout))
+    embedder = Embedder(adapter(name.removesuffix(TOKENS).strip(), dropout), image_adapter)
     if name.endswith(TOKENS):
         embedder.project_text = torch.nn.Linear(STATES, TEXT).requires_grad_(False).forward
-    return AlignmentTask(embedder, build_objective("cs_aligner"))
+    return AlignmentTask(embedder, DenoisingObjective() if name == "diffusion" else build_objective("cs_aligner"))
 
 
 def gradients(task):
@@ -73,7 +74,7 @@ def assert_same(one, other, tolerance=1e-6):
 @pytest.mark.parametrize("micro", [1, 10, 36])
 @pytest.mark.parametrize("name", ["mlp", "transformer", "linear", f"mlp {TOKENS}", f"transformer {TOKENS}"])
 def test_is_the_gradient_of_one_big_batch(name, micro):
-    task = one_shot_task(name, dropout=0.0)
+    task = make_task(name)
     whole = task.backward(batch()).loss
     expected = gradients(task)
     cached = task.backward(batch(), micro).loss
@@ -83,7 +84,7 @@ def test_is_the_gradient_of_one_big_batch(name, micro):
 
 def test_with_unpaired_rows_and_an_image_adapter():
     image_adapter = build_adapter("mlp", embedding_dim=IMAGE, width=8, num_layers=1)
-    task = AlignmentTask(Embedder(adapter("mlp", 0.0), image_adapter), build_objective("cs_aligner"))
+    task = make_task("mlp", image_adapter=image_adapter)
     task.backward(batch(unpaired=True))
     expected = gradients(task)
     assert any(name.startswith("embedder.image_adapter") for name in expected)
@@ -94,14 +95,8 @@ def test_with_unpaired_rows_and_an_image_adapter():
 @pytest.mark.parametrize("name", ["mlp", "transformer", f"mlp {TOKENS}", f"transformer {TOKENS}", "diffusion"])
 def test_replays_dropout_and_noise(name):
     """Against one graph over the same micro-batches, drawn with the same random numbers."""
-    if name == "diffusion":
-        task = AlignmentTask(Embedder(adapter(name, dropout=0.3)), DenoisingObjective())
-    else:
-        task = one_shot_task(name, dropout=0.3)
-    rows = batch()
-    parts = split(rows, 10)
-    pieces = []
-    for index, part in enumerate(parts):
+    task, rows, pieces = make_task(name, dropout=0.3), batch(), []
+    for index, part in enumerate(split(rows, 10)):
         task.reseed(index)
         pieces.append(task.embed(part))
     whole = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
@@ -133,11 +128,9 @@ def test_keeps_the_graph_of_one_micro_batch_only():
             value = Watched.apply(value)
         return {"prediction": value}
 
-    class Output:
-        def __init__(self, loss):
-            self.loss = loss
-
     parts = split({"pairs": {"x": torch.randn(12, 4)}}, 4)
-    cached_gradients(forward, parts, lambda embedded: Output(embedded["prediction"].square().mean().exp()))
+    cached_gradients(
+        forward, parts, lambda embedded: SimpleNamespace(loss=embedded["prediction"].square().mean().exp())
+    )
     assert weight.grad is not None
     assert not alive

@@ -16,7 +16,7 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
 from csdiff.training.run_folder import Checkpoints
-from csdiff.training.validation import Validator
+from csdiff.training.snapshots import Validator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no csdiff.json")
 
@@ -65,8 +65,8 @@ def test_learns(tmp_path):
 
 def test_the_seed_decides_everything(plain_store, tmp_path):
     runs = {}
-    for name, seed in {"one": 0, "again": 0, "other": 1}.items():
-        train(training_runs.config(plain_store, tmp_path / name, max_steps=3, seed=seed))
+    for name, changes in {"one": {}, "again": {"validation.every": 1}, "other": {"seed": 1}}.items():
+        train(training_runs.config(plain_store, tmp_path / name, max_steps=3, **changes))
         runs[name] = (tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes()
     assert runs["one"] == runs["again"] != runs["other"]
 
