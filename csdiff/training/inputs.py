@@ -65,20 +65,14 @@ class Inputs:
         return self.text_encoder is not None or self.tokenize is not None
 
     def feed(
-        self,
-        groups: dict[str, Pairs],
-        sizes: dict[str, int],
-        seed: int,
-        rank: int = 0,
-        processes: int = 1,
-        step: int = 0,
+        self, groups: dict[str, Pairs], sizes: dict[str, int], seed: int, place: tuple[int, int, int] = (0, 1, 0)
     ) -> Iterator[Rows]:
-        """Endless batches of groups of rows side by side, from a step on: this process's part of them, prepared."""
+        """Endless batches, prepared: this process's part (`place`: rank, processes, first step) of groups of rows."""
         loaders = []
         for name, pairs in groups.items():
             captions = self.captions and name != "unpaired_image"
             data = {"keys": self.keys[name], "captions": captions, "rows": pairs.rows, "groups": pairs.groups}
-            loaders.append(StoreBatches(pairs.store, sizes[name], seed, rank, processes, step, **data))
+            loaders.append(StoreBatches(pairs.store, sizes[name], seed, *place, **data))
         for parts in zip(*loaders, strict=True):
             batch = dict(zip(groups, parts, strict=True))
             yield {name: self._rows(rows, tokens=name == "pairs") for name, rows in batch.items()}

@@ -104,7 +104,7 @@ class Run:
         earlier, began = progress.seconds, time.perf_counter()
         logged_at, logged_step = began, progress.step
         place = self.accelerator.process_index, self.accelerator.num_processes, progress.step
-        feed = self.inputs.feed(self.data.groups, self.data.batch_sizes, config.seed, *place)
+        feed = self.inputs.feed(self.data.groups, self.data.batch_sizes, config.seed, place)
         try:
             with interrupt.watched():
                 if progress.validation_left:

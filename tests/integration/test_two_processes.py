@@ -28,7 +28,7 @@ def gradients_of_a_batch(store, output, micro, changes):
     size = accelerator.num_processes
     group = torch.distributed.group.WORLD if size > 1 else None
     task = AlignmentTask(build_embedder(made, data, inputs), make_objective(made, group).train(), made, group)
-    batch = next(inputs.feed(data.groups, data.batch_sizes, 0, accelerator.process_index, size))
+    batch = next(inputs.feed(data.groups, data.batch_sizes, 0, (accelerator.process_index, size, 0)))
     output_of = task.backward(batch, micro)
     task.average_gradients()
     found = {name: p.grad for name, p in task.parameters.items()} | {"loss": output_of.loss.detach().reshape(1)}
