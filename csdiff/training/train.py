@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config)
     with ExitStack() as stack:
         if folder.path.is_dir() and os.environ.get("RANK", "0") == "0":
-            stack.enter_context(folder.lock)
+            stack.enter_context(folder.lock())
         start = folder.start_from()
         config.threads = _threads(config, folder)
         stack.enter_context(threads(config.threads))
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, folder: RunFolder, start: Path | None, stack: Ex
     if accelerator.is_main_process:
         if not folder.path.is_dir():
             folder.path.mkdir(parents=True)
-            stack.enter_context(folder.lock)
+            stack.enter_context(folder.lock())
         folder.open(start, run.progress.step)
     accelerator.wait_for_everyone()
     options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(asdict(config)).items()}

@@ -72,8 +72,9 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
 )
 def test_recipe(root, rich_store, tmp_path, name):
     # Recipes name encoders of their own: a store of no known encoder fits all of them.
-    write_store(tmp_path / "pairs", **EmbeddingStore.open(rich_store).read(range(40)))
-    small = {"max_steps": 2, "batch_size": 16, "threads": 1, "data.train": tmp_path / "pairs", "output_dir": tmp_path}
+    store, run = tmp_path / "store", tmp_path / "run"
+    write_store(store, **EmbeddingStore.open(rich_store).read(range(40)))
+    small = {"max_steps": 2, "batch_size": 16, "threads": 1, "data.train": store, "output_dir": run}
     arguments = [f"--{key}={value}" for key, value in small.items()]
     if "gpu" in name:
         arguments += ["--adapter_options.num_layers=1", "--adapter_options.num_attention_heads=2"]
@@ -81,7 +82,7 @@ def test_recipe(root, rich_store, tmp_path, name):
     made = parse(TrainConfig, [f"--config={root / 'configs' / name}.yaml", *arguments], prog="train")
     made.logging.trackers, made.logging.progress = [], False
     assert train(made).metrics
-    assert len(training_runs.log(tmp_path, "validation")) == 1
+    assert len(training_runs.log(run, "validation")) == 1
 
 
 def test_a_transformer_with_the_token_term_resumes_to_the_bit(rich_store, tmp_path):

@@ -173,23 +173,24 @@ def test_pictures_of_prompts_at_validation(pooled_store, tiny_decoder, tmp_path)
 
 
 def test_a_signal_ends_a_validation_which_is_made_up_for(plain_store, tmp_path, monkeypatch):
-    train(training_runs.config(plain_store, tmp_path / "undisturbed"))
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    train(training_runs.config(plain_store, undisturbed))
     original = Validator.measure
 
     def measure(self, *arguments):
-        if not (tmp_path / "checkpoints").exists():
+        if not (run / "checkpoints").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
     monkeypatch.setattr(Validator, "measure", measure)
-    made = training_runs.config(plain_store, tmp_path, **{"checkpoint.every": 0})
+    made = training_runs.config(plain_store, run, **{"checkpoint.every": 0})
     with pytest.raises(SystemExit) as caught:
         train(made)
     assert caught.value.code == 128 + signal.SIGTERM
-    assert Checkpoints(tmp_path / "checkpoints").named("latest").name == "step-00000005"
-    assert not training_runs.log(tmp_path, "validation")
+    assert Checkpoints(run / "checkpoints").named("latest").name == "step-00000005"
+    assert not training_runs.log(run, "validation")
     train(made)
-    there, here = (training_runs.log(path, "validation") for path in (tmp_path / "undisturbed", tmp_path))
+    there, here = (training_runs.log(path, "validation") for path in (undisturbed, run))
     assert here == there
     name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
