@@ -98,12 +98,13 @@ def test_two_runs_in_one_folder(plain_store, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
-    made = processes.config(plain_store, tmp_path, max_steps=100_000, **{"checkpoint.every": 0, "validation.every": 0})
+    options = {"max_steps": 100_000, "checkpoint.every": 0, "validation.every": 0}
+    made = processes.config(plain_store, tmp_path / "run", **options)
     running = processes.start(processes.train, made, said=tmp_path / "said")
-    wait_for_a_number(tmp_path)
+    wait_for_a_number(tmp_path / "run")
     os.kill(running.pid, number)
     assert processes.finish(running) == [128 + number]
-    latest = processes.Checkpoints(tmp_path / "checkpoints").named("latest")
+    latest = processes.Checkpoints(tmp_path / "run/checkpoints").named("latest")
     said = (tmp_path / "said").read_text()
     for expected in (number.name, latest.name, "the same command"):
         assert expected in " ".join(said.split())
