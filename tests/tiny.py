@@ -75,6 +75,7 @@ def make_tiny_decoder(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
             encoder_hid_dim_type="image_proj",
             cross_attention_dim=16,
             attention_head_dim=4,
+            sample_size=16,
             block_out_channels=(16, 32),
             layers_per_block=1,
             norm_num_groups=4,
