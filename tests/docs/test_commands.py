@@ -62,7 +62,7 @@ def test_what_is_quick_runs(name: str, root: Path, checkout: Path, capsys: pytes
         if language == "python":
             exec(compile(code.replace("num_inference_steps=25", "num_inference_steps=2"), name, "exec"), {})
         for words in commands(language, code):
-            trained = words[1] in ("info", "generate") and "my-adapter" in words
+            trained = words[1] in ("info", "generate") and {"my-adapter", "runs/mine"} & set(words)
             if words[1] in SLOW or trained:
                 continue
             file = words[words.index(">") + 1] if ">" in words else None
