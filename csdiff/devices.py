@@ -22,9 +22,12 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # and the twenty kinds that torch has names for
+            reason = "there is no such kind"
         raise CSDiffError(
             f"device {name!r}: expected auto, cpu, or an accelerator of this machine such as cuda or mps, found one "
-            f"that torch cannot use ({str(error).splitlines()[0]})."
+            f"that torch cannot use ({reason})."
         ) from error
     return device
 

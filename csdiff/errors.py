@@ -1,5 +1,7 @@
 """The error a user can act on."""
 
+import difflib
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 
@@ -8,6 +10,12 @@ class CSDiffError(ValueError):
 
     The command line prints the sentence alone and exits with code 2.
     """
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """The known name that is nearest, as the end of a sentence; nothing where none is near."""
+    near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def require(module: str, what: str, install: str = "'csdiff[eval]'") -> None:

@@ -7,10 +7,10 @@ checked by hand where the configuration is used.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -24,7 +24,8 @@ from jsonargparse.typing import (  # noqa: F401  for the configurations
     restricted_string_type,
 )
 
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
+from csdiff.kinds import kind_of
 
 Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)], docstring="A number from 0 to below 1.")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)], docstring="A whole number from 0 to 2^63 - 1.")
@@ -76,19 +77,31 @@ def explain(config_class: type, message: str) -> str:
     """What jsonargparse complains of, with the option first and, for a value, what the option takes."""
     message, known = " ".join(message.split()), option_types(config_class)
     if bare := re.search(r"unrecognized arguments: ([^-]\S*)", message):
-        return f"{bare[1]}: expected options (--name value) and nothing between them; quote a value that has spaces."
+        cure = _option_for(bare[1], known) or "; quote a value that has spaces."
+        return f"{bare[1]}: expected options (--name value) and nothing between them{cure}"
     if unknown := re.search(r"unrecognized arguments: -+([\w.]+)|Option '([\w.]+)'", message):
         found = unknown[1] or unknown[2]
-        near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-        return f"{found}: expected a known option, " + (f"did you mean {near[0]}?" if near else "--help lists them.")
+        return f"{found}: expected a known option{did_you_mean(found, known) or '; --help lists them.'}"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    if key is None or key[1] not in known or "File does not exist" in message:
-        return message
+    if key is None or key[1] not in known:
+        return message.removeprefix("argument ")
+    if dataclasses.is_dataclass(known[key[1]]):
+        first = next(name for name in known if name.startswith(f"{key[1]}."))
+        return f"--{key[1]}: expected one of its options (--help lists them); did you mean --{first}?"
     # Of a union each member complains; the last word is the value.
     found = re.search(r"(?:[Gg]ot value|Given value): ((?:(?!Given value).)*)$", message)
-    found = found or re.search(r"Not of type \w+: (.*?) (?:does not|not a)|literal for .*?: (.*)$", message)
+    found = found or re.search(
+        r"Not of type \w+: (.*?) (?:does not|not a)|(?:literal for|convert) .*?: (.*)$", message
+    )
     value = "" if found is None else f", found {next(filter(None, found.groups()))}"
     return f"--{key[1]}: expected {describe(known[key[1]])}{value}."
+
+
+def _option_for(place: str, known: dict[str, Any]) -> str:
+    """The option that takes a place, as the end of a sentence; nothing where there is no such option or place."""
+    adapter = kind_of(Path(place)) in ("run", "checkpoint", "adapter")
+    names = [name for name in ("data.train", "source", "adapter" if adapter else "data") if name in known]
+    return f"; did you mean --{names[0]} {place}?" if names and Path(place).exists() else ""
 
 
 def describe(annotation: Any) -> str:
@@ -106,7 +119,8 @@ def describe(annotation: Any) -> str:
             .replace("float restricted to be", "a number")
         )
         return text[:1].lower() + text[1:]
-    if typing.get_args(annotation):
-        return str(annotation).replace("csdiff.options.", "").replace("jsonargparse.typing.", "")
-    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if typing.get_origin(annotation) is list:
+        return f"a list of: {describe(typing.get_args(annotation)[0])}"
+    annotation = typing.get_origin(annotation) or annotation
+    plain = {dict: "names with values", int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))

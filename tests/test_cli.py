@@ -17,6 +17,7 @@ from csdiff.cli.parser import parse_command
 from csdiff.errors import CSDiffError
 from csdiff.options import NonEmpty, PositiveInt, check_options, option_types
 from csdiff.plain import plain
+from csdiff.resources import assets_dir
 
 
 @dataclass
@@ -74,14 +75,16 @@ def test_yaml_then_command_line(tmp_path):
 
 BAD = {
     "unknown": (["--num_image", "3"], ["num_image", "num_images"]),
-    "near": (["--promt", "x"], ["promt", "prompt"]),
+    "near": (["--promt", "x"], ["promt", "did you mean prompt?"]),
     "not a number": (["--num_images", "many"], ["whole number", "--num_images", "many"]),
     "union": (["--guidance", "x"], ["number or null", "--guidance", "x"]),
     "nested": (["--inner.width", "1.5"], ["whole number", "--inner.width", "1.5"]),
     "range": (["--inner.width", "0"], ["--inner.width", ">0", "0"]),
     "no value": (["--prompt"], ["--prompt"]),
     "loose word": (["3"], ["3", "--name value"]),
-    "no file": (["--config", "missing.yaml"], ["missing.yaml"]),
+    "no file": (["--config", "missing.yaml"], ["--config", "missing.yaml"]),
+    "folder": (["--config", "/"], ["--config", "a folder"]),
+    "section": (["--inner", "3"], ["did you mean --inner.width?"]),
 }
 
 
@@ -143,6 +146,11 @@ def test_help_names_every_option_and_imports_no_model_library(command):
     assert heavy == []
     for name in option_types(cli.import_object(cli.COMMANDS[command].config)):
         assert f"--{name}" in text
+    code = ("type:", "Literal[", "PositiveInt", "default: )", "default: ,", "customizes")
+    assert [word for word in code if word in " ".join(text.split())] == []
+    name = cli.COMMANDS[command].positional
+    assert name is None or f"left out: csdiff {command} {name.upper()}." in " ".join(text.split())
+    assert (command == "app") == ("--json" not in text)
 
 
 @pytest.mark.parametrize(
@@ -247,12 +255,24 @@ def test_the_help_of_train_begins_with_what_most_need(capsys):
     ("arguments", "said"),
     [
         (["paint"], "paint"),
-        (["trian"], "did you mean 'train'?"),
-        (["genrate", "--prompt", "x"], "did you mean 'generate'?"),
+        (["trian"], "did you mean train?"),
+        (["genrate", "--prompt", "x"], "did you mean generate?"),
+        (["info"], "csdiff info PATH"),
+        (["app", "--json"], "json: expected a known option"),
+        (
+            ["train", "--config", "configs/nothing.yaml"],
+            "--config: expected a YAML file, found nothing at configs/nothing",
+        ),
+        (["train", "--config", "tiny.yaml", "--max_steps", "0"], "--max_steps: expected a whole number >0, found 0"),
+        (["train", "--data", "x"], "did you mean --data.train?"),
+        (["train", "--learning_rate", "1e-4x"], "found '1e-4x'"),
+        (["generate", "ridge"], "did you mean --adapter ridge?"),
+        (["evaluate", "data"], "did you mean --data data?"),
         (["--print_completion", "korn"], "korn"),
     ],
 )
-def test_what_is_no_command(capsys, arguments, said):
+def test_what_cannot_be_meant(capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(assets_dir())
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2

@@ -19,6 +19,7 @@ from csdiff.embeddings.fingerprint import HUB_ID
 from csdiff.errors import CSDiffError
 from csdiff.files import PICKLES, check_types, read_json, read_safetensors_header
 from csdiff.hub import download
+from csdiff.kinds import described, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,12 +57,18 @@ def locate(name_or_path: str | os.PathLike, options: dict[str, Any] | None = Non
     """
     where = {name: options.pop(name) for name in _HUB_OPTIONS if name in options} if options else {}
     path, subfolder = Path(name_or_path), where.pop("subfolder", None)
-    is_id = isinstance(name_or_path, str) and HUB_ID.fullmatch(name_or_path) is not None
-    # `runs/adapter` looks like an id too: where `runs` is a folder here, a missing `adapter` is meant.
-    if not path.exists() and is_id and not path.parent.is_dir():
+    if on_hub(name_or_path):
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _HUB_FILES]
         path = download(name_or_path, "an adapter", allow_patterns=patterns, **where)
     return path / subfolder if subfolder else path
+
+
+def on_hub(name_or_path: str | os.PathLike) -> bool:
+    """Whether a hub repository ("owner/name") is meant, rather than a folder here."""
+    path = Path(name_or_path)
+    is_id = isinstance(name_or_path, str) and HUB_ID.fullmatch(name_or_path) is not None
+    # `runs/adapter` looks like an id too: where `runs` is a folder here, a missing `adapter` is meant.
+    return is_id and not path.exists() and not path.parent.is_dir()
 
 
 def complete_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -178,11 +185,10 @@ def read_part(file: Path) -> dict[str, Any]:
     """
     if file.is_file():
         return read_json(file)
-    if (file.parent / "model_index.json").is_file():
-        raise CSDiffError(f"{file.parent} is a diffusers pipeline, not an adapter; a decoder goes to --decoder.")
+    whole = file.name == CONFIG and kind_of(file.parent) != "adapter"
     raise CSDiffError(
-        f"Adapter folder {file.parent} is incomplete: {file.name} is missing; it needs {CONFIG}, *.safetensors "
-        f"and {METADATA}."
+        f"Expected an adapter ({CONFIG}, *.safetensors, {METADATA}), but {file.name} is missing: {file.parent} "
+        f"{described(file.parent) if whole else 'is incomplete'}."
     )
 
 

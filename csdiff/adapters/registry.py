@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 
 if TYPE_CHECKING:
     from csdiff.adapters.base import Adapter
@@ -55,7 +55,8 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
     preset = options.pop("preset", None) if hasattr(cls, "from_preset") else None
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}.")
+        near = did_you_mean(unknown[0], known) or "."
+        raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}{near}")
     options.update(embedding_dim=embedding_dim, text_dim=text_dim)
     return cls(**options) if preset is None else cls.from_preset(preset, **options)
 

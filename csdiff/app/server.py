@@ -134,8 +134,8 @@ def serving(config: AppConfig) -> Iterator[str]:
             )
         except OSError as error:
             raise CSDiffError(
-                f"Cannot serve on {config.host}, port {config.port} ({error}); give another --port (0 takes a free "
-                "one) or --host."
+                f"Cannot serve on {config.host}, port {config.port}, which is taken or not ours to open; give another "
+                "--port (0 takes a free one) or --host."
             ) from error
         threading.Thread(target=models.warm_up, daemon=True).start()
         try:

@@ -20,6 +20,7 @@ class Command:
         show: Makes the text for stdout from the result, without `--json`; by default the places that it names.
         positional: An option that may be given without its name.
         first: Options that the help shows first.
+        answers: Whether the function returns a result.
     """
 
     config: str
@@ -30,6 +31,7 @@ class Command:
     show: str | None = None
     positional: str | None = None
     first: tuple[str, ...] = ()
+    answers: bool = True
 
 
 MAKE, USE, LOOK = "Make an adapter", "Use it", "See what it is worth"
@@ -98,6 +100,7 @@ COMMANDS = {
         "a page in the browser: images, blends, a look inside adapters and stores",
         USE,
         ("csdiff app", "csdiff app --adapter runs/mine --port 8000"),
+        answers=False,
     ),
     "info": Command(
         "csdiff.cli.info:InfoConfig",

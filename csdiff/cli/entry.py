@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 import csdiff
 from csdiff.cli.commands import COMMANDS, import_object
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.plain import plain
 
 DONE, DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -75,16 +74,15 @@ def _general(arguments: Sequence[str]) -> None:
     option, _, value = arguments[0].replace("-", "_").partition("=")
     if option in ("_h", "__help", "help"):
         print(overview())
-    elif option == "__version":
+    elif option in ("__version", "version"):
         print(csdiff.__version__)
     elif option == "__print_completion":
         from csdiff.cli.parser import completion_script
 
         print(completion_script(value or next(iter(arguments[1:]), "")))
     else:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "`csdiff --help` tells more."
-        raise CSDiffError(f"Expected a command ({', '.join(COMMANDS)}), found {arguments[0]!r}: {hint}")
+        hint = did_you_mean(arguments[0], COMMANDS) or "; `csdiff --help` tells more."
+        raise CSDiffError(f"Expected a command ({', '.join(COMMANDS)}), found {arguments[0]!r}{hint}")
 
 
 def overview() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from csdiff.errors import CSDiffError
 from csdiff.files import PICKLES, flatten, read_json, read_safetensors_header
+from csdiff.kinds import described, kind_of
 from csdiff.tables import number
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "BOOL": "bool"}
@@ -47,7 +48,9 @@ def inspect_path(config: InfoConfig) -> dict:
 
     check_options(config)
     path, look = Path(config.path), _Look(config)
-    if not config.path or not path.exists():
+    if not config.path:
+        raise CSDiffError("path: expected a folder, found none named; say which: csdiff info PATH.")
+    if not path.exists():
         raise CSDiffError(f"path: expected a folder, found nothing at {config.path!r}; give another path.")
     if path.is_file() and path.suffix != ".safetensors":
         raise CSDiffError(f"path: expected a folder or a .safetensors file, found the file {path}.")
@@ -85,27 +88,12 @@ class _Look:
         return self.read(read_json, file) if file.is_file() else {}
 
     def kind(self, path: Path) -> Callable[[Path], dict]:
-        """What describes a folder. In this order: a run is an adapter folder too, and so is a checkpoint."""
-        from csdiff.adapters.registry import CLASS_NAMES
-        from csdiff.embeddings.layout import is_store
-        from csdiff.training.run_folder import CONFIG_NAME
-
-        config, metadata = (_Look(self.options).json(path / name) for name in ("config.json", "csdiff.json"))
-        kinds = {
-            self.run: (path / CONFIG_NAME).is_file(),
-            self.checkpoint: (path / "state").is_dir(),
-            self.pipeline: (path / "model_index.json").is_file(),
-            self.store: is_store(path),
-            self.adapter: config.get("_class_name") in CLASS_NAMES or metadata.get("kind") == "adapter",
-            self.encoder: "model_type" in config,
-        }
-        for describe, fits in kinds.items():
-            if fits:
-                return describe
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "it is empty"
+        """What describes a folder."""
+        if kind := kind_of(path):
+            return getattr(self, kind)
         raise CSDiffError(
-            "path: expected an adapter, a store, a training run, a checkpoint, a pipeline or an encoder, found none "
-            f"in {path} ({names})."
+            "path: expected an adapter, a store, a training run, a checkpoint, a pipeline or an encoder, but "
+            f"{path} {described(path)}."
         )
 
     def weights(self, *files: Path) -> dict:

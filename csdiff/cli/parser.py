@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from csdiff.cli.commands import COMMANDS, Command, import_object
 from csdiff.errors import CSDiffError
-from csdiff.options import explain, option_types
+from csdiff.options import describe, explain, option_types
+from csdiff.resources import recipe
 
 # The comments under the fields are the help texts.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -44,7 +45,14 @@ class _Parser(ArgumentParser):
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Leaves the lines of examples as they are."""
+    """Says in words what an option takes, and leaves the lines of examples as they are."""
+
+    def _get_type_str(self, action) -> str | None:
+        return describe(action._typehint) if hasattr(action, "_typehint") else super()._get_type_str(action)
+
+    def _get_help_string(self, action) -> str:
+        text = super()._get_help_string(action).replace("type: ", "").replace(", default: ", "; default: ")
+        return text.replace("; default: %(default)s", "") if action.default in ("", [], {}) else text
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
@@ -68,15 +76,20 @@ def build_parser(config_class: type, prog: str, command: Command | None = None) 
     )
     parser.config_class = config_class
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    # A command may name a file for its JSON instead.
-    if "json" not in option_types(config_class):
+    # A command may name a file for its JSON instead, or have no result.
+    if "json" not in option_types(config_class) and (command is None or command.answers):
         parser.add_argument("--json", action="store_true", help="Write the result to stdout as JSON.")
     parser.add_class_arguments(config_class)
     first = command.first if command else ()
     actions = {action.dest: action for action in parser._actions}
+    dump = parser._option_string_actions["--print_config"]
+    dump.help, dump.metavar = "Print the configuration that results, and stop.", ""
+    if positional:
+        named = actions[positional]
+        named.help = f"{named.help or ''} The name may be left out: {prog} {positional.upper()}."
     for group in parser._action_groups:
         # jsonargparse heads them with the docstring, which is the description above, too.
-        group.title = "further options" if group.title == config_class.__doc__ else group.title
+        group.title = "further options" if group.title == parser.description.rstrip(".") else group.title
         group._group_actions = [
             a for a in group._group_actions if a.dest not in first and type(a).__name__ != "_ActionConfigLoad"
         ]
@@ -135,10 +148,21 @@ def parse_command(config_class: type, arguments: Sequence[str], prog: str, comma
         CSDiffError: for an unknown option or config key, or a value that its type refuses.
     """
     parser = build_parser(config_class, prog, command)
-    values = parser.parse_args(normalize(config_class, arguments, command.positional if command else None))
+    words = normalize(config_class, arguments, command.positional if command else None)
+    values = parser.parse_args([f"--config={_find_config(w[9:])}" if w.startswith("--config=") else w for w in words])
     values.pop("config", None)
-    as_json = values.pop("json") if "json" not in option_types(config_class) else False
+    as_json = "json" not in option_types(config_class) and values.pop("json", False)
     return config_class(**vars(parser.instantiate(values))), as_json
+
+
+def _find_config(name: str) -> Path:
+    """The YAML file of a name, here or among the recipes that ship with csdiff."""
+    path = Path(name).expanduser()
+    found = path if path.exists() else recipe(name)
+    if found is None or not found.is_file():
+        what = "a folder" if path.is_dir() else "nothing"
+        raise CSDiffError(f"--config: expected a YAML file, found {what} at {name}; check the path.")
+    return found
 
 
 def parse(config_class: type, arguments: Sequence[str], prog: str):

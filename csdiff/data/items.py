@@ -56,6 +56,9 @@ class Row:
     problem: Problem | None = None
 
 
+HOW_TO_CAPTION = "put a text beside each image (a.txt beside a.png), or metadata.csv (file_name,caption) in the folder"
+"""What to do with images alone."""
+
 REASONS = {
     "unreadable_image": "the image cannot be decoded, or is too large to be",
     "missing_image": "there is no such file, or no image in the entry",

@@ -16,6 +16,7 @@ from csdiff.data.rows import HuggingFaceSource, ParquetSource, parquet_footer
 from csdiff.data.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, find_column
 from csdiff.data.web_dataset import WebDatasetSource
 from csdiff.errors import CSDiffError
+from csdiff.kinds import described, kind_of
 
 # A table of captions that lies in a folder of images has one of these names.
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
@@ -72,6 +73,8 @@ def open_source(
 
 
 def _open_folder(path: Path, options: SourceOptions) -> Source:
+    if kind_of(path) is not None:
+        raise CSDiffError(f"{path}: expected images or captions, but it {described(path)}.")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, options)
     if (path / "image").is_dir() and (path / "caption").is_dir():
@@ -96,7 +99,7 @@ def _open_folder(path: Path, options: SourceOptions) -> Source:
     if not images and others:
         tables = [file.relative_to(path).as_posix() for file in _files(path, others, options)]
         if len(set(map(suffix_of, tables))) > 1:
-            raise CSDiffError(f"{path}: expected tables of one kind, found {', '.join(tables[:5])}; give one.")
+            raise CSDiffError(f"{path}: expected images, or tables of one kind (name one), but it {described(path)}.")
         return table_source(path, tables, options)
     if options.metadata_columns:
         raise CSDiffError(f"{path}: metadata_columns need a table ({', '.join(TABLE_NAMES)}), found none.")

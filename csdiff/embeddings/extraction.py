@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from csdiff.data.images import DECODING
-from csdiff.data.items import REASONS, Problem, Source
+from csdiff.data.items import HOW_TO_CAPTION, REASONS, Problem, Source
 from csdiff.data.opening import open_source
 from csdiff.devices import choose_device
 from csdiff.embeddings.config import EmbedConfig
@@ -93,7 +93,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     device = state.device if config.device == "auto" else choose_device(config.device)
     if config.text_encoder and "text" not in towers and state.is_main_process:
-        print(f"{config.source} has no captions: only its images are embedded.", file=sys.stderr)
+        print(f"{config.source} has no captions: only its images are embedded; {HOW_TO_CAPTION}.", file=sys.stderr)
     with state.main_process_first():
         identities = {tower: _identity(config, tower) for tower in towers}
     plan = {
@@ -186,7 +186,7 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    return ", ".join(f"{name.replace('_', ' ')} ({count:,})" for name, count in counts.items())
 
 
 def _summary(result: EmbedReport, finished: bool) -> str:

@@ -19,6 +19,7 @@ from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_F
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute, flatten, folder_lock, move, read_json, write_json, writing_folder
+from csdiff.kinds import described
 
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "|b1"}
 
@@ -56,14 +57,17 @@ class StoreWriter:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
         """
         self._plan, plan_file = plan, self.partial / "plan.json"
-        if (self.path / FINGERPRINT_FILE).exists():
-            self._compare(read_json(self.path / FINGERPRINT_FILE).get("data") or {}, plan)
+        file = self.path / FINGERPRINT_FILE
+        there = read_json(file) if file.exists() else {}
+        if there.get("kind") == "store":
+            self._compare(there.get("data") or {}, plan)
             shutil.rmtree(self.partial, ignore_errors=True)
             return True
-        if plan_file.exists():
+        if plan_file.exists() and not there:
             self._compare(read_json(plan_file), plan)
         elif self.path.is_dir() and any(entry.name != PARTIAL_FOLDER for entry in self.path.iterdir()):
-            raise CSDiffError(f"{self.path}: expected an empty folder or an unfinished store, found other files.")
+            found = described(self.path)
+            raise CSDiffError(f"{self.path}: expected an empty folder or an unfinished store, but it {found}.")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -141,10 +145,17 @@ class StoreWriter:
         there, plan = flatten(there), flatten(json.loads(json.dumps(plan)))
         changed = [key for key in sorted(there.keys() | plan.keys()) if there.get(key) != plan.get(key)]
         if changed:
-            found = "; ".join(f"{key} is {there.get(key)!r} there and {plan.get(key)!r} now" for key in changed[:5])
-            raise CSDiffError(
-                f"{self.path} holds a store made with other options: {found}; choose another output, or delete it."
-            )
+            differences = dict.fromkeys(_difference(key, there.get(key), plan.get(key)) for key in changed[:5])
+            found = "; ".join(differences)
+            raise CSDiffError(f"{self.path} holds another store: {found}; choose another output, or delete it.")
+
+
+def _difference(key: str, there: object, now: object) -> str:
+    if key.startswith("source."):
+        return "it is of other images or captions"
+    # The start of a hash tells as much as all of it.
+    there, now = (f"{value[:8]}..." if len(str(value)) == 64 else repr(value) for value in (there, now))
+    return f"{key} is {there} there and {now} now"
 
 
 class ShardWriter:

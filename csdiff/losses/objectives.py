@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csdiff.errors import did_you_mean
 from csdiff.losses import terms
 from csdiff.losses.arguments import check_bandwidth, check_block_size, check_number
 from csdiff.losses.terms import Batch
@@ -292,5 +293,8 @@ def build_objective(name: str, *, group: torch.distributed.ProcessGroup | None =
     known = objective_options(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"unknown options {unknown} of the objective {name!r}; its options are {', '.join(known)}")
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(
+            f"unknown options {unknown} of the objective {name!r}; its options are {', '.join(known)}{near}"
+        )
     return Objective(OBJECTIVES[name], group=group, **options)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from csdiff.adapters.folder import AdapterCard, read_adapter_card
 from csdiff.embeddings.fingerprint import HUB_ID, check_same_encoder
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.files import read_json, read_safetensors_header
 from csdiff.hub import download
+from csdiff.kinds import described
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.resources import assets_dir
 
@@ -156,7 +157,11 @@ def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | 
     elif not Path(source).is_dir() and not HUB_ID.fullmatch(source):
         raise CSDiffError(
             f"decoder: expected a preset ({', '.join(PRESETS)}), a folder saved by diffusers, or a hub repository "
-            f"(owner/name), found {source!r}."
+            f"(owner/name), found {source!r}{did_you_mean(source, PRESETS) or '.'}"
+        )
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise CSDiffError(
+            f"decoder: expected model_index.json, as diffusers saves it, but {source} {described(Path(source))}."
         )
     class_name = read_json(_file(source, "model_index.json")).get("_class_name", "nothing")
     hand_over = HAND_OVER.get(class_name)

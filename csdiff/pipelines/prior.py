@@ -13,6 +13,7 @@ from diffusers import KandinskyV22PriorPipeline
 from diffusers.pipelines.kandinsky import KandinskyPriorPipelineOutput
 
 from csdiff.adapters import AutoAdapter
+from csdiff.adapters.folder import on_hub
 from csdiff.data.items import well_formed
 from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import find_encoder
@@ -75,15 +76,16 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
                 hub repository.
 
         Raises:
-            CSDiffError: the adapter folder is broken, names no text encoder, or one without a CLIP projection.
-            OSError: nothing there.
+            CSDiffError: no adapter folder there, or one that is broken or names no text encoder, or one without a CLIP
+                projection.
+            OSError: no such repository.
 
         Usage:
             >>> prior = CSDiffPriorPipeline.from_pretrained("runs/my-adapter")
         """
         folder = Path(pretrained_model_name_or_path)
         index = folder / "model_index.json"
-        if (folder / "csdiff.json").is_file() and not index.is_file():
+        if not index.is_file() and not on_hub(pretrained_model_name_or_path):
             return cls._from_adapter_folder(folder, **kwargs)
         if index.is_file():
             # diffusers takes classes of other packages only from modules that are already imported

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from csdiff.adapters.registry import ADAPTERS
+from csdiff.data.items import HOW_TO_CAPTION
+from csdiff.data.opening import open_source
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.fingerprint import check_same_encoder
@@ -131,6 +133,8 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
         CSDiffError: a store is missing, damaged, too small, or does not fit the others.
     """
     data = config.data
+    for name in ("train", "validation", *_SIDES):
+        _check_source(name, config)
     stores = {name: _open(name, config, device) for name in ("train", "validation", *_SIDES)}
     store = stores["train"]
     for side in ("text", "image"):
@@ -161,14 +165,28 @@ def open_data(config: TrainConfig, device: str = "cpu") -> TrainingData:
     groups = {"pairs": train} | {name: Pairs(stores[name]) for name in _SIDES if stores[name] is not None}
     sizes = {name: (name != "pairs" and data.unpaired_batch_size) or config.batch_size for name in groups}
     for name, pairs in groups.items():
-        if sizes[name] > pairs.epoch_rows:
+        if sizes[name] > (most := pairs.epoch_rows):
             option = "--data.unpaired_batch_size" if name != "pairs" and data.unpaired_batch_size else "--batch_size"
-            rows, cure = name.replace("_", " "), "lower it"
+            rows, cure = name.replace("_", " "), f"give {option} {most}"
             if pairs.groups is not None:
-                rows, cure = "images", "lower it or set --data.one_caption_per_image false"
-            most = f"{pairs.epoch_rows} {rows} of {pairs.store.path}"
-            raise CSDiffError(f"{option} {sizes[name]}: expected at most {most}; {cure}.")
+                rows, cure = "images", f"{cure}, or set --data.one_caption_per_image false"
+            found = f"{most} {rows} of {pairs.store.path}"
+            raise CSDiffError(f"{option} {sizes[name]}: expected at most {found}; {cure}.")
     return TrainingData(groups, sizes, validation)
+
+
+def _check_source(name: str, config: TrainConfig) -> None:
+    """Refuse what can be no part of the training data before anything is embedded."""
+    path, sides = getattr(config.data, name), _SIDES.get(name, ("text", "image"))
+    if path is None or is_store(path):
+        return
+    if not Path(path).exists():
+        raise CSDiffError(f"--data.{name} {path} does not exist: expected an embedding store or a captioned dataset.")
+    source = open_source(path, allow_outside=config.data.allow_outside)
+    if "text" in sides and not source.has_captions:
+        raise CSDiffError(f"--data.{name} {path}: expected captions, found images alone; {HOW_TO_CAPTION}.")
+    if "image" in sides and not source.has_images:
+        raise CSDiffError(f"--data.{name} {path}: expected images, found captions alone; name a dataset with images.")
 
 
 def _open(name: str, config: TrainConfig, device: str) -> EmbeddingStore | None:
@@ -176,8 +194,6 @@ def _open(name: str, config: TrainConfig, device: str) -> EmbeddingStore | None:
     path, data, sides = getattr(config.data, name), config.data, _SIDES.get(name, ("text", "image"))
     if path is None:
         return None
-    if not Path(path).exists():
-        raise CSDiffError(f"--data.{name} {path} does not exist: expected an embedding store or a captioned dataset.")
     if is_store(path):
         return EmbeddingStore.open(path)
     output = (Path(data.store) if data.store else Path(config.output_dir) / "store") / name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.losses.objectives import OBJECTIVES, ObjectiveOutput, build_objective, objective_options
 from csdiff.losses.process_group import global_sum
 from csdiff.training.config import TrainConfig
@@ -28,7 +28,8 @@ def check_names(config: TrainConfig) -> None:
     for option, known in (("adapter", ADAPTERS), ("image_adapter", ADAPTERS), ("objective", objectives)):
         name = getattr(config, option)
         if name is not None and name not in known:
-            raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}.")
+            near = did_you_mean(name, known) or "."
+            raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}{near}")
     if ADAPTERS[config.adapter].one_shot is (config.objective == DIFFUSION):
         raise CSDiffError(
             f"--adapter {config.adapter} and --objective {config.objective} do not go together: {DIFFUSION} goes with "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.evaluation.baselines import baseline_metrics
 from csdiff.evaluation.embedding_metrics import embedding_metrics
 from csdiff.evaluation.metrics import metric
@@ -177,7 +177,8 @@ class Validator:
             return None
         flat = flatten(metrics)
         if self.metric not in flat:
-            raise CSDiffError(f"--validation.metric {self.metric}: expected one of {', '.join(sorted(flat))}.")
+            near = did_you_mean(self.metric, flat) or "."
+            raise CSDiffError(f"--validation.metric {self.metric}: expected one of {', '.join(sorted(flat))}{near}")
         return flat[self.metric]
 
     def better(self, value: float | None, best: float | None) -> bool:

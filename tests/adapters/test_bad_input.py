@@ -58,7 +58,14 @@ def test_what_is_no_adapter_folder(tmp_path, tiny_decoder):
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file")
-    refused(tmp_path, "incomplete", "config.json")
+    refused(tmp_path, "holds file", "config.json")
+    for name in ("wait", "mine"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "training.yaml").write_text("")
+    (tmp_path / "store" / "img_emb").mkdir(parents=True)
+    refused(tmp_path / "runs", "holds mine (a training run), wait (a training run): name one of them")
+    refused(tmp_path / "runs" / "mine", "unfinished training run", "csdiff export")
+    refused(tmp_path / "store", "is an embedding store")
 
 
 @pytest.mark.parametrize(

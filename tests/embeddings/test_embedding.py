@@ -140,14 +140,19 @@ def test_tar_files_and_further_columns(dataset: Path, tiny_clip: Path, tmp_path:
     assert len(list((tmp_path / "s/img_emb").iterdir())) == 2
 
 
-def test_a_finished_store_is_left_alone_and_another_one_refused(store: Path, dataset: Path, tiny_clip: Path, capsys):
+def test_a_finished_store_is_left_alone_and_another_one_refused(
+    store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, capsys
+):
     before = content(store)
     embed(config(dataset, tiny_clip, store, max_skipped=0.5, workers=1))
     assert content(store) == before
     said = capsys.readouterr().err
-    assert all(fact in said for fact in ("20 rows of 13 items", "complete already", "1 missing image", "2 .heic"))
+    assert all(fact in said for fact in ("20 rows of 13 items", "complete already", "missing image (1)", ".heic (2)"))
     with pytest.raises(CSDiffError, match="dtype is 'float16' there and 'float32' now; choose another output"):
         embed(config(dataset, tiny_clip, store, dtype="float32"))
+    (tmp_path / "captions.csv").write_text("text\na cat")
+    with pytest.raises(CSDiffError, match=r"it is of other images or captions(?!.*[0-9a-f]{64})"):
+        embed(config(tmp_path / "captions.csv", tiny_clip, store))
     assert content(store) == before
 
 
@@ -168,7 +173,7 @@ def test_ten_are_always_allowed_but_never_everything(tiny_clip: Path, tmp_path: 
     with pytest.raises(CSDiffError, match="found 11 already"):
         embed(config(tmp_path, tiny_clip, tmp_path / "s1"))
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows[:9]]))
-    with pytest.raises(CSDiffError, match="expected at least one usable item, found none: 9 missing image"):
+    with pytest.raises(CSDiffError, match=r"expected at least one usable item, found none: missing image \(9\)"):
         embed(config(tmp_path, tiny_clip, tmp_path / "s2"))
 
 
@@ -211,9 +216,12 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tiny_clip: Path, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(CSDiffError, match="expected an empty folder or an unfinished store, found other files"):
+    with pytest.raises(CSDiffError, match=r"expected an empty folder or an unfinished store, but it holds thesis.tex"):
         embed(config(dataset, tiny_clip, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "csdiff.json").write_text('{"kind": "adapter"}')
+    with pytest.raises(CSDiffError, match="but it is an adapter"):
+        embed(config(dataset, tiny_clip, tmp_path))
     for place in ("thesis.tex", "thesis.tex/s"):
         with pytest.raises(CSDiffError, match="cannot be written"):
             embed(config(dataset, tiny_clip, tmp_path / place))

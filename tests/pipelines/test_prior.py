@@ -184,6 +184,13 @@ def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(tiny_clip, a
     torch.testing.assert_close(pipe(PROMPT).image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("place", "said"), [(".", "holds a.png"), ("nowhere", "does not exist"), ("./x/y", "x/y")])
+def test_what_is_neither_a_pipeline_nor_an_adapter(tmp_path, place, said):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(CSDiffError, match=said):
+        CSDiffPriorPipeline.from_pretrained(tmp_path / place)
+
+
 def test_without_an_image_encoder(parts, adapter, embed, tmp_path):
     pipe = CSDiffPriorPipeline(adapter, parts["text_encoder"], parts["tokenizer"])
     output = pipe(PROMPTS[:2])

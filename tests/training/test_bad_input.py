@@ -37,15 +37,18 @@ def refused(made, *words):
         ({"batch_size": 1}, ["--batch_size 1", "at least 2"]),
         ({"data.train": ""}, ["--data.train", "missing"]),
         ({"data.train": "nothing"}, ["--data.train", "does not exist"]),
-        ({"adapter": "mpl"}, ["--adapter mpl", "mlp"]),
-        ({"objective": "cs-aligner"}, ["--objective cs-aligner", "cs_aligner"]),
-        ({"adapter_options": {"widht": 3}}, ["--adapter_options", "widht", "width"]),
-        ({"objective_options": {"bandwith": 1}}, ["--objective_options", "bandwith", "bandwidth"]),
+        ({"data.train": "IMAGES"}, ["--data.train", "expected captions", "metadata.csv (file_name,caption)"]),
+        ({"data.validation": "IMAGES"}, ["--data.validation", "expected captions"]),
+        ({"data.train": "RUN"}, ["expected images or captions", "is an unfinished training run"]),
+        ({"adapter": "mpl"}, ["--adapter mpl", "did you mean mlp?"]),
+        ({"objective": "cs-aligner"}, ["--objective cs-aligner", "did you mean cs_aligner?"]),
+        ({"adapter_options": {"widht": 3}}, ["--adapter_options", "widht", "did you mean width?"]),
+        ({"objective_options": {"bandwith": 1}}, ["--objective_options", "did you mean bandwidth?"]),
         ({"objective_options": {"bandwidth": -1.0}}, ["--objective_options", "bandwidth", "-1"]),
         ({"adapter": "diffusion"}, ["--adapter diffusion", "--objective"]),
         ({"objective": "diffusion"}, ["--adapter mlp", "--objective diffusion"]),
-        ({"batch_size": 1000}, ["--batch_size 1000", "58 pairs"]),
-        ({"validation.metric": "text_to_image.r@3"}, ["--validation.metric", "text_to_image.r@1"]),
+        ({"batch_size": 1000}, ["--batch_size 1000", "58 pairs", "give --batch_size 58"]),
+        ({"validation.metric": "text_to_image.r@3"}, ["--validation.metric", "did you mean text_to_image.r@"]),
         ({"logging.trackers": ["tensorbord"]}, ["--logging.trackers", "tensorbord", "tensorboard"]),
         ({"logging.trackers": ["ABSENT"]}, [f"--logging.trackers {ABSENT}", "not installed", "tensorboard"]),
         ({"export": "best", "data.validation_fraction": 0.0}, ["--export best", "held out", "--data.validation"]),
@@ -60,7 +63,11 @@ def refused(made, *words):
     ],
 )
 def test_refused_before_anything_is_written(plain_store, tiny_clip, tmp_path, changes, words):
+    for name in ("images/a.png", "run/training.yaml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
     known = {"STORE": str(plain_store), "CLIP": str(tiny_clip), "['ABSENT']": [ABSENT]}
+    known |= {"IMAGES": str(tmp_path / "images"), "RUN": str(tmp_path / "run")}
     changes = {name: known.get(str(value), value) for name, value in changes.items()}
     if changes.get("adapter", "mlp") != "mlp":
         changes.setdefault("adapter_options", {})
