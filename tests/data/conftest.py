@@ -1,9 +1,6 @@
 """Six small pictures, and the same with captions."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,7 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory):
     """Six readable PNGs `0.png` to `5.png`, in a folder without captions."""
     folder = tmp_path_factory.mktemp("pictures")
     draw = np.random.default_rng(0)
@@ -21,7 +18,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def captioned(pictures: Path, tmp_path: Path) -> Path:
+def captioned(pictures, tmp_path):
     """The pictures with `metadata.jsonl`: two captions for picture 0, one for the others."""
     folder = tmp_path / "captioned"
     folder.mkdir()

@@ -1,12 +1,8 @@
 """Every form in which captions and images come gives the same items."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
-from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
@@ -20,7 +16,7 @@ from csdiff.errors import CSDiffError
 EXPECTED = [["thing 0", "thing zero"], ["thing 1"], ["thing 2"], ["thing 3"], ["thing 4"], ["thing 5"]]
 
 
-def archive(path: Path, members: dict[str, bytes]) -> Path:
+def archive(path, members):
     """A tar file of these members."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -30,34 +26,34 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def taken_table(folder: Path) -> pa.Table:
+def taken_table(folder):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "metadata.jsonl").unlink()
     return pa.Table.from_pylist(rows)
 
 
-def as_csv(folder: Path) -> Path:
+def as_csv(folder):
     pa.csv.write_csv(taken_table(folder), folder / "metadata.csv")
     return folder
 
 
-def as_parquet_table(folder: Path) -> Path:
+def as_parquet_table(folder):
     pq.write_table(taken_table(folder), folder / "metadata.parquet")
     return folder
 
 
-def as_text_files(folder: Path) -> Path:
+def as_text_files(folder):
     (folder / "metadata.jsonl").unlink()
     for index, captions in enumerate(EXPECTED):
         (folder / f"{index}.txt").write_text("\n".join(captions) + "\n")
     return folder
 
 
-def as_table_file(folder: Path) -> Path:
+def as_table_file(folder):
     return (folder / "metadata.jsonl").rename(folder / "list.jsonl")
 
 
-def as_parquet_with_images(folder: Path) -> Path:
+def as_parquet_with_images(folder):
     rows = [
         {"image": {"bytes": (folder / f"{i}.png").read_bytes(), "path": f"{i}.png"}, "captions": captions}
         for i, captions in enumerate(EXPECTED)
@@ -71,7 +67,7 @@ def as_parquet_with_images(folder: Path) -> Path:
     return path
 
 
-def as_saved_dataset(folder: Path) -> Path:
+def as_saved_dataset(folder):
     from datasets import Dataset, Features, Image, List, Value
 
     features = Features({"picture": Image(), "captions": List(Value("string"))})
@@ -80,7 +76,7 @@ def as_saved_dataset(folder: Path) -> Path:
     return folder.parent / "saved"
 
 
-def as_tar_files(folder: Path) -> Path:
+def as_tar_files(folder):
     path = folder.parent / "shards"
     path.mkdir()
     for shard, indices in (("00000", (0, 1, 2, 3)), ("00001", (4, 5))):
@@ -100,7 +96,7 @@ FORMS += [as_parquet_with_images, as_saved_dataset, as_tar_files]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_every_form_gives_the_same_items(form: Callable[[Path], Path], captioned: Path, pictures: Path):
+def test_every_form_gives_the_same_items(form, captioned, pictures):
     path = form(captioned)
     source = open_source(path)
     items = list(source)
@@ -123,7 +119,7 @@ def test_every_form_gives_the_same_items(form: Callable[[Path], Path], captioned
         assert open_source(path).identity() != identity
 
 
-def test_a_folder_of_images_alone_has_no_captions(pictures: Path):
+def test_a_folder_of_images_alone_has_no_captions(pictures):
     source = open_source(pictures)
     assert (source.has_images, source.has_captions) == (True, False)
     assert [item.path for item in source] == [f"{i}.png" for i in range(6)]
@@ -138,14 +134,14 @@ def test_a_folder_of_images_alone_has_no_captions(pictures: Path):
         ("captions.jsonl", '{"text": ["a cat"]}\n{"text": null}\n{"text": "a dog"}\n'),
     ],
 )
-def test_captions_alone(tmp_path: Path, name: str, content: str):
+def test_captions_alone(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     source = open_source(tmp_path / name)
     assert not source.has_images
     assert [item.captions for item in source] == [["a cat"], [""], ["a dog"]]
 
 
-def test_captions_file_beside_the_folder_and_named_columns(pictures: Path, tmp_path: Path):
+def test_captions_file_beside_the_folder_and_named_columns(pictures, tmp_path):
     table = tmp_path / "table.tsv"
     table.write_text("where\twhat\tstyle\n2.png\ta\tx\n4.png\tb\ty\n")
     columns = {"image_column": "where", "caption_column": "what", "metadata_columns": ["style"]}
@@ -157,7 +153,7 @@ def test_captions_file_beside_the_folder_and_named_columns(pictures: Path, tmp_p
 
 
 @pytest.mark.parametrize("truncated", [True, False])
-def test_a_damaged_archive_gives_what_is_before_the_damage(captioned: Path, truncated: bool):
+def test_a_damaged_archive_gives_what_is_before_the_damage(captioned, truncated):
     path = as_tar_files(captioned)
     content = (path / "00000.tar").read_bytes()
     with tarfile.open(path / "00000.tar") as tar:
@@ -184,7 +180,7 @@ def test_a_damaged_archive_gives_what_is_before_the_damage(captioned: Path, trun
         ("x.csv", "caption\na\n", r"expected the column 'titel' \(caption_column\), found caption"),
     ],
 )
-def test_what_is_no_source_is_refused_in_one_sentence(tmp_path: Path, name: str, content: str | None, message: str):
+def test_what_is_no_source_is_refused_in_one_sentence(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)

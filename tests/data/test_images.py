@@ -1,11 +1,8 @@
 """Decoding: the right pixels of every mode, and a reason for what is not decoded."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +13,16 @@ from csdiff.data.images import MAX_PIXELS, UnreadableImage, _to_rgb, decode_imag
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(8, 0)
 
 
-def saved(image: Image.Image, format: str, **options) -> bytes:
+def saved(image, format, **options):
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
-def png(rows: np.ndarray, colour: int, bits: int = 16, transparent: bytes = b"", size=None) -> bytes:
+def png(rows, colour, bits=16, transparent=b"", size=None):
     """A PNG written by hand: modes that Pillow reads and does not write."""
 
-    def chunk(name: bytes, content: bytes) -> bytes:
+    def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     height, width = size or rows.shape[:2]
@@ -36,7 +33,7 @@ def png(rows: np.ndarray, colour: int, bits: int = 16, transparent: bytes = b"",
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def grey(content: bytes) -> np.ndarray:
+def grey(content):
     decoded = np.asarray(decode_image(content))
     assert decoded.dtype == np.uint8
     assert (decoded == decoded[..., :1]).all()
@@ -59,7 +56,7 @@ def grey(content: bytes) -> np.ndarray:
     ],
     ids=["I;16", "I;16 TIFF", "I of 16 bits", "I of 31 bits", "I of 8 bits", "F 0-1", "F 0-255", "PGM", "RGB", "RGBA"],
 )
-def test_deep_grey_ramps_stay_ramps(content: bytes):
+def test_deep_grey_ramps_stay_ramps(content):
     decoded = grey(content).astype(int)
     assert np.abs(decoded - (RAMP >> 8)).max() <= 1
 
@@ -81,12 +78,12 @@ def test_numbers_of_no_known_range_are_refused(values, expected):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "RGB;16", "L", "1"])
-def test_what_is_hidden_under_transparency_is_white(mode: str):
+def test_what_is_hidden_under_transparency_is_white(mode):
     """A dark square on a transparent ground, whatever colour the ground hides."""
     square = np.zeros((16, 16), bool)
     square[4:12, 4:12] = True
 
-    def made(hidden: int) -> bytes:
+    def made(hidden):
         values = np.where(square, 10, hidden).astype(np.uint8)
         alpha = np.where(square, 255, 0).astype(np.uint8)
         if mode in ("I;16", "RGB;16"):
@@ -130,7 +127,7 @@ def test_colour_spaces_become_rgb():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_comes_out_upright(format: str, orientation: int):
+def test_every_orientation_comes_out_upright(format, orientation):
     upright = Image.new("RGB", (24, 16), "white")
     upright.paste("red", (0, 0, 8, 8))
     T = Image.Transpose
@@ -145,7 +142,7 @@ def test_every_orientation_comes_out_upright(format: str, orientation: int):
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_the_first_frame_of_several(format: str):
+def test_the_first_frame_of_several(format):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     options = {"lossless": True} if format == "WEBP" else {}
     decoded = decode_image(saved(frames[0], format, save_all=True, append_images=frames[1:], **options))
@@ -166,7 +163,7 @@ def test_the_first_frame_of_several(format: str):
     ],
     ids=["many pixels", "more", "long", "PostScript", "empty", "SVG", "half a PNG", "half a JPEG"],
 )
-def test_what_is_not_decoded_says_why(content: bytes, reason: str, tmp_path: Path):
+def test_what_is_not_decoded_says_why(content, reason, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     for image in (content, tmp_path / "a.png"):
         with pytest.raises(UnreadableImage, match=reason) as error:

@@ -1,7 +1,5 @@
 """What people really have on disk: the cases that were reported, and their kinds."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -20,10 +18,10 @@ from tests.data.test_data_sources import archive
 
 
 @pytest.fixture
-def image(pictures: Path):
+def image(pictures):
     """`image(path)` puts one there."""
 
-    def put(*paths: Path) -> Path:
+    def put(*paths):
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(pictures / "0.png") as opened:
@@ -33,15 +31,15 @@ def image(pictures: Path):
     return put
 
 
-def captions(source) -> dict[str, list[str]]:
+def captions(source):
     return {item.path: item.captions for item in source if isinstance(item, Item)}
 
 
-def problems(source) -> list[str]:
+def problems(source):
     return [item.reason for item in source if isinstance(item, Problem)]
 
 
-def tar(path: Path, names: list[str], pictures: Path) -> Path:
+def tar(path, names, pictures):
     """An archive in which texts say c, and everything else is a picture."""
     image = (pictures / "0.png").read_bytes()
     return archive(path, {n: b'{"text": "c"}' if n.endswith((".txt", ".json")) else image for n in names})
@@ -59,7 +57,7 @@ def tar(path: Path, names: list[str], pictures: Path) -> Path:
         ("a.input.jpg a.target.jpg a.txt", "ambiguous_entry"),
     ],
 )
-def test_names_in_archives(names: str, expected, tmp_path: Path, pictures: Path):
+def test_names_in_archives(names, expected, tmp_path, pictures):
     source = open_source(tar(tmp_path / "x.tar", names.split(), pictures))
     if isinstance(expected, str):
         assert problems(source) == [expected]
@@ -69,7 +67,7 @@ def test_names_in_archives(names: str, expected, tmp_path: Path, pictures: Path)
         assert not problems(source)
 
 
-def test_every_file_that_pillow_opens_and_the_others_counted(tmp_path: Path, image):
+def test_every_file_that_pillow_opens_and_the_others_counted(tmp_path, image):
     read = ["a.png", "b.jfif", "c.avif", "e.jpe", "f.PNG", "h.jp2", "noending", "i.jpg_large"]
     image(*(tmp_path / name for name in read))
     hidden = ["._a.png", "Thumbs.db", ".ipynb_checkpoints/0.png", "__MACOSX/z.png"]
@@ -84,7 +82,7 @@ def test_every_file_that_pillow_opens_and_the_others_counted(tmp_path: Path, ima
     assert source.not_read[".heic"]["first"] == ["d.heic", "d2.heic"]
 
 
-def test_texts_beside_images(tmp_path: Path, image):
+def test_texts_beside_images(tmp_path, image):
     image(*(tmp_path / f"{name}.png" for name in ("a", "b", "c", "d")), tmp_path / "00000/000.jpg")
     (tmp_path / "a.caption").write_text("one\x0bline\u2028still\r\ntwo\n", newline="")
     (tmp_path / "b.png.txt").write_bytes("\ufeffwide".encode("utf-16-le"))
@@ -108,7 +106,7 @@ def test_texts_beside_images(tmp_path: Path, image):
 
 
 @pytest.mark.parametrize("base", ["", "data/"])
-def test_metadata_in_split_folders(tmp_path: Path, image, base: str):
+def test_metadata_in_split_folders(tmp_path, image, base):
     for split in ("train", "test"):
         image(tmp_path / base / split / "a.png")
         (tmp_path / base / split / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": split}))
@@ -119,13 +117,13 @@ def test_metadata_in_split_folders(tmp_path: Path, image, base: str):
         open_source(tmp_path, split="validation")
 
 
-def test_split_folders_without_tables_and_a_class_called_train(tmp_path: Path, image):
+def test_split_folders_without_tables_and_a_class_called_train(tmp_path, image):
     image(tmp_path / "a/train/1.png", tmp_path / "a/test/2.png", tmp_path / "b/train/1.png", tmp_path / "b/bus/2.png")
     assert list(captions(open_source(tmp_path / "a", split="test"))) == ["test/2.png"]
     assert len(captions(open_source(tmp_path / "b"))) == 2
 
 
-def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path: Path, pictures: Path):
+def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path, pictures):
     content = (pictures / "0.png").read_bytes()
     for name in ("en/train-00000-of-00001", "en/dev-00000-of-00001", "de/train-00000-of-00001"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -156,7 +154,7 @@ def test_a_data_set_of_the_hub_as_it_lies_on_disk(tmp_path: Path, pictures: Path
         ("c.csv", b'image,caption\r1.jpg,A child .\r1.jpg,"A girl, going in"'),
     ],
 )
-def test_tables_of_all_makes(name: str, content: bytes, tmp_path: Path, image):
+def test_tables_of_all_makes(name, content, tmp_path, image):
     images = image(tmp_path / "Images/1.jpg")
     (tmp_path / name).write_bytes(content)
     for source in (open_source(images, captions_file=tmp_path / name), open_source(tmp_path / name)):
@@ -172,14 +170,14 @@ def test_tables_of_all_makes(name: str, content: bytes, tmp_path: Path, image):
         (b"image,caption\n1.png,a,b\n", ["line 2", "quotes"]),
     ],
 )
-def test_captions_that_cannot_be_matched_are_a_sentence(content: bytes, facts, tmp_path: Path, image):
+def test_captions_that_cannot_be_matched_are_a_sentence(content, facts, tmp_path, image):
     (tmp_path / "captions.txt").write_bytes(content)
     with pytest.raises(CSDiffError) as error:
         open_source(image(tmp_path / "images/1.png"), captions_file=tmp_path / "captions.txt")
     assert all(fact in str(error.value) for fact in facts)
 
 
-def test_captions_that_nobody_named_are_not_lost(tmp_path: Path, image):
+def test_captions_that_nobody_named_are_not_lost(tmp_path, image):
     image(tmp_path / "a/x.png", tmp_path / "b/images/x.png")
     (tmp_path / "a/list.csv").write_text("what,where\na cat,x.png\n")
     (tmp_path / "b/texts").mkdir()
@@ -191,7 +189,7 @@ def test_captions_that_nobody_named_are_not_lost(tmp_path: Path, image):
     assert open_source(tmp_path / "a").not_read[".csv"]["count"] == 1
 
 
-def test_images_outside_the_source(tmp_path: Path, image):
+def test_images_outside_the_source(tmp_path, image):
     image(tmp_path / "out.png", tmp_path / "in/sub/a.png")
     names = ["../out.png", str(tmp_path / "out.png"), "sub/../sub/a.png", str(tmp_path / "in/sub/a.png"), "sub\\a.png"]
     (tmp_path / "in/metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": "t"}) for n in names))
@@ -213,7 +211,7 @@ def test_text_is_never_guessed():
         decode_text("a\n日本".encode("shift_jis"))
 
 
-def test_names_in_other_encodings_and_long_fields(tmp_path: Path, image):
+def test_names_in_other_encodings_and_long_fields(tmp_path, image):
     image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")))
     (tmp_path / "metadata.csv").write_bytes(b'file_name,caption\ncaf.png,"' + b"x" * 200_000 + b'"\n')
     (item,) = open_source(tmp_path)

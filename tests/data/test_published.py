@@ -1,11 +1,7 @@
 """Published data sets, on two pictures written in their formats."""
 
-from __future__ import annotations
-
 import csv
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,20 +13,20 @@ CAPTIONS = {"one.jpg": ["a red square", "red, all of it"], "two.jpg": ["a blue s
 LINES = [(name, index, text) for name, texts in CAPTIONS.items() for index, text in enumerate(texts)]
 
 
-def pictures(folder: Path) -> Path:
+def pictures(folder):
     folder.mkdir(parents=True)
     for name, colour in zip(CAPTIONS, ("red", "blue"), strict=True):
         Image.new("RGB", (8, 8), colour).save(folder / name)
     return folder
 
 
-def read(source: Path, **options) -> dict[str, list[str]]:
+def read(source, **options):
     items = list(open_source(source, **options))
     assert all(item.image.is_file() for item in items)
     return {item.image.name: item.captions for item in items}
 
 
-def coco(folder: Path) -> Path:
+def coco(folder):
     pictures(folder / "val2017")
     (folder / "annotations").mkdir()
     images = [{"id": 9, "file_name": "one.jpg"}, {"id": 4, "file_name": "two.jpg"}, {"id": 5, "file_name": "none.jpg"}]
@@ -41,7 +37,7 @@ def coco(folder: Path) -> Path:
     return file
 
 
-def karpathy(folder: Path) -> Path:
+def karpathy(folder):
     pictures(folder / "val2014")
     images = [
         {"filename": n, "filepath": "val2014", "split": split, "sentences": [{"raw": f" {t}"} for t in CAPTIONS[n]]}
@@ -51,7 +47,7 @@ def karpathy(folder: Path) -> Path:
     return folder / "dataset_coco.json"
 
 
-def annotations(folder: Path) -> Path:
+def annotations(folder):
     pictures(folder / "flickr30k-images")
     with (folder / "flickr_annotations_30k.csv").open("w", newline="") as file:
         rows = [[json.dumps(texts), "[0, 1]", "test", name, 0] for name, texts in CAPTIONS.items()]
@@ -59,7 +55,7 @@ def annotations(folder: Path) -> Path:
     return folder / "flickr_annotations_30k.csv"
 
 
-def bars(folder: Path) -> Path:
+def bars(folder):
     pictures(folder / "flickr30k_images")
     lines = ["image_name| comment_number| comment", *(f"{name}| {i}| {text}" for name, i, text in LINES)]
     # The published file has a line that lacks a bar.
@@ -68,7 +64,7 @@ def bars(folder: Path) -> Path:
     return folder / "results.csv"
 
 
-def tokens(folder: Path) -> Path:
+def tokens(folder):
     pictures(folder / "flickr30k-images")
     lines = "".join(f"{name}#{i}\t{text}\n" for name, i, text in LINES)
     (folder / "results_20130124.token").write_text(lines)
@@ -76,11 +72,11 @@ def tokens(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [coco, karpathy, annotations, bars, tokens])
-def test_two_captions_an_image(tmp_path: Path, write: Callable[[Path], Path]):
+def test_two_captions_an_image(tmp_path, write):
     assert read(write(tmp_path), split="all") == CAPTIONS
 
 
-def test_long_captions_in_files(tmp_path: Path):
+def test_long_captions_in_files(tmp_path):
     pictures(tmp_path / "Urban1k/image")
     (tmp_path / "Urban1k/caption").mkdir()
     for name in CAPTIONS:
@@ -88,7 +84,7 @@ def test_long_captions_in_files(tmp_path: Path):
     assert read(tmp_path / "Urban1k") == {name: ["A street. It is long."] for name in CAPTIONS}
 
 
-def test_splits(tmp_path: Path):
+def test_splits(tmp_path):
     file = karpathy(tmp_path)
     assert read(file, split="test") == {"two.jpg": CAPTIONS["two.jpg"]}
     assert read(file, split="train") == {"one.jpg": CAPTIONS["one.jpg"]}
@@ -100,7 +96,7 @@ def test_splits(tmp_path: Path):
     assert read(tmp_path / "docci_descriptions.jsonlines", split="test") == {"two.jpg": ["a blue square"]}
 
 
-def test_pictures_elsewhere_and_damaged_files(tmp_path: Path):
+def test_pictures_elsewhere_and_damaged_files(tmp_path):
     file = tmp_path / "results_20130124.token"
     file.write_text("one.jpg#0\ta red square\n")
     with pytest.raises(CSDiffError, match=r"expected its images beside it \(one.jpg in .*captions_file"):

@@ -1,9 +1,6 @@
 """A captioned image folder that is embedded in seconds, and an uninterrupted store of it."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from csdiff.embeddings import embed
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory):
     """Thirteen pictures: 3 is no image, 5 is missing, 7 has an empty caption beside a good one, 2 a very long one.
 
     Beside them lie two files that are no images, and two that systems leave.
@@ -37,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(dataset: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(dataset, tiny_clip, tmp_path_factory):
     """The store of the data set, made in one go."""
     output = tmp_path_factory.mktemp("stores") / "whole"
     embed(config(dataset, tiny_clip, output))

@@ -1,24 +1,21 @@
 """Configurations of `embed` that the tests vary, and what it leaves behind; as a script `embed` in a process."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
 
 from csdiff.embeddings import EmbedConfig, embed
 
 PICTURES = 13
 
 
-def config(dataset: Path, clip: Path, output: Path, **options) -> EmbedConfig:
+def config(dataset, clip, output, **options):
     """The configuration that the tests vary: four shards of four items."""
     values = {"shard_size": 4, "batch_size": 3, "device": "cpu", "progress": False, "workers": 2}
     encoders = {"text_encoder": str(clip), "image_encoder": str(clip)}
     return EmbedConfig(**{"source": str(dataset), "output": str(output), **encoders, **values, **options})
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder):
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

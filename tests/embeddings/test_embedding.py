@@ -1,12 +1,9 @@
 """`csdiff embed`: what is stored, what is left out, and that nothing but the input decides the bytes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +21,7 @@ CAPTIONS |= {2: ["a very long caption of a thing that no encoder could ever take
 ROWS = [(f"{i:02d}.png", caption) for i in sorted(CAPTIONS) for caption in CAPTIONS[i]]
 
 
-def test_rows_are_the_raw_embeddings_of_their_captions_and_images(store: Path, dataset: Path, tiny_clip: Path):
+def test_rows_are_the_raw_embeddings_of_their_captions_and_images(store, dataset, tiny_clip):
     opened = EmbeddingStore.open(store)
     everything = opened.read(slice(None))
     assert list(zip(opened.image_ids(slice(None)), opened.captions(slice(None)), strict=True)) == ROWS
@@ -37,7 +34,7 @@ def test_rows_are_the_raw_embeddings_of_their_captions_and_images(store: Path, d
     assert not opened.normalized
 
 
-def test_shards_are_the_clip_retrieval_layout(store: Path):
+def test_shards_are_the_clip_retrieval_layout(store):
     files = {f"{name}/{name}_{k}.npy" for name in ("img_emb", "text_emb") for k in range(4)}
     files |= {f"metadata/metadata_{k}.parquet" for k in range(4)}
     assert set(content(store)) == {"csdiff.json", "report.json", *files}
@@ -45,7 +42,7 @@ def test_shards_are_the_clip_retrieval_layout(store: Path):
     assert np.load(store / "text_emb/text_emb_0.npy", allow_pickle=False).dtype == np.float16
 
 
-def test_the_fingerprint_says_what_made_the_store(store: Path, tiny_clip: Path):
+def test_the_fingerprint_says_what_made_the_store(store, tiny_clip):
     found = json.loads((store / "csdiff.json").read_text())
     text, image = load_text_encoder(tiny_clip), load_image_encoder(tiny_clip)
     assert (found["format"], found["kind"], found["rows"], found["dtype"]) == (1, "store", len(ROWS), "float16")
@@ -62,7 +59,7 @@ def test_the_fingerprint_says_what_made_the_store(store: Path, tiny_clip: Path):
     assert found["statistics"]["norm_mean"] == pytest.approx(float(image.norm(dim=1).mean()))
 
 
-def test_what_was_left_out_is_counted_and_listed(store: Path, dataset: Path):
+def test_what_was_left_out_is_counted_and_listed(store, dataset):
     report = json.loads((store / "report.json").read_text())
     assert (report["items"], report["rows"]) == (PICTURES, len(ROWS))
     assert report["skipped"] == {"empty_caption": 1, "missing_image": 1, "unreadable_image": 1}
@@ -80,13 +77,13 @@ def test_what_was_left_out_is_counted_and_listed(store: Path, dataset: Path):
         ({"long_captions": "skip"}, [row for row in ROWS if row[0] != "02.png"]),
     ],
 )
-def test_which_captions_become_rows(dataset: Path, tiny_clip: Path, tmp_path: Path, options: dict, expected: list):
+def test_which_captions_become_rows(dataset, tiny_clip, tmp_path, options, expected):
     embed(config(dataset, tiny_clip, tmp_path / "s", **options))
     opened = EmbeddingStore.open(tmp_path / "s")
     assert list(zip(opened.image_ids(slice(None)), opened.captions(slice(None)), strict=True)) == expected
 
 
-def test_a_random_caption_depends_on_the_seed_only(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_a_random_caption_depends_on_the_seed_only(dataset, tiny_clip, tmp_path):
     chosen = {}
     for name, seed, size in (("a", 0, 4), ("b", 0, 7), ("c", 1, 4)):
         options = {"captions_per_image": "random", "seed": seed, "shard_size": size, "image_encoder": None}
@@ -97,7 +94,7 @@ def test_a_random_caption_depends_on_the_seed_only(dataset: Path, tiny_clip: Pat
     assert len(chosen["a"]) == len(CAPTIONS) + 1
 
 
-def test_token_states_and_dtypes(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_token_states_and_dtypes(dataset, tiny_clip, tmp_path):
     options = {"text_states": True, "image_tokens": True, "dtype": "bfloat16"}
     embed(config(dataset, tiny_clip, tmp_path / "s", **options))
     batch = EmbeddingStore.open(tmp_path / "s").read([0, 5])
@@ -108,7 +105,7 @@ def test_token_states_and_dtypes(dataset: Path, tiny_clip: Path, tmp_path: Path)
     assert batch["image_embeds"].equal(batch["image_embeds"].bfloat16().float())
 
 
-def test_unpaired_sides(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_unpaired_sides(dataset, tiny_clip, tmp_path):
     (tmp_path / "captions.txt").write_text("one\ntwo\n\nthree\n")
     embed(config(tmp_path / "captions.txt", tiny_clip, tmp_path / "text"))
     text = EmbeddingStore.open(tmp_path / "text")
@@ -126,7 +123,7 @@ def test_unpaired_sides(dataset: Path, tiny_clip: Path, tmp_path: Path):
     assert (online.text_dim, online.captions([0, 1])) == (None, [caption for _, caption in ROWS[:2]])
 
 
-def test_tar_files_and_further_columns(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_tar_files_and_further_columns(dataset, tiny_clip, tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
             for index in (0, 1) if shard == 0 else (4,):
@@ -140,9 +137,7 @@ def test_tar_files_and_further_columns(dataset: Path, tiny_clip: Path, tmp_path:
     assert len(list((tmp_path / "s/img_emb").iterdir())) == 2
 
 
-def test_a_finished_store_is_left_alone_and_another_one_refused(
-    store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, capsys
-):
+def test_a_finished_store_is_left_alone_and_another_one_refused(store, dataset, tiny_clip, tmp_path, capsys):
     before = content(store)
     embed(config(dataset, tiny_clip, store, max_skipped=0.5, workers=1))
     assert content(store) == before
@@ -156,9 +151,7 @@ def test_a_finished_store_is_left_alone_and_another_one_refused(
     assert content(store) == before
 
 
-def test_too_much_left_out_stops_the_run_and_a_higher_limit_goes_on(
-    tiny_clip: Path, store: Path, dataset: Path, tmp_path: Path
-):
+def test_too_much_left_out_stops_the_run_and_a_higher_limit_goes_on(tiny_clip, store, dataset, tmp_path):
     with pytest.raises(CSDiffError, match=r"expected at most 0\.0% of 13 items.*found 1 already, for example 03\.png"):
         embed(config(dataset, tiny_clip, tmp_path / "s", max_skipped=0))
     with pytest.raises(CSDiffError, match="not finished"):
@@ -167,7 +160,7 @@ def test_too_much_left_out_stops_the_run_and_a_higher_limit_goes_on(
     assert content(tmp_path / "s") == content(store)
 
 
-def test_ten_are_always_allowed_but_never_everything(tiny_clip: Path, tmp_path: Path):
+def test_ten_are_always_allowed_but_never_everything(tiny_clip, tmp_path):
     rows = [f"x{index}.png,a caption" for index in range(12)]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
     with pytest.raises(CSDiffError, match="found 11 already"):
@@ -177,7 +170,7 @@ def test_ten_are_always_allowed_but_never_everything(tiny_clip: Path, tmp_path: 
         embed(config(tmp_path, tiny_clip, tmp_path / "s2"))
 
 
-def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_a_shard_of_which_nothing_is_left_is_empty(dataset, tiny_clip, tmp_path):
     lines = (dataset / "metadata.jsonl").read_text().splitlines()
     folder = shutil.copytree(dataset, tmp_path / "data")
     # The second shard has the unreadable and the missing picture only.
@@ -205,16 +198,14 @@ def test_a_shard_of_which_nothing_is_left_is_empty(dataset: Path, tiny_clip: Pat
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_anything_is_written(
-    dataset: Path, tiny_clip: Path, tmp_path: Path, options: dict, message: str
-):
+def test_bad_input_is_refused_before_anything_is_written(dataset, tiny_clip, tmp_path, options, message):
     given = config(dataset, tiny_clip, tmp_path / "s")
     with pytest.raises((CSDiffError, OSError), match=message):
         embed(replace(given, **options))
     assert not (tmp_path / "s").exists()
 
 
-def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_a_folder_with_other_things_in_it_is_not_written_into(dataset, tiny_clip, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(CSDiffError, match=r"expected an empty folder or an unfinished store, but it holds thesis.tex"):
         embed(config(dataset, tiny_clip, tmp_path))
@@ -227,7 +218,7 @@ def test_a_folder_with_other_things_in_it_is_not_written_into(dataset: Path, tin
             embed(config(dataset, tiny_clip, tmp_path / place))
 
 
-def test_half_surrogates_are_replaced_and_counted(tiny_clip: Path, tmp_path: Path):
+def test_half_surrogates_are_replaced_and_counted(tiny_clip, tmp_path):
     texts = ["cut emoji \ud83d", "whole \ud83d\ude00", "a<|endoftext|>b", "x" * 200_000]
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     report = embed(config(tmp_path / "captions.jsonl", tiny_clip, tmp_path / "s", image_encoder=None))
@@ -240,9 +231,7 @@ def test_half_surrogates_are_replaced_and_counted(tiny_clip: Path, tmp_path: Pat
     torch.testing.assert_close(opened.read(range(3))["text_embeds"], expected, rtol=1e-3, atol=2e-3)
 
 
-def test_places_are_the_same_by_any_name_and_from_any_folder(
-    dataset: Path, tiny_clip: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_places_are_the_same_by_any_name_and_from_any_folder(dataset, tiny_clip, store, tmp_path, monkeypatch):
     """Relative names, a second start from another folder, and an encoder that moved: one store."""
     shutil.copytree(tiny_clip, tmp_path / "clip")
     shutil.copytree(dataset, tmp_path / "data")

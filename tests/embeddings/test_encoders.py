@@ -1,10 +1,7 @@
 """Encoders: raw embeddings as transformers gives them, one description, clear refusals."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from csdiff.errors import CSDiffError
 CAPTIONS = ["a red apple", "something else entirely", "x"]
 
 
-def test_clip_text_is_what_the_diffusers_priors_compute(tiny_clip: Path):
+def test_clip_text_is_what_the_diffusers_priors_compute(tiny_clip):
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tiny_clip)
@@ -34,7 +31,7 @@ def test_clip_text_is_what_the_diffusers_priors_compute(tiny_clip: Path):
     assert (encoder.dim, encoder.max_length) == (16, 16)
 
 
-def test_clip_images_are_raw_projected_embeddings(tiny_clip: Path):
+def test_clip_images_are_raw_projected_embeddings(tiny_clip):
     encoder = load_image_encoder(tiny_clip)
     found = encoder.encode([Image.new("RGB", (40, 30), color) for color in ("red", "blue")])
     assert found.embeds.shape == (2, 16)
@@ -43,13 +40,13 @@ def test_clip_images_are_raw_projected_embeddings(tiny_clip: Path):
     torch.testing.assert_close(encoder.project(found.tokens)[:, 0], found.embeds)
 
 
-def test_palette_and_grey_images_are_encoded_as_rgb(tiny_clip: Path):
+def test_palette_and_grey_images_are_encoded_as_rgb(tiny_clip):
     encoder = load_image_encoder(tiny_clip)
     grey = Image.new("L", (40, 30), 90)
     torch.testing.assert_close(encoder.encode([grey]).embeds, encoder.encode([grey.convert("RGB")]).embeds)
 
 
-def test_a_folder_in_half_precision_is_computed_in_single_on_the_cpu(tiny_clip: Path, tmp_path: Path):
+def test_a_folder_in_half_precision_is_computed_in_single_on_the_cpu(tiny_clip, tmp_path):
     from transformers import CLIPModel
 
     half = shutil.copytree(tiny_clip, tmp_path / "half")
@@ -65,7 +62,7 @@ def test_a_folder_in_half_precision_is_computed_in_single_on_the_cpu(tiny_clip: 
         torch.testing.assert_close(call(encoder), call(load(tiny_clip)), rtol=1e-2, atol=1e-2)
 
 
-def test_a_saved_pipeline_is_an_encoder_by_its_folders(tiny_clip: Path, tmp_path: Path):
+def test_a_saved_pipeline_is_an_encoder_by_its_folders(tiny_clip, tmp_path):
     encoder = load_text_encoder(tiny_clip)
     (tmp_path / "model_index.json").write_text("{}")
     encoder.model.save_pretrained(tmp_path / "text_encoder")
@@ -76,7 +73,7 @@ def test_a_saved_pipeline_is_an_encoder_by_its_folders(tiny_clip: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def language_model(tmp_path_factory):
     """A random Llama: no padding token, no limit, a causal head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +87,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sentence_encoder(tmp_path_factory):
     """A random BERT with the pooling file of a sentence encoder."""
     from transformers import BertConfig, BertModel
 
@@ -103,7 +100,7 @@ def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_language_model_gives_its_last_token(language_model: Path):
+def test_a_language_model_gives_its_last_token(language_model):
     encoder = load_text_encoder(language_model)
     assert encoder.describe()["pooling"] == "last"
     assert encoder.dim == 24
@@ -114,7 +111,7 @@ def test_a_language_model_gives_its_last_token(language_model: Path):
     torch.testing.assert_close(alone, found.embeds, atol=1e-5, rtol=1e-4)
 
 
-def test_a_sentence_encoder_pools_as_it_says(sentence_encoder: Path, tmp_path: Path):
+def test_a_sentence_encoder_pools_as_it_says(sentence_encoder, tmp_path):
     encoder = load_text_encoder(sentence_encoder)
     assert encoder.describe()["pooling"] == "mean"
     found = encoder.encode(CAPTIONS)
@@ -128,18 +125,18 @@ def test_a_sentence_encoder_pools_as_it_says(sentence_encoder: Path, tmp_path: P
     torch.testing.assert_close(load_text_encoder(folder, pooling="mean").encode(CAPTIONS).embeds, mean)
 
 
-def test_captions_are_cut_to_the_length_asked_for(tiny_clip: Path):
+def test_captions_are_cut_to_the_length_asked_for(tiny_clip):
     encoder = load_text_encoder(tiny_clip, max_length=6)
     assert encoder.encode(["a very long caption indeed"]).states.shape == (1, 6, 32)
     with pytest.raises(CSDiffError, match="max_length: expected at most 16, the tokenizer's limit, found 17"):
         load_text_encoder(tiny_clip, max_length=17)
 
 
-def without(folder: Path, target: Path, *names: str) -> Path:
+def without(folder, target, *names):
     return shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*names))
 
 
-def test_what_is_no_encoder_is_refused_in_one_sentence(tiny_clip: Path, sentence_encoder: Path, tmp_path: Path):
+def test_what_is_no_encoder_is_refused_in_one_sentence(tiny_clip, sentence_encoder, tmp_path):
     pickled = without(tiny_clip, tmp_path / "pickled", "*.safetensors")
     (pickled / "pytorch_model.bin").write_bytes(b"")
     truncated = shutil.copytree(tiny_clip, tmp_path / "truncated")
@@ -172,7 +169,7 @@ def test_what_is_no_encoder_is_refused_in_one_sentence(tiny_clip: Path, sentence
         load_text_encoder(tiny_clip, pooling="mean")
 
 
-def test_an_encoder_that_moved_is_found_beside_the_store_or_named(tiny_clip: Path, tmp_path: Path):
+def test_an_encoder_that_moved_is_found_beside_the_store_or_named(tiny_clip, tmp_path):
     here, record = tmp_path / "new/models/clip", load_text_encoder(tiny_clip).describe()
     shutil.copytree(tiny_clip, here)
     (tmp_path / "new/runs/r1").mkdir(parents=True)

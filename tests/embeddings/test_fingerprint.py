@@ -1,9 +1,6 @@
 """One rule for "the same encoder", and the hash of a tower."""
 
-from __future__ import annotations
-
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +39,7 @@ ONE = {"id": "a/b", "weights_sha256": "1" * 64, "dim": 4}
         ({"id": VIT_L, "weights_sha256": "1"}, {"id": "/models/karlo-v1-alpha", "weights_sha256": "2"}, "different"),
     ],
 )
-def test_one_rule_says_whether_two_records_are_of_one_encoder(expected: dict, found: dict | None, verdict: str):
+def test_one_rule_says_whether_two_records_are_of_one_encoder(expected, found, verdict):
     assert compare_encoders(expected, found, "text").verdict == verdict
     assert compare_encoders(found, expected, "text").verdict == verdict
 
@@ -64,7 +61,7 @@ def test_different_encoders_are_refused_and_unknown_ones_warned_of():
         check_same_encoder(ONE, None, "text", "the adapter", "a foreign store")
 
 
-def test_a_tower_has_one_hash_whole_or_alone(tiny_clip: Path, tmp_path: Path):
+def test_a_tower_has_one_hash_whole_or_alone(tiny_clip, tmp_path):
     text, image = load_text_encoder(tiny_clip), load_image_encoder(tiny_clip)
     text.model.save_pretrained(tmp_path / "text", max_shard_size="20KB")
     image.model.save_pretrained(tmp_path / "image")

@@ -1,7 +1,5 @@
 """Killed at any moment and started again, on any number of processes, the store has the same bytes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -25,19 +23,17 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the package catches it."""
 
 
-def visible_shards_are_whole(output: Path) -> None:
+def visible_shards_are_whole(output):
     for file in output.glob("*_emb/*.npy"):
         np.load(file, allow_pickle=False)
 
 
-def test_stopped_before_any_rename_the_store_is_the_same(
-    dataset: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_stopped_before_any_rename_the_store_is_the_same(dataset, tiny_clip, tmp_path, monkeypatch):
     """Every change of the store is a rename: stop before each of them in turn, and go on."""
     left = 1000
 
     def counting(rename):
-        def counted(self: Path, target: Path) -> Path:
+        def counted(self, target):
             nonlocal left
             left -= 1
             if left < 0:
@@ -64,16 +60,14 @@ def test_stopped_before_any_rename_the_store_is_the_same(
         assert content(output) == content(tmp_path / "whole"), stop
 
 
-def start(dataset: Path, tiny_clip: Path, output: Path, root: Path, **environment: str) -> subprocess.Popen:
+def start(dataset, tiny_clip, output, root, **environment):
     options = json.dumps(asdict(config(dataset, tiny_clip, output)))
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, embedding_runs.__file__, options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_in_the_middle_the_store_is_the_same(
-    store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path
-):
+def test_killed_in_the_middle_the_store_is_the_same(store, dataset, tiny_clip, tmp_path, root):
     output = tmp_path / "s"
     process = start(dataset, tiny_clip, output, root)
     # The first shard is whole, the others are in the making.
@@ -88,7 +82,7 @@ def test_killed_in_the_middle_the_store_is_the_same(
     assert content(output) == content(store)
 
 
-def test_two_processes_write_the_bytes_of_one(store: Path, dataset: Path, tiny_clip: Path, tmp_path: Path, root: Path):
+def test_two_processes_write_the_bytes_of_one(store, dataset, tiny_clip, tmp_path, root):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -101,15 +95,12 @@ def test_two_processes_write_the_bytes_of_one(store: Path, dataset: Path, tiny_c
     assert content(tmp_path / "s") == content(store)
 
 
-def test_a_second_run_into_the_same_folder_is_refused(dataset: Path, tiny_clip: Path, tmp_path: Path):
+def test_a_second_run_into_the_same_folder_is_refused(dataset, tiny_clip, tmp_path):
     from csdiff.embeddings import StoreWriter
 
     with StoreWriter(tmp_path / "s", 1) as writer:
         writer.begin({})
-        with (
-            pytest.raises(CSDiffError, match="another process is writing"),
-            StoreWriter(tmp_path / "s", 1) as other,
-        ):
+        with pytest.raises(CSDiffError, match="another process is writing"), StoreWriter(tmp_path / "s", 1) as other:
             other.begin({})
     with StoreWriter(tmp_path / "s", 1) as writer:
         assert writer.begin({}) is False

@@ -1,9 +1,6 @@
 """SigLIP and SigLIP 2 as encoders on either side, against transformers' own features."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ SIZES = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 2, "nu
 
 
 @pytest.fixture(scope="module", params=["Siglip", "Siglip2"])
-def siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def siglip(request, tmp_path_factory):
     """A random SigLIP with tokenizer and image processor, whole; its towers alone in `text` and `image`."""
     import transformers
     from tiny import build_tiny_tokenizer
@@ -49,7 +46,7 @@ def siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def features(siglip: Path, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+def features(siglip, images):
     import transformers
 
     model = transformers.AutoModel.from_pretrained(siglip)
@@ -62,7 +59,7 @@ def features(siglip: Path, images: list[Image.Image]) -> tuple[torch.Tensor, tor
     return text, image
 
 
-def test_whole_or_one_tower_they_are_transformers_features(siglip: Path):
+def test_whole_or_one_tower_they_are_transformers_features(siglip):
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)) for size in ((40, 30, 3), (30, 50, 3))]
     text, image = features(siglip, images)

@@ -1,9 +1,6 @@
 """Shuffled batches: every row once an epoch, the same for any number of processes, resumable anywhere."""
 
-from __future__ import annotations
-
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from csdiff.errors import CSDiffError
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("batches") / "store"
     rows = torch.arange(53).float()[:, None] * torch.tensor([1.0, -1.0])
     write_store(path, image_embeds=rows, captions=[f"row {i}" for i in range(53)], shard_size=20)
@@ -38,7 +35,7 @@ def test_orders_are_random_permutations_of_seed_and_epoch():
     assert [groups.pick(np.arange(3), 0, epoch).tolist() for epoch in (0, 1, 4)] == [[1, 6, 11], [2, 7, 8], [0, 5, 10]]
 
 
-def test_an_epoch_has_every_row_once_but_the_incomplete_batch(store: EmbeddingStore):
+def test_an_epoch_has_every_row_once_but_the_incomplete_batch(store):
     batches = StoreBatches(store, batch_size=10, seed=1)
     assert batches.epoch_size == 5
     steps = [batch["index"] for batch in islice(batches, 15)]
@@ -48,13 +45,13 @@ def test_an_epoch_has_every_row_once_but_the_incomplete_batch(store: EmbeddingSt
     assert batches.step == 15
 
 
-def test_rows_belong_to_their_index(store: EmbeddingStore):
+def test_rows_belong_to_their_index(store):
     for batch in islice(StoreBatches(store, batch_size=7, captions=True), 3):
         assert torch.equal(batch["image_embeds"][:, 0], batch["index"].float())
         assert batch["captions"] == [f"row {i}" for i in batch["index"].tolist()]
 
 
-def test_a_split_uses_its_rows_only(store: EmbeddingStore):
+def test_a_split_uses_its_rows_only(store):
     rows = np.arange(0, 53, 3)
     index = torch.cat([batch["index"] for batch in islice(StoreBatches(store, 6, rows=rows), 3)])
     assert sorted(index.tolist()) == rows.tolist()
@@ -64,7 +61,7 @@ IMAGES = np.random.default_rng(0).permutation(np.repeat(np.arange(20), [1, 2, 3,
 
 
 @pytest.fixture(scope="module")
-def groups() -> ImageGroups:
+def groups():
     """The rows of the store as captions of twenty images, one to five of each, in no order."""
     return ImageGroups(np.arange(53), IMAGES)
 
@@ -73,7 +70,7 @@ def groups() -> ImageGroups:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("start", [0, 5, 13])
 def test_the_global_batch_is_the_same_for_any_processes_and_resumed_anywhere(
-    store: EmbeddingStore, groups: ImageGroups, grouped: bool, world_size: int, start: int
+    store, groups, grouped, world_size, start
 ):
     given = groups if grouped else None
     whole = StoreBatches(store, 10, seed=4, groups=given)
@@ -85,7 +82,7 @@ def test_the_global_batch_is_the_same_for_any_processes_and_resumed_anywhere(
         assert max(len(part["index"]) for part in split) - min(len(part["index"]) for part in split) <= 1
 
 
-def test_an_epoch_has_one_caption_of_every_image(store: EmbeddingStore, groups: ImageGroups):
+def test_an_epoch_has_one_caption_of_every_image(store, groups):
     batches = StoreBatches(store, 10, seed=5, groups=groups)
     assert (len(groups), batches.epoch_size) == (20, 2)
     steps = [IMAGES[batch["index"]] for batch in islice(batches, 8)]
@@ -93,7 +90,7 @@ def test_an_epoch_has_one_caption_of_every_image(store: EmbeddingStore, groups: 
     assert all(sorted(np.concatenate(steps[i : i + 2])) == list(range(20)) for i in range(0, 8, 2))
 
 
-def test_every_caption_of_an_image_comes_equally_often_and_at_random(groups: ImageGroups):
+def test_every_caption_of_an_image_comes_equally_often_and_at_random(groups):
     # Sixty epochs: a multiple of one to five captions.
     picked = np.stack([groups.pick(np.arange(20), 3, epoch) for epoch in range(60)])
     assert all(len(set(IMAGES[column])) == 1 for column in picked.T)
@@ -108,7 +105,7 @@ def test_every_caption_of_an_image_comes_equally_often_and_at_random(groups: Ima
     assert 440 < (first == later).sum() < 560
 
 
-def test_rows_of_one_image_are_known_by_their_identity(tmp_path: Path):
+def test_rows_of_one_image_are_known_by_their_identity(tmp_path):
     rows = torch.arange(10.0).reshape(5, 2)
     write_store(tmp_path / "store", image_embeds=rows, image_ids=["b", "a", "b", "c", "a"], shard_size=2)
     store = EmbeddingStore.open(tmp_path / "store")
@@ -118,7 +115,7 @@ def test_rows_of_one_image_are_known_by_their_identity(tmp_path: Path):
     assert groups.pick(np.arange(3), 0, 0).tolist() == [4, 3, 2]
 
 
-def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
+def test_a_batch_larger_than_the_data_is_refused(store):
     two_images = ImageGroups(np.arange(4), np.arange(4) // 2)
     for size, options, fact in (
         (54, {}, "53 .*rows"),
@@ -129,6 +126,6 @@ def test_a_batch_larger_than_the_data_is_refused(store: EmbeddingStore):
             StoreBatches(store, size, **options)
 
 
-def test_an_error_while_reading_ahead_reaches_the_caller(store: EmbeddingStore):
+def test_an_error_while_reading_ahead_reaches_the_caller(store):
     with pytest.raises(KeyError, match="has no text_embeds"):
         next(iter(StoreBatches(store, 4, keys=["text_embeds"])))

@@ -1,7 +1,5 @@
 """Reading stores: ours and foreign ones, whole and damaged ones, small ones and one far larger than memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -23,15 +21,15 @@ from csdiff.errors import CSDiffError
 FILE = "img_emb/img_emb_1.npy"
 
 
-def save(file: Path, array: torch.Tensor) -> None:
+def save(file, array):
     np.save(file, array.numpy())
 
 
-def rows(n: int, dim: int, seed: int = 0) -> torch.Tensor:
+def rows(n, dim, seed=0):
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def write_shards(path: Path, lengths: list[int], dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+def write_shards(path, lengths, dtype="float32"):
     """A foreign store with shards of these lengths."""
     text, image = rows(sum(lengths), 5).numpy().astype(dtype), rows(sum(lengths), 7, 1).numpy().astype(dtype)
     edges = np.cumsum([0, *lengths])
@@ -42,7 +40,7 @@ def write_shards(path: Path, lengths: list[int], dtype: str = "float32") -> tupl
     return text, image
 
 
-def open_foreign(path: Path, **options) -> EmbeddingStore:
+def open_foreign(path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return EmbeddingStore.open(path, **options)
@@ -50,7 +48,7 @@ def open_foreign(path: Path, **options) -> EmbeddingStore:
 
 @pytest.mark.parametrize("lengths", [[23], [4, 0, 9, 1, 12], [1] * 11], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_rows_come_in_the_order_asked_for(tmp_path: Path, lengths: list[int], dtype: str):
+def test_rows_come_in_the_order_asked_for(tmp_path, lengths, dtype):
     text, image = write_shards(tmp_path, lengths, dtype)
     store = open_foreign(tmp_path)
     assert (len(store), store.text_dim, store.image_dim) == (len(text), 5, 7)
@@ -65,7 +63,7 @@ def test_rows_come_in_the_order_asked_for(tmp_path: Path, lengths: list[int], dt
     assert np.array_equal(blocks, image.astype(np.float32))
 
 
-def test_wrong_rows_and_columns_are_refused(plain_store: Path):
+def test_wrong_rows_and_columns_are_refused(plain_store):
     store = open_foreign(plain_store)
     for bad in (-1, len(store)):
         with pytest.raises(IndexError, match=f"row {bad} is outside 0..{len(store) - 1}"):
@@ -75,7 +73,7 @@ def test_wrong_rows_and_columns_are_refused(plain_store: Path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_written_is_read_rounded_to_the_dtype(tmp_path: Path, dtype: str):
+def test_what_is_written_is_read_rounded_to_the_dtype(tmp_path, dtype):
     states, mask = rows(25, 12).reshape(25, 4, 3), torch.arange(4)[None] < (torch.arange(25) % 4 + 1)[:, None]
     given = {"text_embeds": rows(25, 5), "image_embeds": rows(25, 7, 1), "text_states": states, "text_mask": mask}
     write_store(tmp_path / "s", **given, captions=[f"c{i}" for i in range(25)], dtype=dtype, shard_size=10)
@@ -93,7 +91,7 @@ def test_what_is_written_is_read_rounded_to_the_dtype(tmp_path: Path, dtype: str
     store.verify()
 
 
-def test_statistics_are_those_of_the_rows_stored(tmp_path: Path):
+def test_statistics_are_those_of_the_rows_stored(tmp_path):
     image = rows(2500, 7, 1) + torch.arange(7)
     write_store(tmp_path / "s", image_embeds=image, text_embeds=rows(2500, 5), dtype="float32", shard_size=999)
     stated = EmbeddingStore.open(tmp_path / "s").statistics
@@ -107,7 +105,7 @@ def test_statistics_are_those_of_the_rows_stored(tmp_path: Path):
         assert found.norm_std == pytest.approx(float(image.double().norm(dim=1).std(correction=0)), rel=1e-6)
 
 
-def test_a_foreign_store_warns_of_what_is_unknown(plain_store: Path):
+def test_a_foreign_store_warns_of_what_is_unknown(plain_store):
     with pytest.warns(UserWarning, match=r"no csdiff\.json: unknown are .*encoders.*tokenizer.*norms vary") as caught:
         store = EmbeddingStore.open(plain_store)
     assert len(caught) == 1
@@ -117,7 +115,7 @@ def test_a_foreign_store_warns_of_what_is_unknown(plain_store: Path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_unit_norm_rows_are_recognised(tmp_path: Path, dtype: str):
+def test_unit_norm_rows_are_recognised(tmp_path, dtype):
     make_plain_store(tmp_path, unit_norm=True)
     for name in ("text_emb", "img_emb"):
         file = tmp_path / name / f"{name}_0.npy"
@@ -128,7 +126,7 @@ def test_unit_norm_rows_are_recognised(tmp_path: Path, dtype: str):
     assert EmbeddingStore.open(tmp_path / "ours").normalized
 
 
-def flip_a_byte(file: Path) -> None:
+def flip_a_byte(file):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -143,7 +141,7 @@ def flip_a_byte(file: Path) -> None:
     ],
     ids=["missing", "flipped", "truncated"],
 )
-def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, message: str):
+def test_a_bad_shard_is_named_with_both_checksums(tmp_path, damage, message):
     write_store(tmp_path, image_embeds=rows(20, 7), text_embeds=rows(20, 5), shard_size=8)
     damage(tmp_path / "img_emb/img_emb_1.npy")
     with pytest.raises(CSDiffError, match=message):
@@ -172,7 +170,7 @@ def test_a_bad_shard_is_named_with_both_checksums(tmp_path: Path, damage, messag
         (lambda p: (p / ".partial").mkdir(), "not finished; run the same `csdiff embed` again"),
     ],
 )
-def test_foreign_folders_that_do_not_fit_together(tmp_path: Path, spoil, message: str):
+def test_foreign_folders_that_do_not_fit_together(tmp_path, spoil, message):
     write_shards(tmp_path, [6, 4])
     spoil(tmp_path)
     with pytest.raises(CSDiffError, match=message) as error:
@@ -180,7 +178,7 @@ def test_foreign_folders_that_do_not_fit_together(tmp_path: Path, spoil, message
     assert "\n" not in str(error.value)
 
 
-def test_metadata_of_another_length_or_none(tmp_path: Path):
+def test_metadata_of_another_length_or_none(tmp_path):
     make_plain_store(tmp_path, n=10)
     make_plain_store(tmp_path / "other", n=11)
     shutil.copy(tmp_path / "other/metadata/metadata_0.parquet", tmp_path / "metadata/metadata_0.parquet")
@@ -194,7 +192,7 @@ def test_metadata_of_another_length_or_none(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
-def test_a_large_store_is_mapped_not_read(tmp_path: Path):
+def test_a_large_store_is_mapped_not_read(tmp_path):
     count, width = 500_000, 1280
     (tmp_path / "img_emb").mkdir()
     with (tmp_path / "img_emb/img_emb_0.npy").open("wb") as file:
@@ -207,7 +205,7 @@ def test_a_large_store_is_mapped_not_read(tmp_path: Path):
             file.seek(start + (row * width + 3) * 2)
             file.write(np.float16(row % 5).tobytes())
 
-    def resident() -> int:
+    def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
@@ -217,7 +215,7 @@ def test_a_large_store_is_mapped_not_read(tmp_path: Path):
     assert resident() - before < count * width
 
 
-def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path):
+def test_more_shards_than_a_process_may_have_open_files(tmp_path):
     import resource
 
     (tmp_path / "img_emb").mkdir()
@@ -232,7 +230,7 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def spoiled(path: Path, row: int, value: float, shard: int = 1) -> Path:
+def spoiled(path, row, value, shard=1):
     """A foreign store of two shards, 20,000 and 50 rows, with one row of one value."""
     write_shards(path, [20_000, 50], "float32")
     file = path / f"img_emb/img_emb_{shard}.npy"
@@ -243,7 +241,7 @@ def spoiled(path: Path, row: int, value: float, shard: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_row_that_is_not_finite_is_named_wherever_it_is_read(tmp_path: Path, value: float):
+def test_a_row_that_is_not_finite_is_named_wherever_it_is_read(tmp_path, value):
     store = open_foreign(spoiled(tmp_path, 3, value, shard=0))
     for read in (lambda: store.read([9, 3, 20_001]), lambda: list(store.blocks(999)), lambda: store.statistics):
         with pytest.raises(CSDiffError, match=r"row 3 of img_emb/img_emb_0\.npy is not finite"):
@@ -255,7 +253,7 @@ def test_a_row_that_is_not_finite_is_named_wherever_it_is_read(tmp_path: Path, v
         open_foreign(tmp_path)
 
 
-def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_path: Path):
+def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_path):
     image = rows(1000, 16)
     without = image * (torch.arange(1000) % 10 != 3)[:, None]
     mixed = torch.cat([image[:600], torch.nn.functional.normalize(image[600:])])
@@ -287,7 +285,7 @@ def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_
     ],
     ids=str,
 )
-def test_a_fingerprint_of_wrong_types_or_values_is_refused(tmp_path: Path, name: str, value: object, message: str):
+def test_a_fingerprint_of_wrong_types_or_values_is_refused(tmp_path, name, value, message):
     write_store(tmp_path, image_embeds=rows(12, 7), text_embeds=rows(12, 5))
     content = json.loads((tmp_path / "csdiff.json").read_text())
     part, _, key = name.rpartition(".")
@@ -299,7 +297,7 @@ def test_a_fingerprint_of_wrong_types_or_values_is_refused(tmp_path: Path, name:
     assert "\n" not in str(error.value)
 
 
-def test_metadata_parts_of_differing_types_are_one_column(tmp_path: Path):
+def test_metadata_parts_of_differing_types_are_one_column(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -321,7 +319,7 @@ def test_metadata_parts_of_differing_types_are_one_column(tmp_path: Path):
     assert store.image_numbers().tolist() == [0, 1, 2, 1, 3, 1, 4, 1]
 
 
-def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_path: Path):
+def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_path):
     write_store(tmp_path, image_embeds=rows(20, 7), shard_size=20)
     save(tmp_path / FILE, rows(4, 7))
     assert len(EmbeddingStore.open(tmp_path)) == json.loads((tmp_path / "csdiff.json").read_text())["rows"] == 20
@@ -335,9 +333,7 @@ def test_a_fingerprint_of_another_store_does_not_change_what_is_measured(tmp_pat
     assert len(EmbeddingStore.open(tmp_path / "part")) == 3
 
 
-def test_the_python_of_the_page_runs_and_its_options_are_options(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_python_of_the_page_runs_and_its_options_are_options(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python\n(.*?)```", (root / "docs/store.md").read_text(), flags=re.DOTALL)
     names: dict = {}

@@ -1,9 +1,5 @@
 """What stands in a caption is text: special tokens, half emoji and all."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from tiny import build_tiny_tokenizer
@@ -54,6 +50,6 @@ def test_the_end_of_text_in_a_caption_does_not_cut_it():
     assert torch.equal(ids, encoder.caption_tokenizer(["a<|endoftext|>b"])[0])
 
 
-def test_half_a_surrogate_pair_becomes_the_replacement_character(tiny_clip: Path):
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tiny_clip):
     encoder = load_text_encoder(tiny_clip)
     assert torch.equal(encoder.embed(["a\ud83d"]), encoder.embed(["a\ufffd"]))

@@ -100,16 +100,10 @@ EYE = {"mean_x": torch.zeros(2), "cov_x": torch.eye(2), "mean_y": torch.zeros(2)
             r"at least two tokens with diagonal=False in every row; rows \[1\]",
         ),
         (partial(tokens, spoiled(T, NAN, 2, 0)), r"y_tokens must be finite; rows \[2\]"),
-        (
-            partial(gaussians, **{**EYE, "mean_y": torch.zeros(3)}),
-            r"\(d,\).*found \(2,\), \(2, 2\), \(3,",
-        ),
+        (partial(gaussians, **{**EYE, "mean_y": torch.zeros(3)}), r"\(d,\).*found \(2,\), \(2, 2\), \(3,"),
         (partial(gaussians, **{**EYE, "cov_y": -torch.eye(2)}), "cov_y must be positive definite"),
         (partial(gaussians, **EYE, bandwidth=0), "bandwidth must be a finite number > 0"),
-        (
-            partial(gaussians, **{**EYE, "mean_x": torch.tensor([0, NAN])}),
-            "mean_x must be finite; row 1",
-        ),
+        (partial(gaussians, **{**EYE, "mean_x": torch.tensor([0, NAN])}), "mean_x must be finite; row 1"),
         (partial(gaussians, **{**EYE, "cov_y": torch.eye(2) * INF}), "cov_y must be finite; row 0"),
     ],
 )

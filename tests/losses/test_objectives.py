@@ -161,11 +161,7 @@ def test_terms_of_weight_zero_are_not_computed():
         ({}, {"unpaired_text": torch.ones(5, 3)}, r"unpaired_text and image .*\(5, 3\) and \(12, 8\)"),
         ({}, {"image": torch.ones(5, 8)}, r"prediction and image must be pairs .*found \(12, 8\) and \(5, 8\)"),
         ({"info_nce_weight": 0, "cs_weight": 0}, {"text_tokens": None, "image_tokens": None}, "no tokens were given"),
-        (
-            {"sigma": 1.0},
-            {},
-            r"unknown options \['sigma'\] of the objective 'cs_aligner'; its options are",
-        ),
+        ({"sigma": 1.0}, {}, r"unknown options \['sigma'\] of the objective 'cs_aligner'; its options are"),
     ],
 )
 def test_cs_aligner_refuses_what_it_cannot_do(options, inputs, message):
@@ -269,10 +265,7 @@ def covariance_gap(x, y):
         (
             "uniform_align",
             {"alpha": 1.0},
-            {
-                "align": lambda x, y: (x - y).norm(dim=1).mean(),
-                "uniform": lambda x, y: (spread(x) + spread(y)) / 2,
-            },
+            {"align": lambda x, y: (x - y).norm(dim=1).mean(), "uniform": lambda x, y: (spread(x) + spread(y)) / 2},
         ),
         (
             "modgap",
