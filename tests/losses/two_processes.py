@@ -20,47 +20,33 @@ from csdiff.losses import (
 )
 
 DIM = 6
-# The shares of the first of two processes: pairs, unpaired texts, unpaired images.
-SHARES = {"pairs": 3, "unpaired_text": 4, "unpaired_image": 0}
+# How many rows the first of two processes holds: of 11 pairs, of 7 unpaired texts, of 5 unpaired images.
+FIRST = {11: 3, 7: 4, 5: 0}
 
 
-def problem(dtype=torch.float64):
+def problem(dtype, rank):
+    """The rows of all processes, or of one, and the weights of the maps."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    pairs = {"text": draw(11, DIM), "source": draw(11, DIM), "text_tokens": draw(11, 3, DIM)}
-    pairs["image"] = pairs["text"] + 0.5 * draw(11, DIM) + 0.3
-    pairs["image_tokens"] = draw(11, 4, DIM)
-    maps = {"text": torch.eye(DIM, dtype=dtype) + 0.2 * draw(DIM, DIM), "image": torch.eye(DIM, dtype=dtype)}
-    return pairs, {"unpaired_text": draw(7, DIM), "unpaired_image": draw(5, DIM)}, maps
-
-
-def share(rows, first, rank):
-    if rank is None:
-        return rows
-    return rows[:first] if rank == 0 else rows[first:]
+    rows = {"text": draw(11, DIM), "source": draw(11, DIM), "text_tokens": draw(11, 3, DIM)}
+    rows["image"] = rows["text"] + 0.5 * draw(11, DIM) + 0.3
+    rows["image_tokens"] = draw(11, 4, DIM)
+    maps = [torch.eye(DIM, dtype=dtype) + 0.2 * draw(DIM, DIM), torch.eye(DIM, dtype=dtype)]
+    rows |= {"unpaired_text": draw(7, DIM), "unpaired_image": draw(5, DIM)}
+    if rank is not None:
+        rows = {k: v[: FIRST[len(v)]] if rank == 0 else v[FIRST[len(v)] :] for k, v in rows.items()}
+    return rows, maps
 
 
 def solve(case, dtype, rank=None, group=None):
     """The loss and the averaged gradients of the maps and of the temperature."""
-    pairs, unpaired, maps = problem(dtype)
-    pairs = {key: share(rows, SHARES["pairs"], rank) for key, rows in pairs.items()}
-    unpaired = {key: share(rows, SHARES[key], rank) for key, rows in unpaired.items()}
-    parameters = [maps["text"].requires_grad_(), maps["image"].requires_grad_()]
-    parameters.append(torch.tensor(0.3, dtype=dtype, requires_grad=True))
-    inputs = {
-        "x": pairs["text"] @ maps["text"],
-        "y": pairs["image"] @ maps["image"],
-        "source": pairs["source"],
-        "x_unpaired": unpaired["unpaired_text"] @ maps["text"],
-        "y_unpaired": unpaired["unpaired_image"] @ maps["image"],
-        "x_tokens": pairs["text_tokens"] @ maps["text"],
-        "y_tokens": pairs["image_tokens"] @ maps["image"],
-        "temperature": parameters[2],
-    }
-    loss = CASES[case](inputs, group)
+    rows, maps = problem(dtype, rank)
+    parameters = [one.requires_grad_() for one in (*maps, torch.tensor(0.3, dtype=dtype))]
+    inputs = {k: v @ maps["image" in k] for k, v in rows.items()}
+    loss = CASES[case]({**inputs, "source": rows["source"], "temperature": parameters[2]}, group)
     loss.backward()
     gradients = []
     for parameter in parameters:
@@ -74,33 +60,36 @@ def solve(case, dtype, rank=None, group=None):
 
 def solve_with_ddp(rank=None, group=None):
     """The gradient that DDP leaves on a linear adapter trained by `CSAlignerLoss`."""
-    pairs, _, maps = problem()
-    pairs = {key: share(rows, SHARES["pairs"], rank) for key, rows in pairs.items()}
+    rows, (weight, _) = problem(torch.float64, rank)
     adapter = torch.nn.Linear(DIM, DIM, dtype=torch.float64)
     with torch.no_grad():
-        adapter.weight.copy_(maps["text"])
+        adapter.weight.copy_(weight)
         adapter.bias.fill_(0.1)
     model = adapter if group is None else DistributedDataParallel(adapter, process_group=group)
-    build_objective("cs_aligner", group=group)(model(pairs["text"]), pairs["image"]).loss.backward()
+    build_objective("cs_aligner", group=group)(model(rows["text"]), rows["image"]).loss.backward()
     return [adapter.weight.grad.tolist(), adapter.bias.grad.tolist()]
 
 
 def divergence(**options):
     return lambda t, group: cauchy_schwarz_divergence(
-        torch.cat([t["x"], t["x_unpaired"]]), torch.cat([t["y"], t["y_unpaired"]]), group=group, **options
+        torch.cat([t["text"], t["unpaired_text"]]),
+        torch.cat([t["image"], t["unpaired_image"]]),
+        group=group,
+        **options,
     )
 
 
+def contrast(**options):
+    return lambda t, group: info_nce(t["text"], t["image"], temperature=t["temperature"], group=group, **options)
+
+
 def objective(name, **options):
+    names = ("unpaired_text", "unpaired_image", "text_tokens", "image_tokens")
+
     def loss(t, group):
+        given = {key: t[key] for key in names}
         return build_objective(name, group=group, **options)(
-            t["x"],
-            t["y"],
-            source_text=t["source"],
-            unpaired_text=t["x_unpaired"],
-            unpaired_image=t["y_unpaired"],
-            text_tokens=t["x_tokens"],
-            image_tokens=t["y_tokens"],
+            t["text"], t["image"], source_text=t["source"], **given
         ).loss
 
     return loss
@@ -114,22 +103,18 @@ CASES = {
     "cs with narrow kernel": divergence(bandwidth=0.5),
     "cs median": divergence(bandwidth="median"),
     "cs frozen target": lambda t, group: cauchy_schwarz_divergence(
-        t["x"], t["y"].detach(), bandwidth=1.0, group=group
+        t["text"], t["image"].detach(), bandwidth=1.0, group=group
     ),
-    "within": lambda t, group: log_mean_kernel(t["x"], bandwidth=1.0, group=group),
-    "between": lambda t, group: log_mean_kernel(t["x"], t["y_unpaired"], bandwidth=2.0, group=group),
-    "info_nce": lambda t, group: info_nce(t["x"], t["y"], temperature=t["temperature"], normalize=True, group=group),
-    "info_nce in blocks": lambda t, group: info_nce(
-        t["x"], t["y"], temperature=t["temperature"], block_size=2, group=group
-    ),
-    "info_nce one-sided": lambda t, group: info_nce(
-        t["x"], t["y"], temperature=t["temperature"], two_sided=False, normalize=True, group=group
-    ),
+    "within": lambda t, group: log_mean_kernel(t["text"], bandwidth=1.0, group=group),
+    "between": lambda t, group: log_mean_kernel(t["text"], t["unpaired_image"], bandwidth=2.0, group=group),
+    "info_nce": contrast(normalize=True),
+    "info_nce in blocks": contrast(block_size=2),
+    "info_nce one-sided": contrast(two_sided=False, normalize=True),
     "tokens": lambda t, group: token_cauchy_schwarz_divergence(
-        t["x_tokens"], t["y_tokens"], bandwidth=1.0, normalize=True, group=group
+        t["text_tokens"], t["image_tokens"], bandwidth=1.0, normalize=True, group=group
     ),
     "tokens silverman": lambda t, group: token_cauchy_schwarz_divergence(
-        t["x_tokens"], t["y_tokens"], bandwidth="silverman", group=group
+        t["text_tokens"], t["image_tokens"], bandwidth="silverman", group=group
     ),
     "objective cs_aligner": objective(
         "cs_aligner", source_weight=0.3, regression_weight=0.5, regression_rows="standardized"
@@ -145,30 +130,21 @@ CASES = {
 }
 
 
-def spoil(kind, rank):
-    """Bad input on one process alone."""
-    x = torch.ones(4 - rank, DIM) + torch.arange(4.0 - rank)[:, None]
-    if kind == "nan" and rank == 1:
-        x[1, 2] = float("nan")
-    if kind == "width" and rank == 1:
-        x = x[:, :-1]
-    if kind == "dtype" and rank == 1:
-        x = x.double()
-    return x
-
-
 def refusals(rank, group):
-    found = {}
+    """What each loss says to input that is bad on the second process alone."""
+    x = torch.ones(4 - rank, DIM) + torch.arange(4.0 - rank)[:, None]
+    spoilt = {"nan": x.clone(), "width": x[:, :-1], "dtype": x.double()}
+    spoilt["nan"][1, 2] = float("nan")
     losses = {
         "cs": lambda x: cauchy_schwarz_divergence(x, x, bandwidth=1.0, group=group),
         "info_nce": lambda x: info_nce(x, x, temperature=1.0, group=group),
         "tokens": lambda x: token_cauchy_schwarz_divergence(x[None], x[None], bandwidth=1.0, group=group),
     }
+    found = {}
     for name, loss in losses.items():
-        for kind in ("nan",) if name == "tokens" else ("nan", "width", "dtype"):
+        for kind in ("nan",) if name == "tokens" else spoilt:
             try:
-                loss(spoil(kind, rank))
-                found[f"{name} {kind}"] = None
+                loss(spoilt[kind] if rank == 1 else x)
             except ValueError as error:
                 found[f"{name} {kind}"] = str(error)
     return found
@@ -180,12 +156,8 @@ def run(rank, world, folder):
     folder = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     group = dist.group.WORLD
-    results = {
-        f"{case} {dtype}": solve(case, dtype, rank, group)
-        for case in CASES
-        for dtype in (torch.float64, torch.float32)
-    }
-    ddp = solve_with_ddp(rank, group)
-    found = {"results": results, "ddp": ddp, "refusals": refusals(rank, group)}
+    dtypes = (torch.float64, torch.float32)
+    results = {f"{case} {dtype}": solve(case, dtype, rank, group) for case in CASES for dtype in dtypes}
+    found = {"results": results, "ddp": solve_with_ddp(rank, group), "refusals": refusals(rank, group)}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
