@@ -11,6 +11,7 @@ from csdiff.adapters import Adapter, build_adapter
 DIM, STATES_DIM, TOKENS = 16, 24, 12
 # Of the tokenizer of tests/tiny.py.
 END_TOKEN = 520
+SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 
 
 @dataclass
@@ -28,37 +29,22 @@ CASES = {
     "transformer": Case({"preset": "tiny", "states_dim": STATES_DIM, "num_embeddings": TOKENS}),
     "linear": Case(text_dim=20, checkpoints_gradients=False),
     "lora": Case({"rank": 2}, shards=False),
-    "diffusion": Case(
-        {
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_embeddings": TOKENS,
-            "states_dim": STATES_DIM,
-        },
-        text_dim=20,
-    ),
+    "diffusion": Case({**SMALL, "num_embeddings": TOKENS, "states_dim": STATES_DIM}, text_dim=20),
 }
 
 
 def make_adapter(name: str, text_encoder: str, seed: int = 0, **options: Any) -> Adapter:
     """The small adapter `name` with random weights everywhere, statistics set, in evaluation mode."""
-    case = CASES[name]
-    options = {**case.options, **options}
+    text_dim, options = CASES[name].text_dim, {**CASES[name].options, **options}
     if name == "lora":
         options["text_encoder"] = text_encoder
-    adapter = build_adapter(name, embedding_dim=DIM, text_dim=case.text_dim, **options)
+    adapter = build_adapter(name, embedding_dim=DIM, text_dim=text_dim, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        adapter.set_statistics(
-            torch.randn(DIM, generator=generator),
-            torch.rand(DIM, generator=generator) + 0.5,
-            torch.randn(case.text_dim, generator=generator),
-            torch.rand(case.text_dim, generator=generator) + 0.5,
-        )
+        adapter.set_statistics(*(torch.rand(dim, generator=generator) + 0.5 for dim in (DIM, DIM, text_dim, text_dim)))
     return adapter.eval()
 
 
@@ -93,9 +79,8 @@ def embed(adapter: Adapter, inputs: tuple[Tensor, Tensor | None, Tensor | None])
     return adapter.embed(*inputs, **options)
 
 
-def training_loss(adapter: Adapter) -> Tensor:
+def training_loss(adapter: Adapter, name: str) -> Tensor:
     """A loss that reaches every trainable weight, through the road that training takes."""
-    name = next(name for name, case in CASES.items() if type(adapter).__name__.lower().startswith(name))
     inputs = text_inputs(name)
     target = torch.linspace(-1, 1, len(inputs[0]) * DIM).view(-1, DIM)
     if adapter.uses_input_ids:

@@ -1,9 +1,9 @@
 """Fixtures of the adapter tests."""
 
 import pytest
-import torch
 
-from tests.adapters.adapter_tester import CASES, make_adapter
+from csdiff.adapters import ADAPTERS
+from tests.adapters.adapter_tester import make_adapter
 
 
 @pytest.fixture(scope="session")
@@ -11,12 +11,11 @@ def text_encoder(tiny_clip) -> str:
     return str(tiny_clip)
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=list(ADAPTERS))
 def name(request) -> str:
     return request.param
 
 
 @pytest.fixture
 def adapter(name, text_encoder):
-    torch.manual_seed(0)
     return make_adapter(name, text_encoder)

@@ -42,13 +42,6 @@ def as_parquet_table(folder):
     return folder
 
 
-def as_text_files(folder):
-    (folder / "metadata.jsonl").unlink()
-    for index, captions in enumerate(EXPECTED):
-        (folder / f"{index}.txt").write_text("\n".join(captions) + "\n")
-    return folder
-
-
 def as_table_file(folder):
     return (folder / "metadata.jsonl").rename(folder / "list.jsonl")
 
@@ -91,7 +84,7 @@ def as_tar_files(folder):
     return path
 
 
-FORMS = [lambda folder: folder, as_csv, as_parquet_table, as_text_files, as_table_file]
+FORMS = [lambda folder: folder, as_csv, as_parquet_table, as_table_file]
 FORMS += [as_parquet_with_images, as_saved_dataset, as_tar_files]
 
 

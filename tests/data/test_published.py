@@ -64,14 +64,7 @@ def bars(folder):
     return folder / "results.csv"
 
 
-def tokens(folder):
-    pictures(folder / "flickr30k-images")
-    lines = "".join(f"{name}#{i}\t{text}\n" for name, i, text in LINES)
-    (folder / "results_20130124.token").write_text(lines)
-    return folder / "results_20130124.token"
-
-
-@pytest.mark.parametrize("write", [coco, karpathy, annotations, bars, tokens])
+@pytest.mark.parametrize("write", [coco, karpathy, annotations, bars])
 def test_two_captions_an_image(tmp_path, write):
     assert read(write(tmp_path), split="all") == CAPTIONS
 

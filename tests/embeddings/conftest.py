@@ -7,7 +7,7 @@ import pytest
 from embedding_runs import PICTURES, config
 from PIL import Image
 
-from csdiff.embeddings import embed
+from csdiff.embeddings import EmbeddingStore, embed
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,14 @@ def store(dataset, tiny_clip, tmp_path_factory):
     output = tmp_path_factory.mktemp("stores") / "whole"
     embed(config(dataset, tiny_clip, output))
     return output
+
+
+@pytest.fixture
+def embedded(dataset, tiny_clip, tmp_path):
+    """Embeds the data set or another source with options of `config`, and opens the store."""
+
+    def run(name="s", source=dataset, **options):
+        embed(config(source, tiny_clip, tmp_path / name, **options))
+        return EmbeddingStore.open(tmp_path / name)
+
+    return run

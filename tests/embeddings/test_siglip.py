@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
+from tiny import build_tiny_tokenizer
 
 from csdiff.embeddings import load_caption_tokenizer, load_image_encoder, load_text_encoder
 from csdiff.errors import CSDiffError
@@ -17,9 +19,6 @@ SIZES = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 2, "nu
 @pytest.fixture(scope="module", params=["Siglip", "Siglip2"])
 def siglip(request, tmp_path_factory):
     """A random SigLIP with tokenizer and image processor, whole; its towers alone in `text` and `image`."""
-    import transformers
-    from tiny import build_tiny_tokenizer
-
     name, path = request.param, tmp_path_factory.mktemp(request.param)
     tokenizer = build_tiny_tokenizer(max_length=20)
     # Padding of its own, as SigLIP has: what stands behind the caption is seen.
@@ -47,8 +46,6 @@ def siglip(request, tmp_path_factory):
 
 
 def features(siglip, images):
-    import transformers
-
     model = transformers.AutoModel.from_pretrained(siglip)
     tokenizer = transformers.AutoTokenizer.from_pretrained(siglip)
     processor = transformers.AutoImageProcessor.from_pretrained(siglip, backend="pil")

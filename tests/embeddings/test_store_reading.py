@@ -21,10 +21,6 @@ from csdiff.errors import CSDiffError
 FILE = "img_emb/img_emb_1.npy"
 
 
-def save(file, array):
-    np.save(file, array.numpy())
-
-
 def rows(n, dim, seed=0):
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)) * 3
 
@@ -116,14 +112,12 @@ def test_a_foreign_store_warns_of_what_is_unknown(plain_store):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_unit_norm_rows_are_recognised(tmp_path, dtype):
-    make_plain_store(tmp_path, unit_norm=True)
-    for name in ("text_emb", "img_emb"):
-        file = tmp_path / name / f"{name}_0.npy"
-        np.save(file, np.load(file).astype(dtype))
+    unit = torch.nn.functional.normalize(rows(20, 7))
+    write_store(tmp_path, image_embeds=unit, dtype=dtype)
+    assert EmbeddingStore.open(tmp_path).normalized
+    (tmp_path / "csdiff.json").unlink()
     with pytest.warns(UserWarning, match="all rows sampled have norm 1"):
         assert EmbeddingStore.open(tmp_path).normalized
-    write_store(tmp_path / "ours", image_embeds=torch.nn.functional.normalize(rows(20, 7)))
-    assert EmbeddingStore.open(tmp_path / "ours").normalized
 
 
 def flip_a_byte(file):
@@ -154,11 +148,11 @@ def test_a_bad_shard_is_named_with_both_checksums(tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p: save(p / FILE, rows(3, 7)), "shard 1 has 4 rows in text_emb and 3 rows in img_emb"),
+        (lambda p: np.save(p / FILE, rows(3, 7)), "shard 1 has 4 rows in text_emb and 3 rows in img_emb"),
         (lambda p: (p / FILE).unlink(), "shard 1 has 4 rows in text_emb and no file in img_emb"),
-        (lambda p: save(p / FILE, rows(4, 6)), r"img_emb_1\.npy: expected rows of \(7,\)"),
+        (lambda p: np.save(p / FILE, rows(4, 6)), r"img_emb_1\.npy: expected rows of \(7,\)"),
         (lambda p: np.save(p / FILE, np.array([{}, 1])), r"img_emb_1\.npy"),
-        (lambda p: save(p / FILE, torch.ones(4)), r"img_emb_1\.npy: expected .* 2 dimensions"),
+        (lambda p: np.save(p / FILE, torch.ones(4)), r"img_emb_1\.npy: expected .* 2 dimensions"),
         (lambda p: np.save(p / FILE, np.asfortranarray(rows(4, 7).numpy())), "in Fortran order"),
         (lambda p: np.save(p / FILE, rows(4, 7).numpy().astype(">f4")), "expected float16"),
         (lambda p: (p / FILE).write_bytes((p / FILE).read_bytes()[:-4]), r"img_emb_1\.npy"),
@@ -220,7 +214,7 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path):
 
     (tmp_path / "img_emb").mkdir()
     for number in range(80):
-        save(tmp_path / f"img_emb/img_emb_{number}.npy", torch.full((2, 3), float(number + 1)))
+        np.save(tmp_path / f"img_emb/img_emb_{number}.npy", torch.full((2, 3), float(number + 1)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
@@ -230,43 +224,40 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def spoiled(path, row, value, shard=1):
-    """A foreign store of two shards, 20,000 and 50 rows, with one row of one value."""
-    write_shards(path, [20_000, 50], "float32")
-    file = path / f"img_emb/img_emb_{shard}.npy"
-    array = np.load(file)
-    array[row] = value
-    np.save(file, array)
-    return path
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_is_named_wherever_it_is_read(tmp_path, value):
-    store = open_foreign(spoiled(tmp_path, 3, value, shard=0))
+    write_shards(tmp_path, [20_000, 50])
+
+    def spoil(name, where):
+        array = np.load(tmp_path / name)
+        array[where] = value
+        np.save(tmp_path / name, array)
+
+    spoil("img_emb/img_emb_0.npy", 3)
+    store = open_foreign(tmp_path)
     for read in (lambda: store.read([9, 3, 20_001]), lambda: list(store.blocks(999)), lambda: store.statistics):
         with pytest.raises(CSDiffError, match=r"row 3 of img_emb/img_emb_0\.npy is not finite"):
             read()
-    file = tmp_path / "img_emb/img_emb_1.npy"
-    np.save(file, np.full_like(np.load(file), value))
     # A sample is looked at when the store is opened.
+    spoil(FILE, slice(None))
     with pytest.raises(CSDiffError, match=r"row \d+ of img_emb/img_emb_1\.npy is not finite"):
         open_foreign(tmp_path)
 
 
-def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_path):
+@pytest.mark.parametrize("kind", ["zeros", "unit rows", "constant"])
+def test_rows_of_zeros_unit_rows_among_raw_ones_and_constants_are_warned_of(tmp_path, kind):
     image = rows(1000, 16)
     without = image * (torch.arange(1000) % 10 != 3)[:, None]
     mixed = torch.cat([image[:600], torch.nn.functional.normalize(image[600:])])
-    cases = {
+    values, message = {
         "zeros": (without, r"10\.0% .*row 3 of img_emb/img_emb_0\.npy.*zeros"),
-        "mixed": (mixed, r"40\.\d% .*row 0 of .*_1\.npy.*norm 1"),
+        "unit rows": (mixed, r"40\.\d% .*row 0 of .*_1\.npy.*norm 1"),
         "constant": (torch.ones(1000, 16), r"100\.0% of the image rows looked at, .* are the same"),
-    }
-    for name, (values, message) in cases.items():
-        write_store(tmp_path / name, image_embeds=values, shard_size=600)
-        (tmp_path / name / "csdiff.json").unlink()
-        with pytest.warns(UserWarning, match=message):
-            assert not EmbeddingStore.open(tmp_path / name).normalized
+    }[kind]
+    write_store(tmp_path, image_embeds=values, shard_size=600)
+    (tmp_path / "csdiff.json").unlink()
+    with pytest.warns(UserWarning, match=message):
+        assert not EmbeddingStore.open(tmp_path).normalized
 
 
 @pytest.mark.parametrize(
@@ -303,13 +294,8 @@ def test_metadata_parts_of_differing_types_are_one_column(tmp_path):
 
     write_shards(tmp_path, [2, 2, 2, 2])
     (tmp_path / "metadata").mkdir()
-    parts = [
-        pa.array(["a", "b"]),
-        pa.array(["c", None], pa.large_string()),
-        pa.array(["d", "d"]).dictionary_encode(),
-        pa.nulls(2),
-    ]
-    for number, part in enumerate(parts):
+    texts = pa.array(["a", "b"]), pa.array(["c", None], pa.large_string()), pa.array(["d", "d"]).dictionary_encode()
+    for number, part in enumerate((*texts, pa.nulls(2))):
         ids = pa.array([number, 7]).cast(pa.int64() if number else pa.string())
         table = pa.table({"caption": part, "image_id": ids})
         pq.write_table(table, tmp_path / f"metadata/metadata_{number}.parquet")
@@ -321,7 +307,7 @@ def test_metadata_parts_of_differing_types_are_one_column(tmp_path):
 
 def test_files_that_the_fingerprint_does_not_list_are_no_part_of_the_store(tmp_path):
     write_store(tmp_path, image_embeds=rows(20, 7), shard_size=20)
-    save(tmp_path / FILE, rows(4, 7))
+    np.save(tmp_path / FILE, rows(4, 7))
     assert len(EmbeddingStore.open(tmp_path)) == json.loads((tmp_path / "csdiff.json").read_text())["rows"] == 20
 
 

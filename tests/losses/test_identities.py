@@ -66,18 +66,14 @@ def test_what_does_not_matter(seed, n, m, dim, bandwidth):
 def test_the_pull_of_the_divergence_beside_the_push_of_info_nce(temperature):
     # docs/loss.md: with bandwidth^2 = temperature they are opposite row by row, and 2 N times the row's share apart.
     x, y = (torch.nn.functional.normalize(rows, dim=1) for rows in draw(0, 64, 64, 8))
-    x.requires_grad_()
     logits = x @ y.T / temperature
-    push, pull = (
-        torch.autograd.grad(loss, x)[0]
-        for loss in (
-            info_nce(x, y, temperature=temperature, two_sided=False) + logits.diagonal().mean(),
-            -2 * log_mean_kernel(x, y, bandwidth=temperature**0.5),
-        )
-    )
+    share = logits.flatten().softmax(dim=0).view(64, 64).sum(dim=1, keepdim=True)
+    x.requires_grad_()
+    contrast = info_nce(x, y, temperature=temperature, two_sided=False) + (x * y).sum(1).mean() / temperature
+    overlap = -2 * log_mean_kernel(x, y, bandwidth=temperature**0.5)
+    push, pull = (torch.autograd.grad(loss, x)[0] for loss in (contrast, overlap))
     # On the sphere the part along a row moves nothing.
     push, pull = (g - (g * x).sum(dim=1, keepdim=True) * x for g in (push, pull))
-    share = logits.detach().flatten().softmax(dim=0).view(64, 64).sum(dim=1, keepdim=True)
     torch.testing.assert_close(pull, -2 * 64 * share * push, rtol=1e-9, atol=1e-12)
     # The shares are not equal: no weight makes the two cancel in all rows.
     together = (pull + push * (pull.norm() / push.norm())).norm() / pull.norm()

@@ -1,7 +1,8 @@
-"""The transformer adapter: sizes, masks, noise, and that diffusers' LoRA tools take it."""
+"""Adapters that read token states: the transformer, one-shot or with a noise token, and the diffusion prior."""
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, PriorTransformer
 
 from csdiff import CSDiffError
 from csdiff.adapters import TransformerAdapter, build_adapter
@@ -100,14 +101,23 @@ def test_a_fresh_adapter_maps_tokens_as_captions(text_dim):
     torch.testing.assert_close(mapped, linear.embed(tokens.flatten(0, 1)).view(4, 5, DIM), rtol=1e-5, atol=1e-5)
 
 
-def test_states_are_required_and_checked(adapter):
-    embeds, states, _ = text_inputs("transformer")
+@pytest.mark.parametrize(
+    ("name", "count", "rule"),
+    [("transformer", 2 * TOKENS, f"at most {TOKENS}"), ("diffusion", 5, f"exactly {TOKENS}")],
+)
+def test_token_states_are_required_and_checked(text_encoder, name, count, rule):
+    adapter = make_adapter(name, text_encoder)
+    embeds, states, _ = text_inputs(name)
     with pytest.raises(CSDiffError, match="needs the text encoder's token states"):
         adapter.embed(embeds)
     with pytest.raises(CSDiffError, match=rf"\(B, L, {STATES_DIM}\), found \(3, {TOKENS}, 3\)"):
         adapter.embed(embeds, states[..., :3])
-    with pytest.raises(CSDiffError, match=rf"at most {TOKENS} text tokens, found {2 * TOKENS}"):
-        adapter.embed(embeds, states.repeat(1, 2, 1))
+    with pytest.raises(CSDiffError, match=f"{rule} text tokens, found {count}"):
+        adapter.embed(embeds, states.repeat(1, 2, 1)[:, :count])
+
+
+def test_tokens_of_another_shape_are_refused(adapter):
+    embeds, states, _ = text_inputs("transformer")
     for wrong in (states, token_embeds()[:, 1:]):
         with pytest.raises(CSDiffError, match=rf"\(3, {TOKENS}, {DIM}\), found \(3, "):
             adapter.embed_with_tokens(embeds, wrong, states)
@@ -127,3 +137,69 @@ def test_diffusers_lora_layers_train(adapter, tmp_path):
     torch.testing.assert_close(adapter.embed(*inputs), before, rtol=0, atol=1e-6)
     adapter.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     torch.testing.assert_close(adapter.embed(*inputs), changed, rtol=0, atol=1e-6)
+
+
+SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+
+
+def test_stock_diffusers_loads_the_folder(tmp_path):
+    adapter = build_adapter("diffusion", embedding_dim=DIM, num_embeddings=TOKENS, **SMALL).eval()
+    adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5)
+    adapter.save_pretrained(tmp_path)
+    stock = PriorTransformer.from_pretrained(tmp_path)
+    latents, embeds, states = torch.randn(2, DIM), torch.randn(2, DIM), torch.randn(2, TOKENS, DIM)
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    assert torch.equal(stock(latents, 9, embeds, states, mask)[0], adapter(latents, 9, embeds, states, mask)[0])
+    assert torch.equal(stock.post_process_latents(latents), adapter.post_process_latents(latents))
+
+
+def test_loss_is_the_error_of_the_clean_embedding(text_encoder):
+    adapter = make_adapter("diffusion", text_encoder, condition_dropout=0.0)
+    inputs, image = text_inputs("diffusion"), torch.randn(3, DIM)
+    loss = adapter.training_loss(inputs[0], image, *inputs[1:], generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    steps = torch.randint(1000, (3,), generator=generator)
+    noise = torch.randn(3, DIM, generator=generator)
+    kept = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod[steps][:, None]
+    clean = (image - adapter.clip_mean) / adapter.clip_std
+    predicted = adapter(kept.sqrt() * clean + (1 - kept).sqrt() * noise, steps, *inputs)[0]
+    torch.testing.assert_close(loss, (predicted - clean).square().mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_dropped_rows_see_no_text(text_encoder):
+    adapter = make_adapter("diffusion", text_encoder, condition_dropout=1.0)
+    losses = []
+    for seed in (1, 8):
+        inputs, generator = text_inputs("diffusion", seed=seed), torch.Generator().manual_seed(0)
+        losses.append(adapter.training_loss(inputs[0], torch.ones(3, DIM), *inputs[1:], generator=generator))
+    assert torch.equal(*losses)
+
+
+def test_guidance_of_one_is_no_guidance_and_more_extrapolates(text_encoder):
+    adapter = make_adapter("diffusion", text_encoder)
+    inputs = text_inputs("diffusion")
+
+    def sample(scale, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return adapter.embed(*inputs, guidance_scale=scale, num_inference_steps=4, generator=generator)
+
+    assert torch.equal(sample(1.0), sample(1.0))
+    assert not torch.equal(sample(1.0), sample(1.0, seed=1))
+    assert not torch.allclose(sample(1.0), sample(4.0), atol=1e-4)
+
+
+def test_trained_samples_follow_the_text():
+    torch.manual_seed(0)
+    adapter = build_adapter("diffusion", embedding_dim=4, encoder_hid_proj_type=None, condition_dropout=0.0, **SMALL)
+    assert not adapter.uses_text_states
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-3)
+    for _ in range(150):
+        text = torch.randn(64, 4)
+        loss = adapter.training_loss(text, text.roll(1, dims=1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        text = torch.randn(64, 4)
+        image = adapter.eval().embed(text, num_inference_steps=10)
+    assert torch.cosine_similarity(image, text.roll(1, dims=1)).mean() > 0.8
