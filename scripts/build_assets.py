@@ -19,6 +19,8 @@ from pathlib import Path
 from images import ASSETS, BUILD, ROOT
 from loop import DEVICE
 
+from csdiff import AutoAdapter
+from csdiff.adapters.card import model_card
 from csdiff.embeddings import load_image_encoder
 
 SCRIPTS = ROOT / "scripts"
@@ -60,17 +62,20 @@ def install_adapter(folder: Path) -> None:
     """The finished adapter without the checkpoints and logs of its run."""
     shutil.rmtree(ASSETS / "adapter", ignore_errors=True)
     (ASSETS / "adapter").mkdir()
-    for path in (folder / "README.md", folder / "config.json", folder / "csdiff.json", *folder.glob("*.safetensors")):
+    for path in (folder / "config.json", folder / "csdiff.json", *folder.glob("*.safetensors")):
         # A run writes down where its data and its store lie on this machine.
-        if path.suffix in (".json", ".md"):
+        if path.suffix == ".json":
             text = path.read_text().replace(f"{ROOT}/", "")
             if path.name == "csdiff.json":
                 record = json.loads(text)
                 record["data"].pop("store", None)
+                record["license"] = "apache-2.0"
                 text = json.dumps(record, indent=2) + "\n"
             (ASSETS / "adapter" / path.name).write_text(text)
         else:
             shutil.copy(path, ASSETS / "adapter")
+    adapter = AutoAdapter.from_pretrained(ASSETS / "adapter")
+    (ASSETS / "adapter" / "README.md").write_text(model_card(adapter, adapter.metadata))
 
 
 def main() -> None:

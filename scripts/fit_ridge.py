@@ -29,7 +29,11 @@ def main():
         store = EmbeddingStore.open(path)
         ridge = LinearAdapter.fit(store, "ridge")
         ridge.metadata |= {key: store.fingerprint.get(key) for key in ENCODERS}
-        ridge.metadata |= {"normalized": store.normalized, "data": {"train": "assets/data/train.parquet"}}
+        ridge.metadata |= {
+            "license": "apache-2.0",
+            "normalized": store.normalized,
+            "data": {"train": "assets/data/train.parquet"},
+        }
         ridge.save_pretrained(options.output)
     print(options.output)
 

@@ -11,10 +11,11 @@ _CARD = """\
 ---
 {header}---
 
-# {kind}
+# Text to image embeddings of {image}
 
-Maps {config.text_dim}-dimensional text embeddings of {text} to {config.embedding_dim}-dimensional image embeddings of
-{image}, raw (not normalised), as unCLIP-style decoders want them.
+A csdiff `{kind}` that maps {config.text_dim}-dimensional text embeddings of {text} to
+{config.embedding_dim}-dimensional image embeddings of {image}, raw (not normalised), as unCLIP-style
+decoders want them.
 
 - Trainable parameters: {parameters:,}
 - Licence: {license}
@@ -50,14 +51,31 @@ text = load_text_encoder({text}).encode(["a red apple"])
 image_embeds = adapter.embed(text.embeds, text.states, text.mask)
 ```
 """
+_DRAWING = """
+A picture, with a decoder of the same image encoder:
+
+```python
+from csdiff import CSDiffPriorPipeline
+{imports}
+prior = CSDiffPriorPipeline.from_pretrained({folder})
+{call}
+```
+"""
+_TINY = """\
+decoder = KandinskyV22Pipeline.from_pretrained(assets_dir() / "decoder")
+image = decoder(**prior("a red apple"), height=128, width=128, num_inference_steps=25, guidance_scale=3.0).images[0]
+image.save("apple.png")"""
+_OTHER = """\
+image_embeds, negative_image_embeds = prior("a red apple").to_tuple()  # what an unCLIP decoder takes"""
 
 
 def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> str:
     """Markdown with licence, what the adapter maps, metrics (of `metadata`, the content of `csdiff.json`) and usage
     code that runs; `location` is what that loads: `"."` (run it inside the folder) or a Hub id.
     """
-    kind, license = type(adapter).__name__, metadata.get("license") or "apache-2.0"
-    header = {"license": license, "library_name": "csdiff", "tags": ["csdiff", "diffusers", "unclip", "prior", kind]}
+    kind, license = type(adapter).__name__, metadata.get("license")
+    header = {"license": license} if license else {}
+    header |= {"library_name": "csdiff", "tags": ["csdiff", "diffusers", "unclip", "prior", kind]}
     ids = {tower: (metadata.get(f"{tower}_encoder") or {}).get("id") for tower in ("text", "image")}
     names = {tower: f"`{id}`" if id else "an encoder that is not recorded" for tower, id in ids.items()}
     metrics = flatten(metadata.get("metrics") or {}).items()
@@ -68,7 +86,7 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
         config=adapter.config,
         **names,
         parameters=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
-        license=license,
+        license=license or "not stated",
         objective=f"`{metadata['objective']}`" if metadata.get("objective") else "not recorded",
         metrics="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "Not measured.",
         where="Inside this folder:" if location == "." else "Anywhere:",
@@ -77,7 +95,21 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
     )
     if ids["text"] and not adapter.uses_input_ids:
         card += _CAPTIONS.format(location=json.dumps(location), text=json.dumps(ids["text"]))
+    pooling = (metadata.get("text_encoder") or {}).get("pooling") or "projection"
+    if ids["text"] and ids["image"] and pooling == "projection" and not metadata.get("normalized"):
+        card += _drawing(location, tiny=ids["image"] == "tiny-clip")
     return card
+
+
+def _drawing(location: str, tiny: bool) -> str:
+    imports = ["from csdiff.resources import assets_dir", "from diffusers import KandinskyV22Pipeline"] if tiny else []
+    folder = json.dumps(location)
+    if location != ".":
+        # Of the hub the pipeline reads pipelines, and adapters from folders.
+        imports, folder = [*imports, "from huggingface_hub import snapshot_download"], f"snapshot_download({folder})"
+    return _DRAWING.format(
+        imports="".join(f"{line}\n" for line in imports), folder=folder, call=_TINY if tiny else _OTHER
+    )
 
 
 def _inputs(adapter: Any) -> list[str]:

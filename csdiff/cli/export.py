@@ -235,7 +235,7 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
         call = _DRAW.format(side=side, steps=decoder.steps, guidance=float(decoder.guidance))
     prior = getattr(pipe, "prior_prior", None) or pipe.prior
     card = _CARD.format(
-        license=metadata.get("license") or "apache-2.0",
+        license=f"license: {metadata['license']}\n" if metadata.get("license") else "",
         name=Path(config.output or config.push_to_hub).name,
         pipeline=type(pipe).__name__,
         prior=type(prior).__name__,
@@ -258,8 +258,7 @@ def _pipeline_writer(config: ExportConfig, adapter, dtype) -> Callable[[Path], N
 
 _CARD = """\
 ---
-license: {license}
-library_name: diffusers
+{license}library_name: diffusers
 tags: [csdiff, unclip, prior]
 ---
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from csdiff.data.opening import open_source
 from csdiff.embeddings import load_caption_tokenizer, load_text_encoder
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import find_encoder
@@ -69,6 +70,17 @@ class HeldOutPairs:
             "embeddings_sha256": digest.hexdigest(),
             **{name: fingerprint.get(name) for name in ("text_encoder", "image_encoder")},
         }
+
+
+def has_splits(path: str) -> bool:
+    """Whether a split chooses among what is at a place: then one that is not there is refused."""
+    if is_store(path):
+        return False
+    try:
+        open_source(path, split="no such split")
+    except CSDiffError:
+        return True
+    return False
 
 
 def check_source(path: str, card: AdapterCard) -> None:

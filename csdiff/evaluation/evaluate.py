@@ -13,12 +13,19 @@ from tqdm import tqdm
 
 from csdiff.devices import choose_device
 from csdiff.embeddings.encoders import find_encoder
-from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError, require
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.comparison import IMAGES, compare
 from csdiff.evaluation.config import EvaluateConfig, check
-from csdiff.evaluation.data import check_fits, check_source, open_store, predict, read_pairs, training_store
+from csdiff.evaluation.data import (
+    check_fits,
+    check_source,
+    has_splits,
+    open_store,
+    predict,
+    read_pairs,
+    training_store,
+)
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
 from csdiff.files import absolute, write_text
@@ -133,10 +140,10 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         check_source(fit_on, first)
     elif isinstance(named := (first.metadata.get("data") or {}).get("train"), str):
         logger.warning(
-            "The store that %s was trained on (%s) is not at hand: mean shift and ridge are fitted to the held-out "
-            "pairs themselves, across folds; --train fits them to training pairs.",
+            "No store of the training pairs of %s is at hand: mean shift and ridge are fitted to the held-out pairs "
+            "themselves, across folds; --train %s fits them to training pairs.",
             first.path,
-            named,
+            named if Path(named).is_file() else "DATA",
         )
     with ExitStack() as stack:
 
@@ -150,7 +157,7 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
             trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
             if trained is not None and trained == source:
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
-        split = None if is_store(config.data) else config.split
+        split = config.split if has_splits(config.data) else None
         pairs = read_pairs(config.data, store, None if config.full else config.max_rows, config.concepts, split)
         predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:

@@ -13,6 +13,9 @@ from csdiff.evaluation.metrics import BASELINES, IMAGE_METRICS, MAIN, METRICS, S
 from csdiff.evaluation.plots import plot_projection, plot_retrieval, plot_similarities, png_base64
 from csdiff.tables import number, text_table
 
+ENOUGH = 50
+"""Images from which on a Frechet distance says something."""
+
 
 class Table(NamedTuple):
     """Cells as text, under the names of their columns."""
@@ -69,7 +72,8 @@ def _differences(comparison: Mapping) -> Table:
 
 
 def _images(result: Mapping) -> Table:
-    columns = {**result["pictures"]["adapters"], BASELINES["real"]: result["pictures"]["real"]}
+    columns = {**result["pictures"]["adapters"], "real": result["pictures"]["real"]}
+    columns = {BASELINES.get(name, name): column for name, column in columns.items()}
     first = next(iter(columns.values()))
     rows = []
     for space in first["spaces"]:
@@ -81,6 +85,8 @@ def _images(result: Mapping) -> Table:
         f"{first['count']:,} generated images of {made['prompts']['count']:,} prompts, against "
         f"{made['references']['count']:,} images of {made['references']['source']}"
     )
+    if min(first["count"], made["references"]["count"]) < ENOUGH:
+        title += f"; with fewer than {ENOUGH} images FID is no estimate"
     return Table(title, ["metric", "better", *columns], rows + metric_rows(columns, IMAGE_METRICS))
 
 
@@ -104,9 +110,10 @@ def html_page(result: Mapping, measured=None, drawing=None) -> str:
     return Template(template, autoescape=True, trim_blocks=True).render(
         names=", ".join(result["manifest"]["adapters"]),
         tables=tables(result),
+        compared="comparison" in result,
         plots=_plots(*measured) if measured else [],
         prompts=prompts,
-        sheet={name: [_thumbnail(image) for image in column] for name, column in sheet.items()},
+        sheet={BASELINES.get(name, name): list(map(_thumbnail, column)) for name, column in sheet.items()},
         manifest=json.dumps(result["manifest"], indent=2, ensure_ascii=False),
     )
 

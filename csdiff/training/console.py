@@ -6,11 +6,13 @@ import time
 
 from tqdm import tqdm
 
-from csdiff.evaluation.metrics import MAIN, metric, metric_rows
+from csdiff.evaluation.metrics import BASELINES, MAIN, metric, metric_rows
 from csdiff.tables import text_table
 
 # Seconds between the progress lines of a log file.
 _PAUSE = 10
+# Held-out rows below which retrieval says little.
+_FEW = 200
 
 
 class Console:
@@ -56,5 +58,7 @@ class Console:
         """Metrics side by side, one column a model; `columns` holds nested metrics by name."""
         shown = [metric(key) for key in (*MAIN, "cs_divergence", "norm.mean_ratio", "norm.std_ratio")]
         count = max(metrics.get("count", 0) for metrics in columns.values())
-        head = [f"{title}, {count:,} rows", "better", *columns]
+        few = " (few: read with care)" if count < _FEW else ""
+        columns = {BASELINES.get(name, name): metrics for name, metrics in columns.items()}
+        head = [f"{title}, {count:,} rows{few}", "better", *columns]
         self.say(f"\n{text_table(head, metric_rows(columns, shown))}\n")

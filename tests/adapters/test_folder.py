@@ -11,6 +11,7 @@ import torch
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.adapters import MLPAdapter
+from csdiff.adapters.card import model_card
 from csdiff.adapters.folder import WEIGHTS
 from tests.adapters.adapter_tester import DIM, embed, make_adapter, text_inputs
 
@@ -120,13 +121,36 @@ def test_pickle_is_never_written(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_model_card_claims_no_licence_that_nobody_gave(adapter, tmp_path):
+    adapter.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: csdiff\n")
+    assert "Licence: not stated" in card
+    assert "CSDiffPriorPipeline" not in card
+
+
+@pytest.mark.parametrize("name", ["adapter", "ridge"])
+def test_the_cards_that_ship_are_up_to_date_and_draw(name, root, monkeypatch, tmp_path):
+    folder = root / "assets" / name
+    adapter = AutoAdapter.from_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert card == model_card(adapter, adapter.metadata)
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert 'from_pretrained(snapshot_download("a/b"))' in model_card(adapter, adapter.metadata, "a/b")
+    code = next(code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "apple.png" in code)
+    (tmp_path / "here").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("steps=25", "steps=1").replace('(".")', '("here")'), {})
+    assert (tmp_path / "apple.png").is_file()
+
+
 def test_model_card_has_licence_metrics_and_code_that_runs(adapter, tmp_path, monkeypatch, capsys):
     adapter.metadata = {**METADATA, "license": "cc-by-4.0"}
     adapter.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     assert "| text_to_image.r@1 | 0.5 |" in card
-    assert "`some-clip`" in card
+    assert "# Text to image embeddings of `some-clip`" in card
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
     assert f"torch.Size([1, {DIM}])" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from tiny import make_plain_store
 from csdiff.adapters import TransformerAdapter
 from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.evaluation.comparison import compare
-from csdiff.evaluation.data import open_store, predict, read_pairs
+from csdiff.evaluation.data import has_splits, open_store, predict, read_pairs
 from csdiff.evaluation.evaluate import short_names
 from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.tables import number
@@ -49,6 +49,14 @@ def test_json_and_table(adapters, plain_store, scores, run, tmp_path):
     assert number(found["text_to_image"]["r@1"]) in run.table
     scores(*options)
     assert (tmp_path / "scores.json").read_bytes() == first
+
+
+def test_a_split_is_named_where_there_are_several(captioned_pictures, plain_store, tmp_path):
+    for name in ("train", "test"):
+        shutil.copytree(captioned_pictures, tmp_path / name)
+        (tmp_path / name / "metadata.jsonl").unlink()
+    places = (tmp_path, captioned_pictures, captioned_pictures / "metadata.jsonl", plain_store)
+    assert [has_splits(str(place)) for place in places] == [True, False, False, False]
 
 
 def test_baselines_are_fitted_to_train(adapters, plain_store, scores):

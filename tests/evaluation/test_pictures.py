@@ -131,6 +131,10 @@ def test_pictures_are_drawn_once_and_measured(picture_adapter, tiny_clip, option
     assert manifest["extractors"][str(tiny_clip)]["resize"] == "bicubic (Pillow)"
     report = (tmp_path / "report.html").read_text()
     assert report.count('src="data:image/png;base64,') == 3 * 6
+    assert "with fewer than 50 images FID is no estimate" in report
+    assert "<details>" in report
+    assert "leaves 0 out" not in report
+    assert "<th>raw text</th>" in report
     assert 'src="http' not in report
     assert "real vs real" in run.table
 

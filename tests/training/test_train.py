@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -15,6 +16,7 @@ from tiny import make_plain_store
 from csdiff.adapters.registry import AutoAdapter
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.training import train
+from csdiff.training.console import Console
 from csdiff.training.run_folder import Checkpoints
 from csdiff.training.snapshots import Validator
 
@@ -48,6 +50,14 @@ def test_leaves_a_complete_adapter_folder_and_logs_every_number(plain_store, tmp
     assert validations[-1]["average"] == result.metrics
     assert set(validations[-1]["baselines"]) == {"raw_text", "mean_shift", "ridge"}
     assert validations[-1]["online"] != validations[-1]["average"]
+
+
+def test_the_closing_table_warns_of_few_rows(capsys):
+    rows = {"count": 199, "centroid_gap": 0.5}
+    Console(True).table("held out", {"raw_text": rows, "adapter": rows})
+    assert {"held out, 199 rows (few: read with care)", "raw text"} <= set(re.split("  +", capsys.readouterr().out))
+    Console(True).table("held out", {"adapter": {**rows, "count": 200}})
+    assert "few" not in capsys.readouterr().out
 
 
 def test_learns(tmp_path):
