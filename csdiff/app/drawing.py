@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from csdiff.app.models import SHIPPED, Models
+from csdiff.app.models import RAW_TEXT, SHIPPED, Models
 from csdiff.app.press import Note, Progress, Report
 from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.data.items import well_formed
@@ -108,22 +108,23 @@ def adapter_name(card: AdapterCard | None) -> str:
 def create(models: Models, config: GenerateConfig, compare: bool, report: Report) -> None:
     """Draws the images of a prompt; then, to compare, its first seed without the adapter and with a ridge map."""
     (prompt,) = config.prompt
+    others = [place for place in OTHER_MAPS if compare and (place, config.adapter) != ("raw", RAW_TEXT)]
     with models.turn(report):
-        drawing = _Drawing(models, config, config.num_images + 2 * bool(compare), report)
+        drawing = _Drawing(models, config, config.num_images, report, len(others))
         drawing.tell_of_cut(prompt)
         for seed in range(config.seed, config.seed + config.num_images):
             command = redraw_command(config, [prompt], [(prompt, seed)])
             path = drawing.write(drawing.of_prompt(prompt, seed), seed, {"command": command})
-            report(Drawn(path, f"{prompt}, seed {seed}"))
+            report(Drawn(path, f"seed {seed} · {prompt}"))
             if compare and seed == config.seed:
                 report(Drawn(path, adapter_name(drawing.card), "adapter"))
-        for place, name in OTHER_MAPS.items() if compare else ():
+        for place in others:
             try:
-                drawing.replace_map(place)
+                name = drawing.replace_map(place)
                 image = drawing.of_prompt(prompt, config.seed)
             except CSDiffError as error:
                 drawing.drawn += 1
-                report(Note(f"{name}: {error}"))
+                report(Note(f"{OTHER_MAPS[place]}: {error}"))
             else:
                 report(Drawn(drawing.write(image, config.seed, {"map": place}), name, place))
 
@@ -157,8 +158,8 @@ def _noise(seed: int) -> torch.Generator:
 class _Drawing:
     """One press of the button: its models, its settings, its progress."""
 
-    def __init__(self, models: Models, config: GenerateConfig, total: int, report: Report):
-        self.models, self.total, self.report = models, total, report
+    def __init__(self, models: Models, config: GenerateConfig, count: int, report: Report, others: int = 0):
+        self.models, self.count, self.total, self.report = models, count, count + others, report
         report(Progress("Loading the models"))
         self.card, self.source = find_models(config)
         self.options = sampling(config, self.source)
@@ -185,8 +186,8 @@ class _Drawing:
         self.drawn += 1
         return image
 
-    def replace_map(self, place: str) -> None:
-        """From here on, the text embedding as it is ("raw") or through a ridge map takes the place of the adapter.
+    def replace_map(self, place: str) -> str:
+        """Puts the text embedding as it is ("raw") or a ridge map in the place of the adapter; returns what it is.
 
         Raises:
             CSDiffError: there is no such map, or the decoder takes another width.
@@ -195,13 +196,13 @@ class _Drawing:
         # an adapter inside the text encoder has changed that one
         inside = self.card is not None and self.card.kind == "LoRAAdapter"
         self.embedder = copy.copy(self.models.embedder(None, self.source) if inside else self.embedder)
-        self.embedder.adapter = None if place == "raw" else self.models.ridge(self.card, self.source)
-        width = self.embedder.encoder.dim
-        if place == "raw" and width != self.source.embedding_dim:
-            raise CSDiffError(
-                f"Not possible: the text embedding has {width} dimensions, the decoder takes "
-                f"{self.source.embedding_dim}."
-            )
+        if place == "ridge":
+            self.embedder.adapter, fitted_to = self.models.ridge(self.card, self.source)
+            return f"Ridge, fitted to {fitted_to}"
+        self.embedder.adapter, width = None, self.embedder.encoder.dim
+        if width != self.source.embedding_dim:
+            raise CSDiffError(f"not possible with {width} dimensions, the decoder takes {self.source.embedding_dim}.")
+        return OTHER_MAPS[place]
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
         done, of_all = self.drawn * self.options.steps + step, self.total * self.options.steps
@@ -210,8 +211,10 @@ class _Drawing:
         if done > 1 and seconds:
             time_left = f"{max(1, round(seconds))} s" if seconds < 90 else f"{seconds / 60:.0f} min"
             left = f", about {time_left} left"
-        number = f"Image {self.drawn + 1} of {self.total}, step" if self.total > 1 else "Step"
-        self.report(Progress(f"{number} {step} of {total}{left}", done, of_all))
+            self.models.pace = f"; the first has{left[1:]}"
+        what = f"Image {self.drawn + 1} of {self.count}, " if self.count > 1 else ""
+        what = f"To compare: {OTHER_MAPS[self.place].lower()}, " if self.place in OTHER_MAPS else what
+        self.report(Progress(f"{what}step {step} of {total}{left}".capitalize(), done, of_all))
         if step % max(2, total // 5) == 0 and step < total and (seen := preview()):
             self.report(Drawn(seen, "still being drawn", self.place))
 
@@ -231,8 +234,9 @@ def read_upload(path: str | None) -> Image.Image:
     try:
         image = decode_image(Path(path))
     except (UnreadableImage, OSError) as error:
-        raise CSDiffError(
-            f"{Path(path).name} cannot be read as an image ({error}); use a whole PNG, JPEG, WebP or GIF."
-        ) from error
+        # Pillow's own words name folders of this machine.
+        ours = str(error).startswith("it")
+        said = f": {error}." if ours else " is no image that csdiff reads; save it as PNG or JPEG."
+        raise CSDiffError(Path(path).name + said) from error
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return image

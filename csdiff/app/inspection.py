@@ -12,9 +12,11 @@ from pathlib import Path
 
 import gradio as gr
 import matplotlib
+import torch
+from pandas import DataFrame
 
 from csdiff.app.drawing import adapter_name
-from csdiff.app.models import Models
+from csdiff.app.models import Models, fitted_maps
 from csdiff.app.press import Progress, Report, press, status
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.embeddings import EmbeddingStore
@@ -33,8 +35,8 @@ PLOTS = ("gap", "projection", "similarities", "retrieval")
 # What adapters and stores are made of; nothing else is of use here, and pickles are not even kept.
 SUFFIXES = frozenset((".json", ".safetensors", ".npy", ".parquet", ".md"))
 SHARD = re.compile(r"(?P<folder>img_emb|text_emb|text_states|text_mask|image_tokens|metadata)_\d+\.(npy|parquet)$")
-# Plots on the page: a grey that can be read on white and on black.
-GREY = "#7d8594"
+# Plots on the page, whose colours are turned round on a dark ground (theme.py): no one grey can be read on both.
+GREY = "#475569"
 STYLE = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY
 ) | dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
@@ -48,7 +50,7 @@ class Look:
     facts: str
     card: str = ""
     note: str = ""
-    table: dict = field(default_factory=dict)
+    table: str = ""
     figures: dict = field(default_factory=dict)
 
 
@@ -94,9 +96,10 @@ class Inspector:
                 seen.note = str(error)
             return seen
 
+    @torch.no_grad()
     def _measure(self, seen: Look, folder: Path, is_store: bool, store: str, report: Report) -> None:
         if is_store:
-            seen.title, predictions = "Embedding store", {}
+            seen.title, predictions, maps = "Embedding store", {}, {}
             pairs = read_pairs("the store", EmbeddingStore.open(folder), MOST_ROWS)
             report(Progress("Measuring", 1, 2))
             note = (
@@ -111,13 +114,18 @@ class Inspector:
             report(Progress("Measuring", 1, 2))
             predictions = {adapter_name(card): predict(card, pairs, self.device)}
             note = f"Measured on {len(pairs.rows):,} captions of {pairs.pictures:,} images: {pairs.source}."
+            maps, fitted_to = fitted_maps(card, card.metadata)
+            on = dict.fromkeys(("mean_shift", "ridge"), "these images, across folds") | dict.fromkeys(maps, fitted_to)
+            note += f" Fitted: mean shift to {on['mean_shift']}; ridge to {on['ridge']}."
         fitted = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids)
+        fitted |= {name: fitted_map.embed(pairs.text.float()) for name, fitted_map in maps.items()}
         baselines = {BASELINES[name]: prediction for name, prediction in fitted.items()}
         columns = {
             name: embedding_metrics(prediction, pairs.image, pairs.text, pairs.image_ids)
             for name, prediction in {**predictions, **baselines}.items()
         }
-        seen.table = {"headers": ["metric", "better", *columns], "data": metric_rows(columns)}
+        rows = [[f"{label} ({better})" if better else label, *cells] for label, better, *cells in metric_rows(columns)]
+        seen.table = DataFrame(rows, columns=["metric (better)", *columns]).to_html(index=False, border=0)
         report(Progress("Plotting", 3, 4))
         shown = next(iter(predictions.values()), baselines["ridge"])
         with matplotlib.rc_context(STYLE):
@@ -196,8 +204,10 @@ def inside_tab(inspector: Inspector) -> None:
             files = gr.File(label="... or drop its files here", file_count="multiple", height=180, elem_id="files")
     with gr.Column(visible=False, elem_id="inside") as inside:
         title = gr.Markdown()
-        plots = {name: gr.Plot(show_label=False, format="png", elem_id=f"plot-{name}") for name in PLOTS}
-        table = gr.Dataframe(interactive=False, elem_id="metrics", max_height=1200)
+        with gr.Row():
+            look_of = {"show_label": False, "format": "png", "elem_classes": "plot", "min_width": 480}
+            plots = {name: gr.Plot(elem_id=f"plot-{name}", **look_of) for name in PLOTS}
+        table = gr.HTML(elem_id="metrics", padding=False)
         with gr.Accordion("Model card", open=False):
             card = gr.Markdown()
         with gr.Accordion("What is in the folder", open=False):
@@ -205,12 +215,13 @@ def inside_tab(inspector: Inspector) -> None:
 
     def work(report: Report, request: gr.Request, path: str, files: list[str] | None, store: str) -> None:
         seen = inspector.look(path, files, store, report)
+        place = f"`{path.strip()}`" if path.strip() else "uploaded files" if files else "shipped with csdiff"
         report(
             {
                 inside: gr.Column(visible=True),
-                title: f"### {seen.title}\n\n{seen.note}",
+                title: f"### {seen.title} ({place})\n\n{seen.note}",
                 **{plot: gr.Plot(seen.figures.get(name), visible=bool(seen.figures)) for name, plot in plots.items()},
-                table: gr.Dataframe(seen.table or None, visible=bool(seen.table)),
+                table: seen.table,
                 card: seen.card or "It has none.",
                 facts: seen.facts,
             }
@@ -218,4 +229,4 @@ def inside_tab(inspector: Inspector) -> None:
         report("")
 
     outputs = [inside, title, *plots.values(), table, card, facts]
-    press([look.click, path.submit], stop, line, work, [path, files, store], outputs)
+    press([look, path], stop, line, work, [path, files, store], outputs)

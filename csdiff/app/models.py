@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,32 @@ class Models:
     def __init__(self, config: AppConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device = choose_device(config.device)
-        self._lock, self._kept = threading.Lock(), {}
+        self._line, self._kept, self.pace = [], {}, ""
 
     @contextmanager
     def turn(self, report: Report) -> Iterator[None]:
-        """Waits for whoever uses the models: a pipeline holds the state of the drawing that goes on."""
-        while not self._lock.acquire(timeout=0.5):
-            report(Progress("Loading the models"))
+        """Waits for those who came before: a pipeline holds the state of the drawing that goes on.
+
+        Whoever has the turn tells them in `pace` how it goes; a CSDiffError where too many wait.
+        """
+        if len(self._line) > self.config.max_waiting:
+            raise CSDiffError(f"{self.config.max_waiting} presses of the button wait already; try again later.")
+        me = object()
+        self._line.append(me)
         try:
+            while before := self._line.index(me):
+                report(Progress(f"Waiting: {before} before you{self.pace}"))
+                time.sleep(0.2)
+            self.pace = ""
             yield
         finally:
-            self._lock.release()
+            self._line.remove(me)
 
     def warm_up(self) -> None:
         """Loads what the page starts with, while its reader still reads."""
         try:
             with self.turn(print):
+                self.pace = "; the models are being loaded"
                 card, source = find_models(self.options())
                 self.embedder(card, source)
                 self.decoder(source)
@@ -84,13 +94,14 @@ class Models:
         options = (self.device, source.dtype(self.config.dtype, self.device), self.config.offload, False)
         return self._keep("decoder", source, lambda: load_decoder(source, *options))
 
-    def ridge(self, card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
-        """The ridge map between the encoders of an adapter: the shipped one, or one fitted to its training store.
-
-        Raises:
-            CSDiffError: that store is not on this machine.
-        """
-        return self._keep("ridge", (_state(card), source), lambda: _ridge(card, source).to(self.device))
+    def ridge(self, card: AdapterCard | None, source: DecoderSource) -> tuple[LinearAdapter, str]:
+        """The ridge map of `fitted_maps`, and what it was fitted to; a CSDiffError where there is none."""
+        known = {f"{side}_encoder": source.encoder(side) for side in ("text", "image")}
+        known |= {name: record for name, record in (card.metadata if card else {}).items() if record}
+        maps, fitted_to = self._keep("maps", (_state(card), source), lambda: fitted_maps(card, known))
+        if not maps:
+            raise CSDiffError("No ridge map: the embedding store of the adapter's training is not on this machine.")
+        return maps["ridge"].to(self.device), fitted_to
 
     def _keep(self, kind: str, key: Any, load: Callable[[], Any]) -> Any:
         """The two last used of a kind, oldest first."""
@@ -112,15 +123,17 @@ def _state(card: AdapterCard | None) -> tuple | None:
     return (card.path, *((file.name, file.stat().st_mtime_ns) for file in files))
 
 
-def _ridge(card: AdapterCard | None, source: DecoderSource) -> LinearAdapter:
+def fitted_maps(card: AdapterCard | None, metadata: Mapping[str, Any]) -> tuple[dict[str, LinearAdapter], str]:
+    """Mean shift and ridge fitted to the training store of an adapter, and its name, if it is on this machine.
+
+    Else, where `text_encoder` and `image_encoder` in `metadata` are the shipped ones, the shipped ridge map.
+    """
+    if card and (train := training_store(card)):
+        pairs = read_pairs(train, EmbeddingStore.open(train), TRAIN_ROWS)
+        methods = ("mean_shift", "ridge") if pairs.text.shape[1] == pairs.image.shape[1] else ("ridge",)
+        data = [(pairs.text, pairs.image)]
+        return {method: LinearAdapter.fit(data, method).eval() for method in methods}, Path(train).name
     shipped = LinearAdapter.from_pretrained(assets_dir() / "ridge").eval()
-    metadata = card.metadata if card else {}
-    known = {side: metadata.get(f"{side}_encoder") or source.encoder(side) for side in ("text", "image")}
-    found = [compare_encoders(shipped.metadata.get(f"{side}_encoder"), known[side], side) for side in known]
-    if all(encoder.verdict == "same" for encoder in found):
-        return shipped
-    train = training_store(card) if card else None
-    if train is None:
-        raise CSDiffError("No ridge map: the embedding store that the adapter was trained on is not on this machine.")
-    pairs = read_pairs(train, EmbeddingStore.open(train), TRAIN_ROWS)
-    return LinearAdapter.fit(zip(pairs.text.split(8192), pairs.image.split(8192), strict=True)).eval()
+    sides = [(side, f"{side}_encoder") for side in ("text", "image")]
+    found = [compare_encoders(shipped.metadata.get(name), metadata.get(name), side) for side, name in sides]
+    return {"ridge": shipped} if all(one.verdict == "same" for one in found) else {}, "the shipped training images"

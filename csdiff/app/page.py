@@ -109,8 +109,7 @@ class Fields:
         hint = "what the images should not show"
         self.negative = gr.Textbox(label="Negative prompt", placeholder=hint, max_length=LONGEST_PROMPT)
         with gr.Row():
-            whole = {"precision": 0, "minimum": 0, "maximum": LARGEST_SEED}
-            self.seed = gr.Number(0, label="Seed", min_width=120, elem_id=f"{name}seed", **whole)
+            self.seed = gr.Number(0, label="Seed", min_width=120, elem_id=f"{name}seed", precision=0)
             self.random = gr.Checkbox(False, label="New each time", min_width=160)
         with gr.Row():
             place = {"min_width": 150, "elem_id": f"{name}steps"}
@@ -123,11 +122,11 @@ class Fields:
         return [*numbers, choice.adapter, choice.decoder, self.random]
 
 
-def gallery(name: str, columns: int) -> gr.Gallery:
+def gallery(name: str, columns: int, **more) -> gr.Gallery:
     """Images at their own size, to download."""
     return gr.Gallery(
-        show_label=False, elem_id=name, columns=columns, fit_columns=False, height="auto", object_fit="contain",
-        format="png", buttons=["download", "fullscreen"], interactive=False,
+        show_label=False, elem_id=name, elem_classes="pictures", columns=columns, fit_columns=False, height="auto",
+        object_fit="contain", format="png", buttons=["download", "fullscreen"], interactive=False, **more,
     )  # fmt: skip
 
 
@@ -153,22 +152,19 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                 fields = Fields(models)
                 with gr.Accordion("Settings of an image, and a link", open=False):
                     words = "Drop a PNG that csdiff drew: its settings come back"
-                    dropped = gr.File(label=words, file_types=[".png"], height=110, elem_id="dropped")
+                    dropped = gr.File(label=words, file_types=[".png"], height=150, elem_id="dropped")
                     words = "A link with these settings"
                     link = gr.Textbox(label=words, interactive=False, buttons=["copy"], elem_id="link")
         with gr.Column(**ANSWERED):
             images = gallery("images", 2)
             with gr.Column(visible=False) as beside:
                 strip = gallery("strip", 3)
-                gr.Markdown(
-                    "One seed, three maps: the chosen adapter in one step, the text embedding as it is, and a linear "
-                    "map fitted to the same pairs."
-                )
+                gr.Markdown("One seed; only the map from text to image embedding differs.")
             look = {"elem_id": "command", "interactive": False, "lines": 2, "buttons": ["copy"]}
             command = gr.Textbox(label="The same on the command line", visible=False, **look)
             with gr.Column(visible=False) as past:
                 gr.Markdown("### Drawn on this page\nClick an image, then choose what to do with it.")
-                earlier = gallery("history", 6)
+                earlier = gallery("history", 6, allow_preview=False)
                 with gr.Row():
                     use_seed = gr.Button("Use this seed", size="sm", elem_id="use-seed")
                     use_all = gr.Button("Use its settings", size="sm", elem_id="use-settings")
@@ -218,7 +214,8 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                 raise CSDiffError("Click one of the images above first.")
             return [status("These are the settings of that image."), *shown(read_settings(path))]
         except CSDiffError as error:
-            return [status(str(error), error=True), *[gr.skip()] * len(own)]
+            said = str(error).replace(str(path), Path(str(path)).name)
+            return [status(said, error=True), *[gr.skip()] * len(own)]
 
     def restore(request: gr.Request, remembered: dict) -> list:
         given = dict(request.query_params) or remembered
@@ -228,7 +225,7 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         return so_far[event.index][0]
 
     outputs = [images, beside, strip, command, fields.seed, link, history, earlier, past]
-    press([draw_it.click, prompt.submit], stop, line, draw, [compare, history, *asked], outputs)
+    press([draw_it, prompt], stop, line, draw, [compare, history, *asked], outputs)
     earlier.select(choose, history, chosen, **ASIDE)
     use_all.click(take, chosen, [line, *own], **ASIDE)
     dropped.upload(take, dropped, [line, *own], **ASIDE)
@@ -268,7 +265,7 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
             second = gr.Textbox("a yellow duck", label="Second prompt", elem_id="second", **text)
             # A file, not an image field: it is looked at before anything decodes it.
             words = "... or drop an image in its place"
-            upload = gr.File(label=words, file_types=["image"], height=110, elem_id="upload")
+            upload = gr.File(label=words, file_types=["image"], height=150, elem_id="upload")
             look = {"interactive": False, "height": 180, "buttons": [], "elem_id": "uploaded"}
             preview = gr.Image(show_label=False, visible=False, **look)
             share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of the second")
@@ -303,11 +300,11 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
     def show(path: str | None):
         try:
             image = None if path is None else read_upload(path)
-            return status(), gr.Image(image, visible=path is not None)
+            return status(), gr.Image(image, visible=path is not None), gr.Textbox(visible=path is None)
         except CSDiffError as error:
-            return status(str(error), error=True), gr.Image(visible=False)
+            return status(str(error), error=True), gr.Image(visible=False), gr.skip()
 
-    upload.change(show, upload, [line, preview], **ASIDE)
+    upload.change(show, upload, [line, preview, second], **ASIDE)
     inputs = [first, second, upload, share, whole, *fields.asked(choice)]
-    press([draw_it.click, first.submit, second.submit], stop, line, draw, inputs, [images, fields.seed])
+    press([draw_it, first, second], stop, line, draw, inputs, [images, fields.seed])
     return upload, fields

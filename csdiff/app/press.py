@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,21 +76,22 @@ def stream(work: Callable[[Report], None]) -> Iterator[Any]:
 def press(
     triggers: list, stop: gr.Button, line: gr.HTML, work: Callable[..., None], inputs: list, outputs: list
 ) -> None:
-    """Runs `work(report, request, *values)` when a button is pressed, one press after the other, till it ends or Stop.
+    """Runs `work(report, request, *values)` when a button is pressed, till it ends or Stop.
 
     Args:
-        triggers: Events, such as `button.click`.
+        triggers: The button, which cannot be pressed again meanwhile, and fields where Enter does the same.
         stop: The button that ends it, also while it waits.
-        line: The component that tells how it goes, and the place of those who wait.
+        line: The component that tells how it goes.
         work: Reports `Progress`, `Note`, the last words as a string, and updates of `outputs` as dicts.
         inputs: Components whose values `work` gets.
         outputs: Components that it updates.
     """
+    button, *typed = triggers
 
     def run(request: gr.Request, *values) -> Iterator[dict]:
         notes: list[str] = []
         try:
-            yield {line: status(Progress("Starting"))}
+            yield {line: status(Progress("Starting")), button: gr.Button(interactive=False)}
             for message in stream(lambda report: work(report, request, *values)):
                 if isinstance(message, Note):
                     notes.append(message.text)
@@ -101,19 +103,22 @@ def press(
             logger.exception("The page met a defect")
             words = "Something went wrong that should not; the terminal of csdiff app says what."
             yield {line: status(words, notes, error=True)}
+        yield {button: gr.Button(interactive=True)}
 
+    # Who comes first is served first, by `Models.turn`: Gradio's own line tells places in no words.
     started = gr.on(
-        triggers, run, inputs, [line, *outputs], concurrency_limit=1, concurrency_id="models", trigger_mode="once",
-        show_progress="minimal", show_progress_on=line, **PRIVATE,
+        [button.click, *(field.submit for field in typed)], run, inputs, [line, button, *outputs],
+        concurrency_limit=None, trigger_mode="once", show_progress="hidden", **PRIVATE,
     )  # fmt: skip
     stop.click(None, cancels=started, **ASIDE)
     # The work itself fails in words: what Gradio calls a failure is a press that was cancelled.
-    started.failure(lambda: status("Stopped."), None, line, **ASIDE)
+    started.failure(lambda: (status("Stopped."), gr.Button(interactive=True)), None, [line, button], **ASIDE)
 
 
 def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = False) -> str:
     """The line under a button as HTML: progress with a bar, what was done, or an error in a sentence."""
-    text = said.text if isinstance(said, Progress) else said
+    # Errors that the command line shares name its options; here they are fields.
+    text = re.sub(r"--(\w+)", r"“\1”", said.text if isinstance(said, Progress) else said)
     parts = [f"<p{' class=error role=alert' if error else ''}>{html.escape(text)}</p>"] if text else []
     if isinstance(said, Progress):
         # without a value it moves to and fro

@@ -108,7 +108,7 @@ def serving(config: AppConfig) -> Iterator[str]:
         # a bad --adapter or --decoder is said at once, not at the first press of a button
         find_models(models.options())
         inspector = Inspector(models)
-        page = build_page(models, inspector).queue(max_size=config.max_waiting, api_open=False)
+        page = build_page(models, inspector).queue(api_open=False)
         hosts = None if password else frozenset({config.host, *config.allow_host})
         try:
             _, url, _ = page.launch(
@@ -118,6 +118,7 @@ def serving(config: AppConfig) -> Iterator[str]:
                 auth=(lambda _, given: right_password(given, password)) if password else None,
                 auth_message="Any name, and the password of this page." if password else None,
                 max_file_size=config.max_upload_mb * 10**6,
+                max_threads=config.max_waiting + 40,  # each of those who wait has one
                 app_kwargs={"middleware": [Middleware(local_only, hosts=hosts)], "docs_url": None, "redoc_url": None},
                 theme=theme(),
                 css=CSS,

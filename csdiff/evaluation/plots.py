@@ -66,13 +66,13 @@ def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, metho
     figure, axes = _panels(len(panels), 4.2, 4)
     for axis, (name, colour, title) in zip(axes, panels, strict=True):
         pairs = np.stack([places["images"], places[name]], axis=1)[:40]
-        axis.plot(*pairs.transpose(2, 1, 0), color="0.8", linewidth=0.5, zorder=0)
+        axis.plot(*pairs.transpose(2, 1, 0), color="0.65", linewidth=0.5, zorder=0)
         axis.scatter(*places["images"].T, s=7, color=IMAGE, label="images", alpha=0.6, linewidths=0)
         axis.scatter(*places[name].T, s=7, color=colour, label=name, alpha=0.6, linewidths=0)
         gap = np.linalg.norm(centroids["images"] - centroids[name])
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{title}\ncentroid gap {gap:.2f}", fontsize=10)
-        axis.legend(loc="best", frameon=False, markerscale=2)
+        _legend_below(axis, -0.02, markerscale=2)
     figure.supxlabel(f"{PROJECTIONS[method]}\nof unit vectors; lines join 40 of the pairs", fontsize=9)
     return figure
 
@@ -107,13 +107,13 @@ def plot_similarities(text: Tensor | None, image: Tensor, predicted: Tensor, ima
         z = unit(rows)
         other = torch.cat([(z * y.roll(s, 0)).sum(1)[ids != ids.roll(s)] for s in shifts])
         for cosines, shown, options in (
-            (other, "0.75", {"label": "other images"}),
+            (other, "0.65", {"label": "other images"}),
             ((z * y).sum(1), colour, {"label": "true image", "alpha": 0.75}),
         ):
             # Rounding may go a little beyond 1.
             axis.hist(cosines.clamp(-1, 1).cpu().numpy(), bins, density=True, color=shown, **options)
-        axis.set(title=title, xlabel="cosine similarity to", yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
-        axis.legend(frameon=False)
+        axis.set(title=title, xlabel="cosine similarity", yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
+        _legend_below(axis, -0.28)
     axes[0].set_ylabel("density")
     return figure
 
@@ -129,7 +129,7 @@ def plot_retrieval(predictions: Mapping[str, Tensor], image: Tensor, image_ids: 
     pictures, picture_ids = image[first], ids[first]
     ks = list(range(1, min(50, len(first)) + 1))
     figure, axes = _panels(2, 4.2, 3.6)
-    fixed = {"raw text": TEXT, "mean shift": "0.6", "ridge": "0.3"}
+    fixed = {"raw text": TEXT, "mean shift": "0.55", "ridge": "0.3"}
     others = iter((PREDICTED, *OTHERS) * (1 + len(predictions) // 5))
     for name, rows in predictions.items():
         colour = fixed[name] if name in fixed else next(others)
@@ -144,8 +144,13 @@ def plot_retrieval(predictions: Mapping[str, Tensor], image: Tensor, image_ids: 
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_formatter("")
     axes[0].set_ylabel(f"recall at k, {len(first)} images")
-    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def _legend_below(axis, height: float, **options) -> None:
+    """Where it covers no points."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, height), ncols=2, frameon=False, **options)
 
 
 def _panels(count: int, width: float, height: float):

@@ -169,7 +169,7 @@ class PromptEmbedder:
         end = self.encoder.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
         return (
             f"The prompt {prompt[:60]!r} has {length} tokens, the text encoder reads {limit}; this end is cut off: "
-            f"{end!r}"
+            f"{end if len(end) <= 60 else end[:60] + '...'!r}"
         )
 
 

@@ -79,6 +79,19 @@ def wait_for(page, selector: str, text: str) -> str:
     return page.inner_text(selector)
 
 
+def words_seen(page, selector: str) -> bool:
+    """Whether the first words in an element are what is on the screen at their place."""
+    return page.evaluate(
+        """selector => {
+            const words = document.querySelector(`${selector} p`), box = words.getBoundingClientRect();
+            words.scrollIntoView({block: "center"});
+            const now = words.getBoundingClientRect();
+            return box.height > 10 && document.elementFromPoint(now.left + 5, now.top + now.height / 2) === words;
+        }""",
+        selector,
+    )
+
+
 def picture(page, selector: str, place: int = 0) -> Image.Image:
     """A picture that an element of the page shows, as the browser gets it."""
     source = page.wait_for_selector(f"{selector} img >> nth={place}").get_attribute("src")
@@ -129,12 +142,13 @@ def test_a_blend_with_an_uploaded_image(new_page, tmp_path):
     page.get_by_role("tab", name="Blend").click()
     (tmp_path / "broken.png").write_bytes(b"no image")
     page.set_input_files("#upload input[type=file]", tmp_path / "broken.png")
-    wait_for(page, "#blend-status", "broken.png cannot be read as an image")
+    wait_for(page, "#blend-status", "broken.png is no image that csdiff reads")
     for name in ("photo.png", "photo.webp", "photo.jpg"):
         Image.new("RGB", (90, 60), "blue").save(tmp_path / name)
         page.locator("#upload").get_by_label("Clear").click()
         page.set_input_files("#upload input[type=file]", tmp_path / name)
         page.wait_for_selector("#uploaded img")
+    assert not page.is_visible("#second")
     page.fill("#blend-steps input[type=number]", "2")
     page.click("#blend")
     wait_for(page, "#blend-status", "Done: 1 image.")
@@ -200,6 +214,9 @@ def test_stop_and_an_empty_prompt(new_page):
     page.wait_for_timeout(500)
     draw(page, "   ", 0, 1)
     wait_for(page, "#create-status", "the prompt is empty")
+    draw(page, "a red apple", -3, 1)
+    wait_for(page, "#create-status", "found -3")
+    page.wait_for_selector("#draw:enabled")
 
 
 def test_stop_of_a_press_that_waits(new_page):
@@ -208,9 +225,20 @@ def test_stop_of_a_press_that_waits(new_page):
     draw(first, "a red apple", 0, 200)
     wait_for(first, "#create-status", "step")
     draw(second, "a yellow duck", 0, 200)
-    wait_for(second, "#create-status", "queue: 1/1")
+    wait_for(second, "#create-status", "1 before you")
+    assert words_seen(second, "#create-status")
+    assert second.is_disabled("#draw")
     second.click("#stop")
     wait_for(second, "#create-status", "Stopped.")
+    # The other tabs tell it as well, while what is not theirs goes on.
+    for tab, button in (("Blend", "#blend"), ("Look inside", "#look")):
+        second.get_by_role("tab", name=tab).click()
+        second.click(button)
+        wait_for(second, f"{button}-status", "1 before you")
+        assert words_seen(second, f"{button}-status")
+        second.locator("button:visible", has_text="Stop").click()
+        wait_for(second, f"{button}-status", "Stopped.")
+    second.get_by_role("tab", name="Create").click()
     # The one who did not press goes on.
     before = first.inner_text("#create-status")
     first.wait_for_function("said => document.querySelector('#create-status').innerText != said", arg=before)

@@ -50,7 +50,37 @@ def test_same_images_as_the_command_line(models, tmp_path):
     shares = [m.done / m.total for m in messages if isinstance(m, Progress) and m.total]
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    assert any("left" in m.text for m in messages if isinstance(m, Progress))
+    said = [m.text for m in messages if isinstance(m, Progress)]
+    assert any("left" in text for text in said)
+    assert any(text.startswith("Image 2 of 2, step 2") for text in said)
+    assert any(text.startswith("To compare: raw text") for text in said)
+    assert not any("of 4" in text for text in said)
+
+
+def test_without_an_adapter_the_raw_text_is_drawn_once(models):
+    messages = run(models, asked(models, "a red apple", "none", steps=1), compare=True)
+    shown = [(m.place, m.caption) for m in messages if isinstance(m, Drawn) and m.place != "images"]
+    assert shown == [("adapter", "Raw text"), ("ridge", "Ridge, fitted to the shipped training images")]
+
+
+def test_those_who_wait_are_served_in_their_order_and_not_too_many(models):
+    waiting, order = threading.Event(), []
+
+    def second():
+        with models.turn(lambda progress: waiting.set()):
+            order.append(2)
+
+    with models.turn(print):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(60)
+        models.config.max_waiting, most = 1, models.config.max_waiting
+        with pytest.raises(CSDiffError, match="1 presses of the button wait already"), models.turn(print):
+            order.append(3)
+        models.config.max_waiting = most
+        order.append(1)
+    thread.join()
+    assert order == [1, 2]
 
 
 def test_the_ridge_map_of_an_adapter_for_other_encoders_is_fitted_to_its_training_store(
@@ -115,6 +145,7 @@ def test_errors_of_the_work_reach_the_page():
 
 def test_what_stands_under_the_button_is_text():
     assert "value=1 max=4" in status(Progress("<b>", 1, 4))
+    assert "give “guidance”" in status("give --guidance 1", error=True)
     for line in (status(Progress("<b>")), status("<b>", error=True), status("", ["<b>"])):
         assert "&lt;b&gt;" in line
 
@@ -122,6 +153,7 @@ def test_what_stands_under_the_button_is_text():
 def test_long_prompts_are_told_of(models):
     (note,) = [m.text for m in run(models, asked(models, "red " * 100, steps=1)) if isinstance(m, Note)]
     assert "this end is cut off" in note
+    assert len(note) < 250
 
 
 @pytest.mark.parametrize(
@@ -197,9 +229,12 @@ def test_sliders_take_what_any_decoder_is_made_for(models, tmp_path, steps, guid
 
 def test_bad_uploads_are_a_sentence(tmp_path):
     (tmp_path / "upload.png").write_bytes(b"not an image")
-    with pytest.raises(CSDiffError, match=r"upload\.png cannot be read as an image") as error:
+    with pytest.raises(CSDiffError, match=r"^upload\.png is no image that csdiff reads") as error:
         read_upload(tmp_path / "upload.png")
-    assert "\n" not in str(error.value)
+    assert str(tmp_path) not in str(error.value)
+    Image.new("1", (1, 101)).save(tmp_path / "long.png")
+    with pytest.raises(CSDiffError, match=r"^long\.png: it has 1 x 101 pixels"):
+        read_upload(tmp_path / "long.png")
 
 
 def test_uploads_are_made_small_and_rgb(tmp_path):

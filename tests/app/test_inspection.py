@@ -8,9 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from csdiff.adapters import build_adapter
+from csdiff.adapters import AutoAdapter, build_adapter
 from csdiff.app.inspection import PLOTS, Inspector, gather, plain_markdown
+from csdiff.embeddings import EmbeddingStore
+from csdiff.embeddings.config import EmbedConfig
+from csdiff.embeddings.extraction import embed
 from csdiff.errors import CSDiffError
+from csdiff.pipelines.decoders import find_models
 from csdiff.resources import assets_dir
 
 
@@ -40,10 +44,26 @@ def test_shipped_adapter_on_captioned_images(inspector):
     assert "12 images" in seen.note
     assert "CS-Aligner" in seen.title
     assert list(seen.figures) == list(PLOTS)
-    assert {"CS-Aligner", "raw text", "ridge"} <= set(seen.table["headers"])
-    assert all(len(row) == len(seen.table["headers"]) for row in seen.table["data"])
+    columns = [f"<th>{name}</th>" for name in ("CS-Aligner", "raw text", "mean shift", "ridge")]
+    assert all(column in seen.table for column in columns)
+    assert "mean shift to these images, across folds; ridge to the shipped training images" in seen.note
     assert "csdiff.json" not in seen.card
     assert "## Usage" in seen.card
+
+
+def test_baselines_and_ridge_map_are_fitted_to_the_store_of_an_adapter_for_the_shipped_encoders(
+    models, inspector, tmp_path
+):
+    encoders = {"text_encoder": "tiny-clip", "image_encoder": "tiny-clip"}
+    embed(EmbedConfig(source=str(inspector.held_out), output=str(tmp_path / "mine"), progress=False, **encoders))
+    store = EmbeddingStore.open(tmp_path / "mine")
+    adapter = AutoAdapter.from_pretrained(assets_dir() / "adapter")
+    adapter.metadata["data"] = {"train": str(tmp_path / "mine"), "source": store.fingerprint["data"]}
+    adapter.save_pretrained(tmp_path / "adapter")
+    seen = inspector.look(str(tmp_path / "adapter"), None, "", ignore)
+    assert "mean shift to mine; ridge to mine" in seen.note
+    _, fitted_to = models.ridge(*find_models(models.options(str(tmp_path / "adapter"))))
+    assert fitted_to == "mine"
 
 
 def test_adapter_on_a_store(inspector, adapter, plain_store):
