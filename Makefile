@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Train an adapter on the shipped data and draw four prompts (a few minutes)
 	$(BIN)/csdiff train --config configs/tiny.yaml --output_dir runs/demo --resume never
 	$(BIN)/python generate.py --adapter runs/demo --output outputs/demo --seed 0 \
-		--prompt "a sunflower in a pot, 3d style" --prompt "a snowman with a hat, flat style" \
-		--prompt "one shiny purple heart, 3d style" --prompt "a sailing boat on the sea, flat style"
+		--prompt "a laughing face with tears, noto style" --prompt "a ringing alarm clock, noto style" \
+		--prompt "a blue butterfly, flat style" --prompt "a glass of red wine, 3d style"
 	@echo "The adapter is in runs/demo, the pictures are in outputs/demo (start with outputs/demo/grid.png)."
 
 test: setup ## Run the tests, on two cores

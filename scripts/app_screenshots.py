@@ -53,7 +53,7 @@ def look_inside(page: Page) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a red apple, 3d style")
+    parser.add_argument("--prompt", default="a laughing face with tears, noto style")
     parser.add_argument("--pictures", type=int, default=4)
     options = parser.parse_args()
     path = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -90,7 +90,7 @@ def main() -> None:
         os.environ["PYTHONPATH"] = str(copy)
         run(sys.executable, copy / "scripts/build_assets.py", "--quick", copy, "--only", *arguments.only)
         return
-    few = ("--steps", "4", "--batch", "16", "--every", "20") if quick else ()
+    few = ("--steps", "4", "--batch", "16", "--every", "100") if quick else ()
     build = arguments.build.resolve()
     print(f"On {DEVICE.type}. Expect about a quarter of an hour on a GPU, and two to three days on two CPU cores.")
     further = ("--further", build / "further.parquet")
