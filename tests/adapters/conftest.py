@@ -1,9 +1,15 @@
 """Fixtures of the adapter tests."""
 
 import pytest
+import torch
 
 from csdiff.adapters import ADAPTERS
 from tests.adapters.adapter_tester import make_adapter
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

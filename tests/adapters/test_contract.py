@@ -47,6 +47,7 @@ def test_training_step_reaches_every_weight(adapter, name):
     trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert trained
+    assert not trained.keys() & {"clip_mean", "clip_std"}
     assert not without
 
 

@@ -1,6 +1,7 @@
 """Value and gradient against plain float64 formulas: to 2e-4 in float32, to 1e-9 in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -9,20 +10,21 @@ from reference import TOLERANCE, assert_agree, draw, two_sets, value_and_gradien
 
 from csdiff.losses import cauchy_schwarz_divergence, info_nce, log_mean_kernel, token_cauchy_schwarz_divergence
 
-LOSSES = {
-    "cs": (cauchy_schwarz_divergence, reference.divergence),
-    "info_nce": (info_nce, reference.info_nce),
-    "tokens": (token_cauchy_schwarz_divergence, reference.token_divergence),
-}
 TOKENS = draw(6, 9, 16), (draw(6, 13, 16, seed=1) + 0.3).float().double()
 X_MASK, Y_MASK = draw(6, 9, seed=2) > -0.3, draw(6, 13, seed=3) > -0.3
 X_MASK[:, :2] = Y_MASK[:, :2] = True
 MASKS = {"x_mask": X_MASK, "y_mask": Y_MASK}
+LOSSES = {
+    "cs": (cauchy_schwarz_divergence, reference.divergence),
+    "info_nce": (info_nce, reference.info_nce),
+    "tokens": (token_cauchy_schwarz_divergence, reference.token_divergence),
+    "masked tokens": (partial(token_cauchy_schwarz_divergence, **MASKS), partial(reference.token_divergence, **MASKS)),
+}
 
 
-def pairs(n=41, dim=24, noise=1.0):
-    x = draw(n, dim)
-    return x, (x + noise * draw(n, dim, seed=1)).float().double()
+def pairs(noise=1.0):
+    x = draw(41, 24)
+    return x, (x + noise * draw(41, 24, seed=1)).float().double()
 
 
 def check(name, x, y, dtype, *, block_size=None, **options):
@@ -41,7 +43,7 @@ def check(name, x, y, dtype, *, block_size=None, **options):
         *(("info_nce", {"temperature": 0.1, "two_sided": s}) for s in (True, False)),
         *(("info_nce", {"temperature": 0.07, "normalize": True, "two_sided": s}) for s in (True, False)),
         *(
-            ("tokens", {"bandwidth": b, "normalize": True, "diagonal": d, **MASKS})
+            ("masked tokens", {"bandwidth": b, "normalize": True, "diagonal": d})
             for b in (0.1, 1.0, 5.0, (0.3, 1.0))
             for d in (True, False)
         ),
@@ -49,9 +51,9 @@ def check(name, x, y, dtype, *, block_size=None, **options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("block_size", [None, 1, 4, 7, 16, 41, 53, 1000])
+@pytest.mark.parametrize("block_size", [None, 1, 4, 16, 41, 53, 1000])
 def test_any_block_size(name, block_size, options, dtype):
-    problem = {"cs": two_sets(), "info_nce": pairs(), "tokens": TOKENS}[name]
+    problem = {"cs": two_sets(), "info_nce": pairs()}.get(name, TOKENS)
     check(name, *problem, dtype, block_size=block_size, **options)
 
 
@@ -78,7 +80,7 @@ def test_few_and_duplicated_rows(dtype):
 def test_far_apart_and_duplicated_tokens(dtype):
     x, y = TOKENS[0], (TOKENS[1] + 20).float().double()
     y[:, 3:6] = y[:, :3]
-    check("tokens", x, y, dtype, bandwidth=1.0, **MASKS)
+    check("masked tokens", x, y, dtype, bandwidth=1.0)
 
 
 @pytest.mark.parametrize("distance", [30.0, 1e2, 1e3])
