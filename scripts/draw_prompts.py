@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 from images import ASSETS, ROOT, SPLITS, load_split
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from csdiff.pipelines import GenerateConfig, generate
 
@@ -62,11 +63,12 @@ def sheet(rows: dict[str, list[Image.Image]], prompts: Sequence[str], columns: i
     count = len(next(iter(rows.values())))
     made = Image.new("RGB", (left + columns * 140, -(-count // columns) * deep), "white")
     pen = ImageDraw.Draw(made)
+    pen.font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
     for index in range(count):
         x, y = left + index % columns * 140, index // columns * deep
         for row, (title, images) in enumerate(rows.items()):
             made.paste(images[index], (x + 6, y + 4 + 136 * row))
-            if left:
+            if left and index % columns == 0:
                 pen.text((6, y + 64 + 136 * row), title, fill="black")
         if prompts:
             pen.text((x + 70, y + deep - 46), lines(prompts[index]), fill="black", anchor="ma", align="center")

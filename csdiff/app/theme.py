@@ -62,7 +62,7 @@ CSS = """
 .pictures .caption-label { position: static; max-width: none; border: 0; background: none; text-align: center; }
 #strip .caption-label { white-space: normal; }
 .pictures .caption { max-width: 100%; }
-.pictures:has(.preview) { min-height: 420px; }
+.pictures .gallery-container:has(.preview) { min-height: 420px; }
 .pictures .preview { background: var(--block-background-fill); }
 .pictures .empty svg { display: none; }
 .pictures .empty::after { content: "Your images appear here"; color: var(--body-text-color-subdued); }
