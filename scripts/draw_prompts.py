@@ -11,6 +11,7 @@ drawn, and none of them is a caption of the data set word for word.
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,17 +54,16 @@ def draw(prompts: tuple[str, ...], **options) -> list[Image.Image]:
 
 def lines(prompt: str) -> str:
     words, style = prompt.rsplit(", ", 1)
-    cut = len(words) if len(words) <= 22 else words.rfind(" ", 0, 22)
-    return "\n".join(filter(None, (words[:cut], words[cut:].strip(), style)))
+    return "\n".join((*textwrap.wrap(words, 17), style))
 
 
 def sheet(rows: dict[str, list[Image.Image]], prompts: Sequence[str], columns: int, name: str) -> None:
     """Rows of images of 128 pixels, one under the other, the prompts below them; `columns` images to a line."""
-    left, deep = 64 if len(rows) > 1 else 0, 136 * len(rows) + 48 * bool(prompts)
+    left, deep = 90 if len(rows) > 1 else 0, 136 * len(rows) + 64 * bool(prompts)
     count = len(next(iter(rows.values())))
     made = Image.new("RGB", (left + columns * 140, -(-count // columns) * deep), "white")
     pen = ImageDraw.Draw(made)
-    pen.font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
+    pen.font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 14)
     for index in range(count):
         x, y = left + index % columns * 140, index // columns * deep
         for row, (title, images) in enumerate(rows.items()):
@@ -71,7 +71,7 @@ def sheet(rows: dict[str, list[Image.Image]], prompts: Sequence[str], columns: i
             if left and index % columns == 0:
                 pen.text((6, y + 64 + 136 * row), title, fill="black")
         if prompts:
-            pen.text((x + 70, y + deep - 46), lines(prompts[index]), fill="black", anchor="ma", align="center")
+            pen.text((x + 70, y + deep - 62), lines(prompts[index]), fill="black", anchor="ma", align="center")
     made.save(FIGURES / name, optimize=True)
 
 

@@ -205,7 +205,7 @@ def inside_tab(inspector: Inspector) -> None:
     with gr.Column(visible=False, elem_id="inside") as inside:
         title = gr.Markdown()
         with gr.Row():
-            look_of = {"show_label": False, "format": "png", "elem_classes": "plot", "min_width": 480}
+            look_of = {"show_label": False, "format": "png", "elem_classes": "plot", "min_width": 400}
             plots = {name: gr.Plot(elem_id=f"plot-{name}", **look_of) for name in PLOTS}
         table = gr.HTML(elem_id="metrics", padding=False)
         with gr.Accordion("Model card", open=False):

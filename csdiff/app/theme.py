@@ -39,6 +39,7 @@ CSS = """
 .dark .status p.note { color: #f0b95c; }
 /* Plots are drawn for a light ground; turned round, with their hues kept, they suit a dark one. */
 .dark .plot img { filter: invert(1) hue-rotate(180deg); }
+#metrics table { width: 100%; }
 #metrics td, #metrics th { border-color: var(--border-color-primary); overflow-wrap: normal; word-break: normal; }
 /* One column on a phone: images follow the button, settings come last. */
 @media (max-width: 720px) {
