@@ -14,7 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors are slower on several threads, and waiting threads keep the other test process from its core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tiny import make_plain_store, make_tiny_clip, make_tiny_decoder
+import torch
+from tiny import make_pictures, make_plain_store, make_tiny_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +41,21 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_decoder(tmp_path_factory.mktemp("models") / "decoder")
+def tiny_decoder(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random `KandinskyV22Pipeline` folder whose U-Net is conditioned on image embeddings only."""
+    from tiny_pipelines import build
+
+    folder = tmp_path_factory.mktemp("models") / "decoder"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build("KandinskyV22Pipeline", tiny_clip).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of forty captioned pictures."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")

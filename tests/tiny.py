@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 
 def build_tiny_tokenizer(max_length: int = 16):
@@ -61,41 +64,16 @@ def make_tiny_clip(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
     return path
 
 
-def make_tiny_decoder(path: str | Path, dim: int = 16, seed: int = 0) -> Path:
-    """A random `KandinskyV22Pipeline` folder whose U-Net is conditioned on image embeddings of `dim` only."""
-    from diffusers import DDIMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=8,
-            addition_embed_type="image",
-            encoder_hid_dim=dim,
-            encoder_hid_dim_type="image_proj",
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            sample_size=16,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            resnet_time_scale_shift="scale_shift",
-        )
-        movq = VQModel(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-            vq_embed_dim=4,
-            num_vq_embeddings=8,
-        )
-    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False, set_alpha_to_one=False)
-    KandinskyV22Pipeline(unet=unet.eval(), scheduler=scheduler, movq=movq.eval()).save_pretrained(path)
-    return Path(path)
+def make_pictures(path: str | Path, count: int = 40, captions: Sequence[str] = ("thing {}",)) -> Path:
+    """A folder of `count` pictures of noise about a colour, each with its captions."""
+    draw = np.random.default_rng(0)
+    path, rows = Path(path), []
+    for index in range(count):
+        pixels = draw.integers(0, 256, 3) + draw.normal(0, 30, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "captions": [caption.format(index) for caption in captions]})
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def cloud(n: int, dim: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

@@ -4,9 +4,8 @@ import json
 import shutil
 import warnings
 
-import numpy as np
 import pytest
-from PIL import Image
+from tiny import make_pictures
 
 from csdiff.adapters import LinearAdapter
 from csdiff.cli import run_command
@@ -17,8 +16,11 @@ from csdiff.embeddings import EmbeddingStore, load_image_encoder, load_text_enco
 def run(capsys):
     """`csdiff evaluate` as users call it: the exit code and what it said on stderr; stdout is in `run.table`."""
 
-    def command(*arguments):
-        code = run_command("evaluate", [str(argument) for argument in arguments], "csdiff evaluate")
+    def command(**options):
+        words = []
+        for name, value in options.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        code = run_command("evaluate", words, "csdiff evaluate")
         command.table, said = capsys.readouterr()
         return code, said.strip()
 
@@ -29,9 +31,21 @@ def run(capsys):
 def scores(run, tmp_path):
     """What `csdiff evaluate` writes to --json."""
 
-    def command(*arguments):
-        assert run(*arguments, "--json", tmp_path / "scores.json")[0] == 0
+    def command(**options):
+        assert run(**options, json=tmp_path / "scores.json")[0] == 0
         return json.loads((tmp_path / "scores.json").read_text())
+
+    return command
+
+
+@pytest.fixture
+def refused(run):
+    """`refused(words, **options)`: options that end the command with exit code 2 and these words."""
+
+    def command(expected, **options):
+        code, said = run(**options)
+        assert (code, expected in said) == (2, True), said
+        return said
 
     return command
 
@@ -65,17 +79,7 @@ def adapters(plain_store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def captioned_pictures(tmp_path_factory):
-    """Twelve pictures of noise about a colour, with two captions each."""
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    rows = []
-    for index in range(12):
-        colour = noise.integers(0, 256, 3)
-        pixels = np.clip(colour + noise.normal(0, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        rows.append({"file_name": f"{index}.png", "captions": [f"apple number {index}", f"a red thing {index * 7}"]})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 12, ["apple number {}", "a red thing {}"])
 
 
 @pytest.fixture(scope="session")

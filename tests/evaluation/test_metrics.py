@@ -35,9 +35,7 @@ def test_every_number_of_a_result_has_a_name():
 )
 def test_the_better_value_has_the_smaller_loss(key, good, bad):
     assert metric(key).loss(good) < metric(key).loss(bad)
-
-
-def test_below_zero_an_unbiased_distance_is_as_good_as_zero():
+    # Below zero an unbiased distance is as good as zero.
     assert metric("kernel_distance").loss(-4.2) == metric("kernel_distance").loss(0) == 0
 
 

@@ -1,19 +1,17 @@
 """Metrics of pictures against cases whose value is known, and pictures drawn, kept and measured."""
 
-import shutil
-
 import pytest
 import torch
 from PIL import Image
 from tiny import cloud, directions
 
+from csdiff.adapters import LinearAdapter
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.distances import feature_frechet_distance
 from csdiff.evaluation.picture_metrics import clip_score, concept_rate, diversity, fid, kid
 from csdiff.evaluation.picture_run import PictureRun, picture_files, read_picture
 from csdiff.pipelines.decoders import read_adapter_card
-from csdiff.pipelines.embedding import PromptEmbedder
 
 
 def test_fid_by_two_roads():
@@ -102,16 +100,10 @@ def options(captioned_pictures, tiny_clip, tiny_decoder, tmp_path):
     }
 
 
-def words(options):
-    """Options as they stand on a command line."""
-    lists = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
-    return [word for key, values in lists.items() for word in (f"--{key}", *values)]
-
-
 def test_pictures_are_drawn_once_and_measured(picture_adapter, tiny_clip, options, scores, run, tmp_path):
     """A second run keeps what is there and redraws what is missing, to the bit; scores repeat."""
-    whole = ("--adapter", picture_adapter, *words({**options, "num_images": 2, "batch_size": 4}))
-    found = scores(*whole, "--report", tmp_path / "report.html")
+    whole = {**options, "adapter": picture_adapter, "num_images": 2, "batch_size": 4}
+    found = scores(**whole, report=tmp_path / "report.html")
     pictures, manifest = found["pictures"], found["manifest"]["pictures"]
     assert set(pictures["adapters"]) == {"identity", "raw_text", "mean_shift", "ridge", "image"}
     for column in pictures["adapters"].values():
@@ -142,7 +134,7 @@ def test_pictures_are_drawn_once_and_measured(picture_adapter, tiny_clip, option
     assert len(files) == 6
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     files[2].unlink()
-    assert scores(*whole)["pictures"] == pictures
+    assert scores(**whole)["pictures"] == pictures
     for file, (content, time) in before.items():
         assert file.read_bytes() == content
         assert (file.stat().st_mtime_ns == time) == (file != files[2])
@@ -150,16 +142,15 @@ def test_pictures_are_drawn_once_and_measured(picture_adapter, tiny_clip, option
 
 def test_pictures_of_own_prompts_have_no_true_image(picture_adapter, options, scores, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\n\nan apple, apple\n")
-    options = {**options, "prompts": tmp_path / "prompts.txt"}
-    pictures = scores("--adapter", picture_adapter, *words(options))["pictures"]
+    pictures = scores(adapter=picture_adapter, prompts=tmp_path / "prompts.txt", **options)["pictures"]
     assert "image" not in pictures["adapters"]
     assert pictures["real"]["clip_score"] is None
     assert pictures["adapters"]["identity"]["diversity"] is None
 
 
-def test_refuses_a_store_as_reference(picture_adapter, plain_store, tiny_decoder, run):
-    code, said = run("--adapter", picture_adapter, "--decoder", tiny_decoder, "--data", plain_store)
-    assert (code, "expected captioned reference pictures, found the embedding store" in said) == (2, True)
+def test_refuses_a_store_as_reference(picture_adapter, plain_store, tiny_decoder, refused):
+    expected = "expected captioned reference pictures, found the embedding store"
+    refused(expected, adapter=picture_adapter, decoder=tiny_decoder, data=plain_store)
 
 
 @pytest.fixture
@@ -189,27 +180,17 @@ def test_baselines_that_are_cross_fitted_have_other_folders(folders, tmp_path):
     assert own["ridge"] != given["ridge"]
 
 
-def test_a_negative_does_not_depend_on_what_is_missing(picture_adapter, options, run, tmp_path, monkeypatch):
-    """The first adapter gives the negative, once, though its own pictures are there."""
-    second = shutil.copytree(picture_adapter, tmp_path / "second")
-    (second / "config.json").write_text((second / "config.json").read_text() + " ")
-    asked = []
-    negative, init = PromptEmbedder.negative, PromptEmbedder.__init__
-
-    def seen(self, card, *more):
-        self.path = card.path
-        init(self, card, *more)
-
-    def noted(self, prompt):
-        asked.append(self.path)
-        return negative(self, prompt)
-
-    monkeypatch.setattr(PromptEmbedder, "__init__", seen)
-    monkeypatch.setattr(PromptEmbedder, "negative", noted)
-    options = {**options, "guidance": 2, "picture_baselines": "[]"}
+def test_a_negative_does_not_depend_on_what_is_missing(picture_adapter, options, run, tmp_path):
+    """It is the first adapter's, though the pictures of that one are there."""
+    second = LinearAdapter.from_pretrained(picture_adapter)
+    second.linear.bias.data += 3
+    second.save_pretrained(tmp_path / "second")
+    options |= {"guidance": 2, "picture_baselines": "[]", "compare": [picture_adapter, tmp_path / "second"]}
+    drawn = []
     for _ in range(2):
-        assert run("--compare", picture_adapter, second, *words(options))[0] == 0
-        assert asked == [picture_adapter]
-        asked.clear()
-        for file in (tmp_path / "drawn").glob("second-*/*.png"):
+        assert run(**options)[0] == 0
+        files = sorted((tmp_path / "drawn").glob("second-*/*.png"))
+        drawn.append([file.read_bytes() for file in files])
+        for file in files:
             file.unlink()
+    assert drawn[0] == drawn[1] != []

@@ -3,18 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
-def smoke(folder: Path) -> str:
-    command = [sys.executable, "benchmarks/paper_table.py", "--smoke", "--output", str(folder)]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def test_study_measures_every_method_and_goes_on_where_it_stopped(root, tmp_path):
+    def smoke() -> str:
+        command = [sys.executable, "benchmarks/paper_table.py", "--smoke", "--output", str(tmp_path)]
+        return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
-
-def test_study_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
-    assert "0 of 11 jobs are done" in smoke(tmp_path)
+    assert "0 of 11 jobs are done" in smoke()
     file = tmp_path / "results.jsonl"
     lines = file.read_text().splitlines()
     records = {(r["method"], r["seed"]): r for r in map(json.loads, lines)}
@@ -25,7 +21,7 @@ def test_study_measures_every_method_and_goes_on_where_it_stopped(tmp_path):
     assert records["eclipse", 0]["parameters"] == records["default", 0]["parameters"] > 0
 
     file.write_text("\n".join(lines[:-2]) + "\n")
-    shown = smoke(tmp_path)
+    shown = smoke()
     assert "9 of 11 jobs are done" in shown
     again = {(r["method"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines())}
     assert again.keys() == records.keys()

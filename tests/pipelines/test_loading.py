@@ -34,14 +34,10 @@ def diffusion(metadata, encoders):
     return adapter
 
 
-def lora_embeds(adapter, tokenizer, prompt):
-    tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        return adapter.embed_input_ids(tokens.input_ids)
-
-
 def test_lora_brings_its_text_encoder_and_is_saved_merged(pipe, lora, tiny_clip, tmp_path):
-    expected = lora_embeds(lora, pipe.tokenizer, PROMPT)
+    tokens = pipe.tokenizer(PROMPT, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = lora.embed_input_ids(tokens.input_ids)
     load_adapter(pipe, lora)
     for prior in (pipe, CSDiffPriorPipeline(lora, **clip_parts(tiny_clip))):
         torch.testing.assert_close(prior(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
@@ -128,10 +124,7 @@ def test_an_adapter_folder_that_names_no_encoder(tmp_path):
     ("options", "words"),
     [
         ({"dim": 24}, "image embeddings of 24 dimensions, but KandinskyV22PriorPipeline takes 16"),
-        (
-            {"dim": DIM, "text_dim": 24},
-            "takes text embeddings of 24 dimensions, but KandinskyV22PriorPipeline gives 16",
-        ),
+        ({"text_dim": 24}, "takes text embeddings of 24 dimensions, but KandinskyV22PriorPipeline gives 16"),
     ],
 )
 def test_other_dimensions_are_refused(pipe, options, words):
@@ -144,8 +137,7 @@ def test_other_dimensions_are_refused(pipe, options, words):
 @pytest.mark.parametrize("tower", ["text_encoder", "image_encoder"])
 def test_other_encoders_are_refused_unless_told_otherwise(pipe, adapter, metadata, tower):
     adapter.metadata = {**metadata, tower: {"id": "elsewhere/clip", "weights_sha256": "0" * 64}}
-    with pytest.raises(
-        CSDiffError, match=rf"{tower.replace('_', ' ')} .* is not that of the adapter \(elsewhere/clip\)"
-    ):
+    words = rf"{tower.replace('_', ' ')} .* is not that of the adapter \(elsewhere/clip\)"
+    with pytest.raises(CSDiffError, match=words):
         load_adapter(pipe, adapter)
     assert load_adapter(pipe, adapter, check=False).prior is adapter

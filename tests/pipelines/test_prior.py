@@ -1,5 +1,7 @@
 """`CSDiffPriorPipeline`, and the stock prior pipeline with an adapter in it."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,16 @@ def test_the_stock_pipeline_gives_the_same_whatever_is_asked(
     torch.testing.assert_close(output.negative_image_embeds.float(), wanted, atol=room, rtol=0)
 
 
+def test_the_one_shot_scheduler_stands_in_for_that_of_diffusion_priors():
+    scheduler, output, sample = OneShotScheduler(), torch.randn(2, 3) * 100, torch.randn(2, 3)
+    scheduler.set_timesteps(25, device="cpu")
+    assert scheduler.timesteps.tolist() == [0]
+    assert scheduler.step(output, 0, sample, return_dict=False)[0] is output
+    assert scheduler.scale_model_input(sample, 0) is sample
+    theirs, ours = (inspect.signature(kind.step).parameters for kind in (UnCLIPScheduler, OneShotScheduler))
+    assert theirs.keys() <= ours.keys()
+
+
 def test_a_scheduler_for_diffusion_priors_is_warned_of_with_the_cure(parts, adapter):
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=0.1)
     stock = KandinskyV22PriorPipeline(prior=adapter, scheduler=scheduler, **parts)
@@ -56,11 +68,9 @@ def test_a_scheduler_for_diffusion_priors_is_warned_of_with_the_cure(parts, adap
 @pytest.mark.parametrize("negative", ["blurry", ["blurry"], ["blurry", "grey", "dark"]])
 def test_negative_prompts_become_negative_image_embeds(pipe, adapter, embed, negative):
     output = pipe(PROMPTS, negative_prompt=negative, num_images_per_prompt=2)
-    texts = ["blurry"] * 3 if len(negative) != 3 else negative
-    expected = embed(adapter, *texts).repeat_interleave(2, dim=0)
-    torch.testing.assert_close(output.negative_image_embeds, expected, atol=1e-5, rtol=0)
-    expected = embed(adapter, *PROMPTS).repeat_interleave(2, dim=0)
-    torch.testing.assert_close(output.image_embeds, expected, atol=1e-5, rtol=0)
+    texts = negative if len(negative) == 3 else ["blurry"] * 3
+    for found, asked in ((output.negative_image_embeds, texts), (output.image_embeds, PROMPTS)):
+        torch.testing.assert_close(found, embed(adapter, *asked).repeat_interleave(2, dim=0), atol=1e-5, rtol=0)
 
 
 def test_special_tokens_and_half_characters_are_text(pipe, adapter, embed):
@@ -116,13 +126,18 @@ def test_callback_sees_and_may_replace_the_latents(pipe, adapter):
     torch.testing.assert_close(image_embeds, adapter.clip_mean)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(tiny_clip, adapter, embed, dtype):
+@pytest.mark.parametrize(("dtype", "variant"), [(torch.bfloat16, None), (torch.float16, "fp16")])
+def test_half_precision_and_its_variant(tiny_clip, adapter, embed, tmp_path, dtype, variant):
     expected = embed(adapter, PROMPT)
     pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(dtype)
     image_embeds = pipe(PROMPT, negative_prompt="blurry").image_embeds
     assert image_embeds.dtype == dtype
     assert torch.nn.functional.cosine_similarity(image_embeds.float(), expected) > 0.995
+    pipe.save_pretrained(tmp_path, variant=variant)
+    assert {".fp16." in file.name for file in tmp_path.rglob("*.safetensors")} == {variant is not None}
+    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path, variant=variant, dtype=dtype)
+    assert reloaded.prior.dtype == reloaded.text_encoder.dtype == dtype
+    assert torch.equal(reloaded(PROMPT).image_embeds, pipe(PROMPT).image_embeds)
 
 
 def test_model_offload_hooks_and_gives_the_same(tiny_clip, adapter, embed):
@@ -157,27 +172,6 @@ def test_save_and_reload_the_whole_pipeline(pipe, adapter, tmp_path, caplog):
     assert not [record for record in caplog.records if "Expected types" in record.getMessage()]
 
 
-def test_a_variant_is_saved_and_loaded(tiny_clip, adapter, tmp_path):
-    pipe = CSDiffPriorPipeline(adapter, **clip_parts(tiny_clip)).to(torch.float16)
-    pipe.save_pretrained(tmp_path, variant="fp16")
-    assert {".fp16." in file.name for file in tmp_path.rglob("*.safetensors")} == {True}
-    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
-    assert reloaded.prior.dtype == reloaded.text_encoder.dtype == torch.float16
-    assert torch.equal(reloaded(PROMPT).image_embeds, pipe(PROMPT).image_embeds)
-
-
-def test_optional_components_may_be_absent(pipe, tmp_path):
-    """As `test_save_load_optional_components` of diffusers' own pipeline tests."""
-    for component in pipe._optional_components:
-        setattr(pipe, component, None)
-    inputs = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
-    output = pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]
-    pipe.save_pretrained(tmp_path)
-    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path)
-    assert all(getattr(reloaded, component) is None for component in pipe._optional_components)
-    np.testing.assert_allclose(reloaded(**inputs, generator=torch.Generator().manual_seed(0))[0], output, atol=1e-4)
-
-
 def test_a_stock_folder_with_an_adapter_gets_the_one_shot_scheduler(tiny_clip, adapter, embed, tmp_path):
     build("KandinskyV22PriorPipeline", tiny_clip).save_pretrained(tmp_path)
     pipe = CSDiffPriorPipeline.from_pretrained(tmp_path, prior=adapter)
@@ -191,27 +185,25 @@ def test_what_is_neither_a_pipeline_nor_an_adapter(tmp_path, place, said):
         CSDiffPriorPipeline.from_pretrained(tmp_path / place)
 
 
-def test_without_an_image_encoder(parts, adapter, embed, tmp_path):
-    pipe = CSDiffPriorPipeline(adapter, parts["text_encoder"], parts["tokenizer"])
-    output = pipe(PROMPTS[:2])
-    torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS[:2]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.negative_image_embeds, embed(adapter, "", ""), atol=1e-5, rtol=0)
+def test_without_an_image_encoder_and_a_scheduler(parts, adapter, embed, tmp_path):
+    pipe = CSDiffPriorPipeline(adapter, parts["text_encoder"], parts["tokenizer"], scheduler=None)
     pipe.save_pretrained(tmp_path)
-    reloaded = CSDiffPriorPipeline.from_pretrained(tmp_path)
-    assert reloaded.image_encoder is None
-    assert torch.equal(reloaded(PROMPTS[:2]).image_embeds, output.image_embeds)
+    for prior in (pipe, CSDiffPriorPipeline.from_pretrained(tmp_path)):
+        output = prior(PROMPTS[:2])
+        torch.testing.assert_close(output.image_embeds, embed(adapter, *PROMPTS[:2]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.negative_image_embeds, embed(adapter, "", ""), atol=1e-5, rtol=0)
+        assert not any(getattr(prior, component) for component in prior._optional_components)
     with pytest.raises(CSDiffError, match="image tower"):
         pipe.interpolate([Image.new("RGB", (32, 32))], [1.0])
 
 
 def test_interpolate_mixes_prompts_and_pictures(pipe, adapter, encoders, embed, zero_image_embeds):
     picture = Image.new("RGB", (48, 40), "red")
-    pixels = torch.randn(1, 3, encoders["image"].model.config.image_size, encoders["image"].model.config.image_size)
+    pixels = torch.randn(1, 3, 32, 32)
     output = pipe.interpolate(["a cat", picture, pixels], [0.5, 0.2, 0.3], num_images_per_prompt=2)
-    expected = 0.5 * embed(adapter, "a cat")
-    expected = expected + 0.2 * encoders["image"].encode([picture]).embeds
     with torch.no_grad():
-        expected = expected + 0.3 * encoders["image"].forward(pixels).embeds
+        images = 0.2 * encoders["image"].encode([picture]).embeds + 0.3 * encoders["image"].forward(pixels).embeds
+    expected = 0.5 * embed(adapter, "a cat") + images
     torch.testing.assert_close(output.image_embeds, expected.repeat(2, 1), atol=1e-4, rtol=0)
     torch.testing.assert_close(output.negative_image_embeds, zero_image_embeds.repeat(2, 1), atol=1e-5, rtol=0)
     named = pipe.interpolate(["a cat"], [1.0], negative_prompt="blurry")

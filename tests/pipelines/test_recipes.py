@@ -20,12 +20,12 @@ def test_the_recipe_trains_on_the_encoders_of_its_preset(name, root):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_starts_and_its_adapter_draws(name, root, captioned_images, tiny_clip, tiny_decoder, tmp_path):
+def test_the_recipe_starts_and_its_adapter_draws(name, root, pictures, tiny_clip, tiny_decoder, tmp_path):
     output = tmp_path / "run"
     options = {
         "config": root / "configs" / f"{name}.yaml",
         "output_dir": output,
-        "data.train": captioned_images,
+        "data.train": pictures,
         "data.text_encoder": tiny_clip,
         "data.image_encoder": tiny_clip,
         "max_steps": 2,
@@ -41,5 +41,4 @@ def test_the_recipe_starts_and_its_adapter_draws(name, root, captioned_images, t
     config.logging.trackers = []
     folder = str(train(config).adapter_dir)
     options = {"adapter": folder, "decoder": str(tiny_decoder), "output": str(tmp_path), "progress": False}
-    picture = {"prompt": ["a square"], "steps": 1, "height": 32, "width": 32, "guidance": 1.0}
-    assert generate(GenerateConfig(**options, **picture))[0].is_file()
+    assert generate(GenerateConfig(["a square"], steps=1, guidance=1.0, **options))[0].is_file()

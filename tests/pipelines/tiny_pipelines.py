@@ -6,29 +6,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDIMScheduler,
-    DDPMScheduler,
-    UnCLIPScheduler,
-    UNet2DConditionModel,
-)
+import transformers
+from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPConfig, CLIPTokenizer
 
 from csdiff.adapters import MLPAdapter, TransformerAdapter
 from csdiff.embeddings.encoders import quiet_loading
@@ -45,7 +29,6 @@ CALLS = {
     "KandinskyV22InpaintPipeline": {"image": _PHOTO, "mask_image": _MASK},
     "KandinskyV22ControlnetPipeline": {"hint": _HINT},
     "KandinskyV22ControlnetImg2ImgPipeline": {"hint": _HINT, "image": _PHOTO, "strength": 0.6},
-    "StableUnCLIPImg2ImgPipeline": {"noise_level": 0},
     "StableDiffusionPipeline": {},
     "StableDiffusionControlNetPipeline": {"image": _PHOTO},
     "AnimateDiffPipeline": {"num_frames": 2},
@@ -56,11 +39,9 @@ CALLS = {
     "FluxInpaintPipeline": {**_FLUX_PHOTO, "mask_image": _MASK},
     "FluxControlNetPipeline": {"control_image": _PHOTO},
     "FluxKontextPipeline": {"image": _PHOTO, "_auto_resize": False, "max_area": 64 * 64},
-    "StableCascadePriorPipeline": {},
     "KandinskyV22CombinedPipeline": {},
     "KandinskyV22Img2ImgCombinedPipeline": {"image": _PHOTO, "strength": 0.6},
     "KandinskyV22InpaintCombinedPipeline": {"image": _PHOTO, "mask_image": _MASK},
-    "StableUnCLIPPipeline": {},
 }
 """Pipeline classes, and what a call needs beside the prompt and the embedding."""
 
@@ -69,11 +50,9 @@ def random_adapter(metadata: dict | None = None, dim: int = DIM, **options) -> M
     """An MLP adapter whose answers differ from its input, with statistics to un-whiten by."""
     generator = torch.Generator().manual_seed(0)
     adapter = MLPAdapter(embedding_dim=dim, **options).eval()
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    mean, std = torch.randn(dim, generator=generator), torch.rand(dim, generator=generator) + 0.5
-    adapter.set_statistics(mean, std)
+    for parameter in adapter.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    adapter.set_statistics(torch.randn(dim, generator=generator), torch.rand(dim, generator=generator) + 0.5)
     adapter.metadata = dict(metadata or {})
     return adapter
 
@@ -91,13 +70,17 @@ def build(name: str, clip: Path):
     """A pipeline by the name of its class, over the vocabulary of a CLIP folder."""
     if "Kandinsky" in name:
         prior = prior_parts(clip)
-        parts = {**_kandinsky(name), **{f"prior_{part}": value for part, value in prior.items()}}
+        parts = _kandinsky(name) | {f"prior_{part}": value for part, value in prior.items()}
         parts |= prior if "Prior" in name else {}
     else:
         make = {"Flux": _flux, "UnCLIP": _stable_unclip, "XL": _sdxl, "Cascade": _cascade, "": _stable_diffusion}
         parts = next(value for word, value in make.items() if word in name)(clip)
     if "ControlNet" in name:
-        parts["controlnet"] = _control(parts)
+        parts["controlnet"] = (
+            diffusers.FluxControlNetModel.from_transformer(parts["transformer"], 1, 1, 16, 2)
+            if "Flux" in name
+            else diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
+        )
     pipeline_class = getattr(diffusers, name)
     taken = inspect.signature(pipeline_class.__init__).parameters
     return pipeline_class(**{part: value for part, value in parts.items() if part in taken})
@@ -108,8 +91,7 @@ def build_with_ip_adapter(name: str, clip: Path, folder: Path):
     pipe = build(name, clip)
     path = ip_adapter_weights(folder, pipe)
     tower = "image_encoder_pretrained_model_name_or_path" if "Flux" in name else "image_encoder_folder"
-    folder = {"subfolder": ""} if "Flux" not in name else {}
-    pipe.load_ip_adapter(str(path.parent), weight_name=path.name, **folder, **{tower: None})
+    pipe.load_ip_adapter(str(folder), subfolder="", weight_name=path.name, **{tower: None})
     return pipe
 
 
@@ -128,10 +110,10 @@ def clip_parts(clip: Path) -> dict:
     """The towers and processors of a CLIP folder, under the names that prior pipelines use."""
     with quiet_loading():
         return {
-            "text_encoder": CLIPTextModelWithProjection.from_pretrained(clip).eval(),
+            "text_encoder": transformers.CLIPTextModelWithProjection.from_pretrained(clip).eval(),
             "tokenizer": CLIPTokenizer.from_pretrained(clip),
-            "image_encoder": CLIPVisionModelWithProjection.from_pretrained(clip).eval(),
-            "image_processor": CLIPImageProcessor.from_pretrained(clip),
+            "image_encoder": transformers.CLIPVisionModelWithProjection.from_pretrained(clip).eval(),
+            "image_processor": transformers.CLIPImageProcessor.from_pretrained(clip),
         }
 
 
@@ -151,15 +133,13 @@ def prior_transformer(clip: Path) -> diffusers.PriorTransformer:
 
 def prior_parts(clip: Path) -> dict:
     """Every component of a stock prior pipeline."""
-    scheduler = UnCLIPScheduler(prediction_type="sample")
+    scheduler = diffusers.UnCLIPScheduler(prediction_type="sample")
     return {"prior": prior_transformer(clip), "scheduler": scheduler, **clip_parts(clip)}
 
 
 def _unet(**options) -> UNet2DConditionModel:
     usual = {
         "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (16, 32),
@@ -173,12 +153,17 @@ def _unet(**options) -> UNet2DConditionModel:
 
 # The blocks of Kandinsky and of Karlo.
 _RESNET = {
-    "sample_size": 8,
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "resnet_time_scale_shift": "scale_shift",
 }
+
+
+def _blocks(count: int = 2) -> dict:
+    """Those of an autoencoder of factor 2, or of more blocks."""
+    down, up = ("DownEncoderBlock2D",) * count, ("UpDecoderBlock2D",) * count
+    return {"down_block_types": down, "up_block_types": up, "block_out_channels": (8,) * count, "norm_num_groups": 4}
 
 
 def _kandinsky(name: str) -> dict:
@@ -191,34 +176,19 @@ def _kandinsky(name: str) -> dict:
         encoder_hid_dim=DIM,
         encoder_hid_dim_type="image_proj",
     )
-    # a MoVQ with Kandinsky's factor of 8
+    # a hint has eight times the size of the latents
     movq = diffusers.VQModel(
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        num_vq_embeddings=12,
-        vq_embed_dim=4,
-        norm_num_groups=8,
-        norm_type="spatial",
+        **_blocks(4 if hint else 2), latent_channels=4, num_vq_embeddings=8, vq_embed_dim=4
     ).eval()
-    scheduler = DDPMScheduler(beta_schedule="linear", clip_sample=False, variance_type="learned_range")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     return {"unet": unet, "scheduler": scheduler, "movq": movq}
 
 
-def _vae(**options) -> AutoencoderKL:
-    """An autoencoder of factor 2."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(**{**blocks, "block_out_channels": (8, 8), "norm_num_groups": 4, **options}).eval()
-
-
-def _text_tower(clip: Path, projected: bool = False) -> CLIPTextModel:
+def _text_tower(clip: Path, projected: bool = False):
     """A text encoder for the decoder itself, over the vocabulary of `clip`."""
-    names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    base = CLIPConfig.from_pretrained(clip).text_config
-    sizes = {"hidden_size": DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPTextConfig(projection_dim=DIM, **sizes, **{name: getattr(base, name) for name in names})
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    config = transformers.CLIPTextConfig.from_pretrained(clip, hidden_size=DIM)
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return kind(config).eval()
 
 
 def _stable_diffusion(clip: Path, **unet_options) -> dict:
@@ -226,8 +196,8 @@ def _stable_diffusion(clip: Path, **unet_options) -> dict:
     motion = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
     return {
         "unet": _unet(**unet_options),
-        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        "vae": _vae(latent_channels=4),
+        "scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        "vae": diffusers.AutoencoderKL(**_blocks()).eval(),
         "text_encoder": _text_tower(clip),
         "tokenizer": CLIPTokenizer.from_pretrained(clip),
         "safety_checker": None,
@@ -258,7 +228,7 @@ def _stable_unclip(clip: Path) -> dict:
     prior = prior_parts(clip)
     return _stable_diffusion(clip, **unet, use_linear_projection=True) | {
         "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim=DIM),
-        "image_noising_scheduler": DDPMScheduler(beta_start=1e-12, beta_schedule="linear"),
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_start=1e-12, beta_schedule="linear"),
         "feature_extractor": prior["image_processor"],
         "image_encoder": prior["image_encoder"],
         "prior": prior["prior"],
@@ -266,21 +236,11 @@ def _stable_unclip(clip: Path) -> dict:
     }
 
 
-def _control(parts: dict):
-    if "unet" in parts:
-        return ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
-    names = ("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
-    names += ("pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "in_channels")
-    return diffusers.FluxControlNetModel(**{name: parts["transformer"].config[name] for name in names})
-
-
 def _flux(clip: Path) -> dict:
     """FLUX.1 of one double and one single block."""
     tokenizer = CLIPTokenizer.from_pretrained(clip)
     transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
         in_channels=4,
-        out_channels=4,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -290,14 +250,14 @@ def _flux(clip: Path) -> dict:
         axes_dims_rope=[4, 4, 8],
         guidance_embeds=True,
     ).eval()
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
-    scale = {"latent_channels": 1, "shift_factor": 0.06, "scaling_factor": 1.5}
+    t5 = transformers.T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    scale = {"latent_channels": 1, "shift_factor": 0.06, "scaling_factor": 1.5, "use_quant_conv": False}
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
-        "vae": _vae(**scale, use_quant_conv=False, use_post_quant_conv=False),
+        "vae": diffusers.AutoencoderKL(**_blocks(), **scale, use_post_quant_conv=False).eval(),
         "text_encoder": _text_tower(clip),
         "tokenizer": tokenizer,
-        "text_encoder_2": T5EncoderModel(t5).eval(),
+        "text_encoder_2": transformers.T5EncoderModel(t5).eval(),
         "tokenizer_2": tokenizer,
         "transformer": transformer,
     }
@@ -325,12 +285,12 @@ def karlo_folder(folder: Path, clip: Path) -> Path:
         "text_encoder": _text_tower(clip, projected=True),
         "tokenizer": CLIPTokenizer.from_pretrained(clip),
         "text_proj": UnCLIPTextProjModel(clip_embeddings_dim=DIM, time_embed_dim=64, cross_attention_dim=DIM),
-        "decoder": _unet(**_RESNET, in_channels=3, out_channels=6, class_embed_type="identity"),
+        "decoder": _unet(**_RESNET, sample_size=8, in_channels=3, out_channels=6, class_embed_type="identity"),
         "super_res_first": diffusers.UNet2DModel(**scaling),
         "super_res_last": diffusers.UNet2DModel(**scaling),
-        "prior_scheduler": UnCLIPScheduler(prediction_type="sample"),
-        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range"),
-        "super_res_scheduler": UnCLIPScheduler(),
+        "prior_scheduler": diffusers.UnCLIPScheduler(prediction_type="sample"),
+        "decoder_scheduler": diffusers.UnCLIPScheduler(variance_type="learned_range"),
+        "super_res_scheduler": diffusers.UnCLIPScheduler(),
     }
     for name, part in parts.items():
         part.save_pretrained(folder / name)
@@ -345,13 +305,13 @@ def ip_adapter_weights(folder: Path, pipe) -> Path:
     model = getattr(pipe, "unet", None) or pipe.transformer
     flux = hasattr(pipe, "transformer")
     width = model.config.joint_attention_dim if flux else model.config.cross_attention_dim
+    projection = "ip_adapter_proj_model" if flux else "image_proj"
     tensors = {
-        "proj.weight": torch.randn(4 * width, DIM),
-        "proj.bias": torch.randn(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
+        f"{projection}.proj.weight": torch.randn(4 * width, DIM),
+        f"{projection}.proj.bias": torch.randn(4 * width),
+        f"{projection}.norm.weight": torch.ones(width),
+        f"{projection}.norm.bias": torch.zeros(width),
     }
-    tensors = {f"{'ip_adapter_proj_model' if flux else 'image_proj'}.{name}": rows for name, rows in tensors.items()}
     if flux:
         for kind in ("k", "v"):
             name = f"double_blocks.0.processor.ip_adapter_double_stream_{kind}_proj"
