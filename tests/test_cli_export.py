@@ -9,15 +9,17 @@ import torch
 from diffusers import KandinskyV22PriorPipeline
 from safetensors.torch import load_file
 from tiny import make_lora
+from tiny_pipelines import random_adapter
+from training_runs import config as run_config
+from training_runs import log
 
 import csdiff
 from csdiff import AutoAdapter, CSDiffError, CSDiffPriorPipeline
-from csdiff.adapters import LoRAAdapter, MLPAdapter
+from csdiff.adapters import LoRAAdapter
 from csdiff.cli.export import ExportConfig, export
+from csdiff.embeddings import load_text_encoder
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.training import train
-from tests.training.training_runs import config as run_config
-from tests.training.training_runs import log
 
 DIM, WEIGHTS = 16, "diffusion_pytorch_model.safetensors"
 
@@ -43,11 +45,7 @@ def encoders(clip):
 
 
 def random_mlp(clip):
-    torch.manual_seed(0)
-    adapter = MLPAdapter(embedding_dim=DIM, width=16, num_layers=1)
-    torch.nn.init.normal_(adapter.proj_out.weight, std=0.1)
-    adapter.metadata = encoders(clip)
-    return adapter.eval()
+    return random_adapter(encoders(clip))
 
 
 def random_lora(clip):
@@ -215,8 +213,6 @@ def test_a_pipeline_draws_as_its_readme_says(tiny_clip, tiny_decoder, tmp_path, 
 
 
 def test_a_merged_adapter_gives_what_the_lora_adapter_gives(tiny_clip, tmp_path):
-    from csdiff.embeddings import load_text_encoder
-
     adapter = random_lora(tiny_clip)
     merged = AutoAdapter.from_pretrained(exported(adapter, tmp_path, merge_lora=True))
     assert not merged.uses_input_ids

@@ -6,15 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import make_pairs
+from safetensors.numpy import load_file, save_file
+from tiny import make_pairs, make_pictures
+from training_runs import config as run_config
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.cli.info import InfoConfig, as_text, decoders, inspect_path
 from csdiff.embeddings import EmbedConfig, embed, write_store
 from csdiff.resources import assets_dir
 from csdiff.training import train
-from tests.training.training_runs import config as run_config
 
 
 def inspect(path, check=False):
@@ -45,9 +45,7 @@ def test_an_adapter(adapter):
     assert (facts["kind"], facts["class"]) == ("adapter", config["_class_name"])
     assert all(facts[name] == metadata[name] for name in ("text_encoder", "metrics"))
     assert facts["problems"] == []
-    assert facts["parameters"] == sum(
-        parameter.numel() for parameter in AutoAdapter.from_pretrained(adapter).parameters()
-    )
+    assert facts["parameters"] == AutoAdapter.from_pretrained(adapter).num_parameters()
     assert facts["decoders"]["tiny"] == "fits"
     assert "1280" in facts["decoders"]["kandinsky22"]
     text = as_text(facts)
@@ -83,8 +81,6 @@ def test_a_broken_adapter(adapter):
 
 
 def test_values_that_are_not_finite_are_found_when_asked(adapter):
-    from safetensors.numpy import load_file, save_file
-
     weights = next(adapter.glob("*.safetensors"))
     tensors = load_file(weights)
     name = next(name for name in tensors if tensors[name].ndim == 2)
@@ -104,11 +100,8 @@ def test_a_store(store):
 
 
 def test_what_a_store_left_out(tmp_path, tiny_clip):
-    for name, color in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
-    (tmp_path / "c.png").write_bytes(b"no picture")
-    rows = [{"file_name": f"{name}.png", "text": name} for name in "abc"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_pictures(tmp_path, 3)
+    (tmp_path / "2.png").write_bytes(b"no picture")
     options = {"text_encoder": str(tiny_clip), "image_encoder": str(tiny_clip), "max_skipped": 0.5, "progress": False}
     embed(EmbedConfig(source=str(tmp_path), output=str(tmp_path / "store"), **options))
     facts = inspect(tmp_path / "store")

@@ -18,7 +18,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(assets_dir().parent / "scripts"))
 
 
-def run(monkeypatch, name: str, *options) -> None:
+def run(monkeypatch, name, *options):
     module = __import__(name)
     few = ("--every", 800, "--steps", 2, "--batch", 2, "--further", "none")
     monkeypatch.setattr(sys, "argv", [name, *(str(option) for option in (*options, *few))])
@@ -51,11 +51,11 @@ def test_training_scripts_end_in_a_pipeline_that_draws(monkeypatch, tmp_path):
 def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path):
     from loop import Loop
 
-    def train(folder, stop: int | None) -> nn.Module:
+    def train(folder, stop):
         torch.manual_seed(0)
         model, calls = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), []
 
-        def losses(scale: float) -> dict[str, torch.Tensor]:
+        def losses(scale):
             calls.append(scale)
             if stop is not None and len(calls) > stop:
                 raise KeyboardInterrupt

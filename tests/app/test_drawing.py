@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio as gr
 import numpy as np
@@ -103,17 +104,8 @@ def test_the_ridge_map_of_an_adapter_for_other_encoders_is_fitted_to_its_trainin
 def test_two_at_once_do_not_mix(models):
     wanted = [asked(models, seed=1, steps=3), asked(models, "a yellow duck", seed=2, steps=4, guidance=1.0)]
     alone = [images(run(models, config)) for config in wanted]
-    together: list = [None, None]
-
-    def work(index):
-        together[index] = images(run(models, wanted[index]))
-
-    threads = [threading.Thread(target=work, args=[index]) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert together == alone
+    with ThreadPoolExecutor(2) as pool:
+        assert [images(messages) for messages in pool.map(lambda config: run(models, config), wanted)] == alone
 
 
 def test_stopping_ends_the_drawing_and_frees_the_models(models):
@@ -202,15 +194,9 @@ def test_images_of_page_and_command_line_hold_the_settings_that_draw_them_again(
 
 
 def test_settings_from_anywhere_may_hold_anything():
-    given = {
-        "prompt": ["x"],
-        "seed": "inf",
-        "steps": "many",
-        "guidance": "nan?",
-        "num_images": 3.0,
-        "adapter": {"a": 1},
-    }
-    assert from_record(given) == {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 3}
+    given = {"prompt": ["x"], "seed": "inf", "steps": "many", "guidance": "nan?", "num_images": 3.0}
+    expected = {"prompt": "", "negative_prompt": "", "seed": 0, "num_images": 3}
+    assert from_record({**given, "adapter": {"a": 1}}) == expected
 
 
 @pytest.mark.parametrize(("steps", "guidance", "shown"), [(150, 20.0, (150, 20.0)), (900, 90.0, (200, 30.0))])
@@ -218,9 +204,8 @@ def test_sliders_take_what_any_decoder_is_made_for(models, tmp_path, steps, guid
     """Gradio refuses a press of the button with a number beyond a slider's bounds."""
     decoder = shutil.copytree(assets_dir() / "decoder", tmp_path / "decoder")
     fingerprint = json.loads((decoder / "csdiff.json").read_text())
-    (decoder / "csdiff.json").write_text(
-        json.dumps({**fingerprint, "sampling": {"steps": steps, "guidance": guidance}})
-    )
+    fingerprint["sampling"] = {"steps": steps, "guidance": guidance}
+    (decoder / "csdiff.json").write_text(json.dumps(fingerprint))
     with gr.Blocks():
         fields = Fields(models)
     assert sampling_of(models, str(decoder)) == shown

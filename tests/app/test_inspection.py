@@ -78,25 +78,19 @@ def test_adapter_without_data_shows_its_card_and_says_why(inspector, adapter):
     assert seen.card
     assert not seen.figures
     assert "give a store" in seen.note
+    with pytest.raises(CSDiffError, match="/nowhere"):
+        inspector.look("/nowhere", None, "", ignore)
 
 
 def test_uploaded_store_leaves_nothing_behind(inspector, plain_store, tmp_path):
-    files = []
-    for file in plain_store.rglob("*.*"):
-        files.append(str(tmp_path / file.name))
-        shutil.copyfile(file, files[-1])
+    files = [shutil.copy(file, tmp_path) for file in plain_store.rglob("*.*")]
     before = set(Path(tempfile.gettempdir()).glob("csdiff-upload-*"))
     with pytest.warns(UserWarning, match=r"csdiff\.json"):
-        seen = inspector.look("", files, "", ignore)
+        seen = inspector.look("", [str(file) for file in files], "", ignore)
     assert seen.figures
     assert "uploaded files" in seen.facts
     assert "csdiff-upload-" not in seen.facts
     assert set(Path(tempfile.gettempdir()).glob("csdiff-upload-*")) <= before
-
-
-def test_nothing_there(inspector):
-    with pytest.raises(CSDiffError, match="/nowhere"):
-        inspector.look("/nowhere", None, "", ignore)
 
 
 def test_cards_bring_no_pictures_and_no_html():
@@ -121,11 +115,7 @@ def test_folder_is_put_together_without_pickles(tmp_path):
     (tmp_path / "folder").mkdir()
     folder = gather([str(tmp_path / name) for name in names], tmp_path / "folder")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert found == {
-        "img_emb/img_emb_0.npy",
-        "text_emb/text_emb_12.npy",
-        "metadata/metadata_0.parquet",
-        "csdiff.json",
-    }
+    kept = {"img_emb/img_emb_0.npy", "text_emb/text_emb_12.npy", "metadata/metadata_0.parquet", "csdiff.json"}
+    assert found == kept
     with pytest.raises(CSDiffError, match=r"virus\.exe"):
         gather([str(tmp_path / "virus.exe")], folder)

@@ -1,32 +1,28 @@
 """The Markdown pages of the repository: their text without code, links, headings and code blocks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 FENCE = re.compile(r"^( *)(`{3,})([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
+ROOT = Path(__file__).resolve().parents[2]
+# Every page that people read.
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "assets/README.md", "assets/LICENSES.md"]
+PAGES += ["benchmarks/README.md", *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def pages(root: Path) -> list[Path]:
-    """Every page that people read."""
-    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "assets/README.md", "assets/LICENSES.md")
-    return [*(root / name for name in names), root / "benchmarks/README.md", *sorted(root.glob("docs/**/*.md"))]
-
-
-def prose(page: Path) -> str:
+def prose(page):
     """The text without code blocks."""
     return FENCE.sub("", page.read_text("utf-8"))
 
 
-def links(text: str) -> list[str]:
+def links(text):
     """Targets of the links and pictures in a text without code blocks."""
     return LINK.findall(INLINE.sub("code", text))
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """Names of the headings, as GitHub and Python-Markdown make them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+?) *$", prose(page), re.MULTILINE):
@@ -36,6 +32,6 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-def code_blocks(page: Path) -> list[tuple[str, str]]:
+def code_blocks(page):
     """`(info string, code)` of every fenced block."""
     return [(info.strip(), code) for _, _, info, code in FENCE.findall(page.read_text("utf-8"))]

@@ -1,7 +1,7 @@
 """The commands and the Python of the pages: every option is one of ours, and what is quick runs as it stands."""
 
-from __future__ import annotations
-
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import code_blocks, pages
+from pages import PAGES, code_blocks
 
 from csdiff import cli
+from csdiff.cli.parser import parse_command
 from csdiff.options import option_types
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [page.relative_to(ROOT).as_posix() for page in pages(ROOT)]
 SCRIPTS = {"generate.py": "generate", "train_adapter.py": "train"}
 SLOW = ("train", "embed", "evaluate", "app")
 # What stands there once the quick part of a page was followed.
@@ -32,32 +31,31 @@ MADE = {
 }
 
 
-def commands(language: str, code: str) -> list[list[str]]:
+def commands(language, code):
     """Those of csdiff in a block, as `csdiff`, the command and its options."""
     found = []
     for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
         words = shlex.split(line, comments=True)
         for index, word in enumerate(words):
-            if word == "csdiff" or Path(word).name in SCRIPTS:
-                found.append(
-                    ["csdiff", *([SCRIPTS[Path(word).name]] if word != "csdiff" else []), *words[index + 1 :]]
-                )
+            script = SCRIPTS.get(Path(word).name)
+            if word == "csdiff" or script:
+                found.append(["csdiff", *([script] if script else []), *words[index + 1 :]])
                 break
     return found
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_option_is_one_of_ours(name: str, root: Path):
+def test_every_command_is_accepted(name, root, checkout):
     for block in code_blocks(root / name):
         for _, command, *options in commands(*block):
             if not command.startswith("-"):
-                known = {"config", "json", "no_grid", "print_config"}
-                known |= set(option_types(cli.import_object(cli.COMMANDS[command].config)))
-                assert {word[2:].split("=")[0] for word in options if word.startswith("--")} <= known, options
+                options = [word for word in options if word != "--print_config"]
+                known = cli.COMMANDS[command]
+                parse_command(cli.import_object(known.config), options, command, known)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_is_quick_runs(name: str, root: Path, checkout: Path, capsys: pytest.CaptureFixture):
+def test_what_is_quick_runs(name, root, checkout, capsys):
     for language, code in code_blocks(root / name):
         if language == "python":
             exec(compile(code.replace("num_inference_steps=25", "num_inference_steps=2"), name, "exec"), {})
@@ -79,17 +77,34 @@ def test_what_is_quick_runs(name: str, root: Path, checkout: Path, capsys: pytes
     assert [file for file in MADE[name] if not (checkout / file).is_file()] == []
 
 
-def test_the_script_of_the_readme_draws_with_its_defaults(checkout: Path):
+def test_the_script_of_the_readme_draws_with_its_defaults(checkout):
     command = [sys.executable, "generate.py", "--prompt", "a red apple, 3d style", "--output", "outputs"]
     subprocess.run(command, check=True)
     assert (checkout / "outputs/a-red-apple-3d-style-0.png").is_file()
 
 
-def test_the_page_of_the_command_line_names_every_command_and_no_unknown_option(root: Path):
+def test_the_page_of_training_leads_from_pictures_to_a_picture(root, checkout):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = [block for block in code_blocks(root / "docs/train.md") if block[0] in ("python", "bash")]
+    assert [language for language, _ in found] == ["python", "bash", "bash", "bash", "bash"]
+    for language, code in found:
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+        subprocess.run(command, check=True, env={**os.environ, "PATH": path}, timeout=300)
+    lines = [json.loads(line) for line in (checkout / "my-adapter/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [60]
+    assert list((checkout / "my-drawings").glob("*.png"))
+
+
+def test_the_page_of_the_command_line_names_every_command(root):
     page = (root / "docs/cli.md").read_text("utf-8")
+    assert [name for name in cli.COMMANDS if f"`csdiff {name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["docs/cli.md", "docs/evaluation.md"])
+def test_no_option_in_the_text_is_unknown(page, root):
     known = {"help", "version", "print_completion", "print_config", "config", "json", "no_grid", "num-images", "name"}
     known |= {"module"}
-    for name, command in cli.COMMANDS.items():
-        assert f"`csdiff {name}`" in page
+    for command in cli.COMMANDS.values():
         known |= set(option_types(cli.import_object(command.config)))
-    assert set(re.findall(r"--([a-zA-Z][\w.-]*)", page)) <= known
+    assert set(re.findall(r"--([a-zA-Z][\w.-]*)", (root / page).read_text("utf-8"))) <= known

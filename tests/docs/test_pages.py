@@ -1,34 +1,31 @@
-"""Links of all pages lead somewhere, their code is code, and the site knows them all."""
-
-from __future__ import annotations
+"""Links of all pages lead somewhere, their code is code, the site knows them all, and the notebook runs."""
 
 import ast
 import json
+import re
 import subprocess
-from pathlib import Path
+import sys
 
+import nbformat
 import pytest
 import yaml
-from pages import anchors, code_blocks, links, pages, prose
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [page.relative_to(ROOT).as_posix() for page in pages(ROOT)]
+from nbclient import NotebookClient
+from pages import PAGES, anchors, code_blocks, links, prose
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_relative_links_and_anchors_lead_somewhere(name: str, root: Path):
-    page, broken = root / name, []
+def test_relative_links_and_anchors_lead_somewhere(name, root):
+    page = root / name
     for link in links(prose(page)):
         if "://" in link or link.startswith("mailto:"):
             continue
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
-        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
-            broken.append(link)
-    assert not broken
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
-def test_links_of_the_notebook_lead_somewhere(root: Path):
+def test_links_of_the_notebook_lead_somewhere(root):
     cells = json.loads((root / "docs/tour.ipynb").read_text("utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     targets = links(text)
@@ -37,7 +34,7 @@ def test_links_of_the_notebook_lead_somewhere(root: Path):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_code_blocks_are_code(name: str, root: Path):
+def test_code_blocks_are_code(name, root):
     for info, code in code_blocks(root / name):
         language = info.split()[0] if info else ""
         assert language, f"a block without a language: {code[:60]!r}"
@@ -52,13 +49,13 @@ def test_code_blocks_are_code(name: str, root: Path):
             assert done.returncode == 0, done.stderr
 
 
-def navigation(node: object) -> list[str]:
+def navigation(node):
     if isinstance(node, str):
         return [node]
     return [name for part in (node.values() if isinstance(node, dict) else node) for name in navigation(part)]
 
 
-def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(root: Path):
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(root):
     listed = navigation(yaml.safe_load((root / "mkdocs.yml").read_text("utf-8"))["nav"])
     written = {page.relative_to(root / "docs").as_posix() for page in root.glob("docs/**/*.md")}
     made = {"tour.md"} | {f"repository/{name}" for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
@@ -67,27 +64,22 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(root: Path):
     assert set(listed) == written | made
 
 
-def test_the_site_takes_nothing_from_elsewhere(root: Path):
-    site = yaml.safe_load((root / "mkdocs.yml").read_text("utf-8"))
-    assert site["theme"]["font"] is False
-    for asset in site.get("extra_css", []) + site.get("extra_javascript", []):
-        assert (root / "docs" / asset).is_file()
-    # Material fetches a library from elsewhere for such diagrams.
+def test_no_page_has_a_diagram_for_which_the_site_would_fetch_a_library(root):
     assert not [name for name in PAGES if "```mermaid" in (root / name).read_text("utf-8")]
 
 
 @pytest.mark.parametrize("room", ["losses", "adapters", "embeddings", "data", "training", "pipelines", "evaluation"])
-def test_every_room_has_a_page_of_the_reference(room: str, root: Path):
+def test_every_room_has_a_page_of_the_reference(room, root):
     assert f"\n::: csdiff.{room}\n" in (root / f"docs/reference/{room}.md").read_text("utf-8")
 
 
-def test_the_workflow_runs_what_runs_at_home(root: Path):
+def test_the_workflow_runs_what_runs_at_home(root):
     workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text("utf-8"))
     steps = [step.get("run") for step in workflow["jobs"]["run"]["steps"]]
     assert [step for step in steps if step] == [".ci/run"]
 
 
-def test_forms_and_templates_are_valid(root: Path):
+def test_forms_and_templates_are_valid(root):
     for form in (root / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         content = yaml.safe_load(form.read_text("utf-8"))
         if form.name != "config.yml":
@@ -95,3 +87,63 @@ def test_forms_and_templates_are_valid(root: Path):
             fields = [field for field in content["body"] if field["type"] != "markdown"]
             assert all(field["attributes"]["label"] for field in fields)
             assert len({field["id"] for field in fields}) == len(fields)
+
+
+# What a browser fetches by itself; links that people follow may lead anywhere.
+FETCHED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?([^"'\s>]+)""")
+STYLES = re.compile(
+    r"""<link\b(?=[^>]*\brel=["']?(?:stylesheet|preload|preconnect|icon))[^>]*\bhref=["']?([^"'\s>]+)"""
+)
+
+
+@pytest.fixture(scope="module")
+def site(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_browsers_fetch_nothing_from_elsewhere_and_find_everything(site):
+    pages = list(site.rglob("*.html"))
+    assert pages
+    for page in pages:
+        content = page.read_text("utf-8")
+        for link in FETCHED.findall(content) + STYLES.findall(content):
+            if not link.startswith("data:"):
+                assert "//" not in link, f"{page.relative_to(site)}: {link}"
+                folder = site if link.startswith("/") else page.parent
+                assert (folder / link.lstrip("/").split("?")[0]).is_file(), f"{page.relative_to(site)}: {link}"
+
+
+def test_formulas_are_drawn_and_the_reference_is_filled(site):
+    pages = {page.relative_to(site).as_posix(): page.read_text("utf-8") for page in site.rglob("*.html")}
+    assert "<math" in pages["loss.html"]
+    assert not [name for name, content in pages.items() if "arithmatex" in content]
+    assert not [name for name, content in pages.items() if "::: csdiff" in content]
+    assert 'id="csdiff.losses.objectives.CSAlignerLoss"' in pages["reference/losses.html"]
+
+
+@pytest.fixture
+def notebook(root):
+    return nbformat.read(root / "docs/tour.ipynb", as_version=4)
+
+
+def test_the_stored_outputs_are_those_of_a_whole_run(notebook, root):
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+    assert (root / "docs/tour.ipynb").stat().st_size < 300_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(notebook, tmp_path):
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    gaps = {name.strip(): float(gap) for name, gap in re.findall(r"^(.+?) centroid gap (\S+)", text, re.MULTILINE)}
+    assert gaps["this adapter"] < gaps["raw text"] / 2
+    assert "the same after loading: True" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)

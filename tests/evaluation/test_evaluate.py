@@ -1,5 +1,6 @@
-"""`csdiff evaluate` on embeddings, as users call it."""
+"""`csdiff evaluate` on embeddings, as users call it, and the page about it."""
 
+import re
 import shutil
 import sys
 from importlib import import_module
@@ -316,3 +317,20 @@ def test_captions_are_encoded_as_the_adapter_was_trained(plain_store, tiny_clip,
     pairs = read_pairs(str(plain_store), EmbeddingStore.open(plain_store), 64)
     with pytest.raises(InterruptedError):
         predict(read_adapter_card(reader(text_encoder=encoder, tokenizer={"max_length": 9})), pairs)
+
+
+def test_the_page_runs(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (root / "docs/evaluation.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    scores = names["scores"]
+    assert scores["centroid_gap"] < 0.1 < scores["baselines"]["raw_text"]["centroid_gap"]
+    table = page[page.index("| key in the JSON") : page.index("The same keys stand under")]
+    named = [key for line in table.splitlines()[2:] for key in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
+    for key in named:
+        key = key.replace(".*", "").replace(".WIDTH", "")
+        value = scores["text_to_image"] if key.startswith("r@") else scores
+        for part in key.split("."):
+            value = value[part]

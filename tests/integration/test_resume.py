@@ -1,9 +1,11 @@
-"""Killed at any moment and started again, from anywhere, a run ends with the bits of one that was never disturbed."""
+"""Killed, on a full disk or started again from anywhere, a run ends with the bits of an undisturbed one."""
 
 import os
+import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import training_processes as processes
@@ -12,15 +14,8 @@ from csdiff.adapters.registry import AutoAdapter
 from csdiff.cli.export import ExportConfig, export
 from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.errors import CSDiffError
-
-PLACES = [
-    ("after a step", 3),
-    ("while a checkpoint is written", 2),
-    ("before a checkpoint is renamed", 1),
-    ("before it is named", 3),
-    ("after the last checkpoint", 1),
-    ("while the finished adapter is written", 1),
-]
+from csdiff.training.run import Run
+from csdiff.training.run_folder import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,17 @@ def undisturbed(store, tmp_path_factory):
     return processes.everything(output)
 
 
-@pytest.mark.parametrize(("where", "count"), PLACES)
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ("after a step", 3),
+        ("while a checkpoint is written", 2),
+        ("before a checkpoint is renamed", 1),
+        ("before it is named", 3),
+        ("after the last checkpoint", 1),
+        ("while the finished adapter is written", 1),
+    ],
+)
 def test_killed_and_resumed(store, tmp_path, undisturbed, where, count):
     made = processes.config(store, "run")
     killed = processes.start(processes.train_and_die, made, where, count, cwd=tmp_path)
@@ -80,28 +85,26 @@ def test_started_four_times_under_four_names(store, tmp_path, undisturbed):
 
 
 def test_two_runs_in_one_folder(plain_store, tmp_path):
-    made = processes.config(plain_store, tmp_path / "out", **{"checkpoint.every": 0, "validation.every": 0})
-    made.max_steps = 100_000
-    running = processes.start(processes.train, made)
-    wait_for_a_number(tmp_path / "out")
-    before = (tmp_path / "out/training.yaml").read_bytes()
-    made.max_steps, made.seed = 2, 1
+    options = {"checkpoint.every": 0, "validation.every": 0}
+    output = tmp_path / "out"
+    running = start_and_wait(processes.config(plain_store, output, max_steps=100_000, **options))
+    before = (output / "training.yaml").read_bytes()
+    other = processes.config(plain_store, output, max_steps=2, seed=1, **options)
     with pytest.raises(CSDiffError, match="another process"):
-        processes.train(made)
-    assert (tmp_path / "out/training.yaml").read_bytes() == before
+        processes.train(other)
+    assert (output / "training.yaml").read_bytes() == before
     os.kill(running.pid, signal.SIGKILL)
     processes.finish(running)
-    assert (tmp_path / "out/.lock").exists()
-    processes.train(made)
-    assert not (tmp_path / "out/.lock").exists()
+    assert (output / ".lock").exists()
+    processes.train(other)
+    assert not (output / ".lock").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
     options = {"max_steps": 100_000, "checkpoint.every": 0, "validation.every": 0}
     made = processes.config(plain_store, tmp_path / "run", **options)
-    running = processes.start(processes.train, made, said=tmp_path / "said")
-    wait_for_a_number(tmp_path / "run")
+    running = start_and_wait(made, said=tmp_path / "said")
     os.kill(running.pid, number)
     assert processes.finish(running) == [128 + number]
     latest = processes.Checkpoints(tmp_path / "run/checkpoints").named("latest")
@@ -111,7 +114,57 @@ def test_a_signal_writes_a_checkpoint(plain_store, tmp_path, number):
     AutoAdapter.from_pretrained(latest)
 
 
-def wait_for_a_number(output, seconds=60):
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + seconds
+def start_and_wait(made, **options):
+    """A run in a process of its own that has written a number."""
+    running = processes.start(processes.train, made, **options)
+    metrics, deadline = Path(made.output_dir) / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
+    return running
+
+
+def train_with_little_space(made, size, said, checkpoints):
+    """A run that may write no file larger than `size` bytes once it has so many checkpoints."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save, saved = Run._save, []
+
+    def limited(self):
+        save(self)
+        saved.append(self)
+        if len(saved) >= checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    Run._save = limited
+    try:
+        processes.train(made)
+    except CSDiffError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        said.write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("size", "every", "checkpoints", "what", "intact"),
+    [
+        # The limits break the adapter's weights, then the optimizer's moments, then the weights of the state.
+        (2000, 100, 1, "step-00000008 needs about", 4),
+        (14_000, 100, 1, "step-00000008 needs about", 4),
+        (17_000, 100, 1, "step-00000008 needs about", 4),
+        # The metrics, then the finished adapter.
+        (100, 1, 1, "nothing can be added to", 4),
+        (2000, 100, 3, "nothing can be added to", 12),
+    ],
+)
+def test_the_last_checkpoint_is_intact(plain_store, tmp_path, size, every, checkpoints, what, intact):
+    # Nothing else grows to the limit meanwhile.
+    options = {"validation.every": 0, "logging.every": every}
+    made, said = processes.config(plain_store, tmp_path / "out", **options), tmp_path / "said"
+    assert processes.finish(processes.start(train_with_little_space, made, size, said, checkpoints)) == [0]
+    folder, message = tmp_path / "out" / "checkpoints", said.read_text()
+    last = folder / f"step-{intact:08d}"
+    for expected in ("disk is full", what, "MB", f"{last}, is intact"):
+        assert expected in message
+    assert {path.name for path in folder.iterdir()} >= {last.name, "latest"}
+    assert not list(folder.glob("*partial*")) + list((tmp_path / "out").glob("config.json"))
+    AutoAdapter.from_pretrained(Checkpoints(folder).latest())
+    assert processes.finish(processes.start(processes.train, made)) == [0]
+    AutoAdapter.from_pretrained(tmp_path / "out")

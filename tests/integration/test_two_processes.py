@@ -1,12 +1,18 @@
-"""Two real processes on gloo: the objective is that of the whole batch, and a run may change its process count."""
+"""Real processes on gloo: the objective is that of the whole batch, and whatever starts a run gives the same bits."""
 
-import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import training_processes as processes
 from safetensors.torch import load_file, save_file
+from tiny import make_plain_store
+from training_runs import SMALL, log
 
 from csdiff.embeddings import write_store
 
@@ -52,10 +58,9 @@ def token_store(tiny_clip, tmp_path_factory):
     return path
 
 
-TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 WITH_TOKENS = {
     "adapter": "transformer",
-    "adapter_options": TRANSFORMER,
+    "adapter_options": SMALL,
     "objective_options": {"token_weight": 0.5, "token_bandwidth": "median"},
 }
 
@@ -85,10 +90,8 @@ def test_a_run_continues_on_another_process_count(plain_store, tmp_path):
             made = processes.config(plain_store, tmp_path / name, max_steps=steps, **{"schedule.name": "constant"})
             made.schedule.warmup_steps = 2
             made.adapter_options["dropout"] = 0.0
-            codes = processes.group(processes.train, made, size=count)
-            assert codes == [0] * count
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        losses[name] = torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
+            assert processes.group(processes.train, made, size=count) == [0] * count
+        losses[name] = torch.tensor([line["loss"] for line in log(tmp_path / name, "train")])
         assert len(losses[name]) == 12
     torch.testing.assert_close(losses["two"], losses["one"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses["changing"], losses["one"], rtol=1e-4, atol=1e-5)
@@ -105,3 +108,33 @@ def test_killed_and_resumed_with_two_processes(plain_store, tmp_path):
     assert processes.group(processes.train, made) == [0, 0]
     assert processes.everything(tmp_path / "killed") == processes.everything(tmp_path / "undisturbed")
     processes.traces(tmp_path / "killed")
+
+
+def test_three_ways_to_start(root, tmp_path):
+    """Batches large enough for sums to be split among threads; each launcher has its own idea of their number."""
+    make_plain_store(tmp_path / "store", n=2200, text_dim=64, image_dim=64)
+    shutil.copy(root / "train_adapter.py", tmp_path)
+    programs = Path(sys.executable).parent
+    launch = [programs / "accelerate", "launch", "--cpu", "--num_processes", "2", "train_adapter.py"]
+    ways = {
+        "script": ([sys.executable, "train_adapter.py"], None),
+        "command": ([programs / "csdiff", "train"], "1"),
+        "launcher": (launch, None),
+    }
+    options = {"max_steps": 3, "batch_size": 1900, "adapter_options.num_layers": 1, "validation.every": 0}
+    options |= {"data.train": "store", "data.validation_fraction": 0.02, "logging.trackers": "none"}
+    weights, said = set(), {}
+    for name, (command, threads) in ways.items():
+        arguments = [f"--{key}={value}" for key, value in {**options, "output_dir": name}.items()]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
+        environment = {key: value for key, value in environment.items() if value}
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        weights.add((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
+        said[name] = done.stdout + done.stderr
+    assert len(weights) == 1
+    assert "asked for 2 processes and started 1" in said["launcher"]
+    assert "torchrun" in said["launcher"]
+    assert "WARNING: the launcher" not in said["script"] + said["command"]

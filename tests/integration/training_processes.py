@@ -3,14 +3,13 @@
 A fork server imports the heavy libraries once; every run is a fresh fork of it.
 """
 
-import json
 import multiprocessing
 import os
 import signal
 import socket
 from pathlib import Path
 
-from training_runs import config
+from training_runs import config, log
 
 from csdiff.errors import CSDiffError
 from csdiff.training.run_folder import Checkpoints
@@ -114,6 +113,5 @@ def traces(output: Path) -> None:
     """What no run may leave, however often it was killed and started again."""
     assert not list(output.rglob("*partial*"))
     assert not list(output.glob("previous-*"))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for kind, steps in {"train": list(range(1, 13)), "validation": [5, 10, 12]}.items():
-        assert [line["step"] for line in lines if line["kind"] == kind] == steps
+        assert [line["step"] for line in log(output, kind)] == steps

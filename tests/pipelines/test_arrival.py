@@ -9,8 +9,8 @@ from tiny_pipelines import (
     DIM,
     PROMPT,
     build,
-    build_with_ip_adapter,
     clip_parts,
+    ip_adapter_weights,
     karlo_folder,
     prior_transformer,
 )
@@ -67,7 +67,10 @@ def pipes(tiny_clip, tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = build_with_ip_adapter(name, tiny_clip, tmp_path_factory.mktemp("ip-adapter"))
+            made[name] = build(name, tiny_clip)
+            path = ip_adapter_weights(tmp_path_factory.mktemp("ip-adapter"), made[name])
+            tower = "image_encoder_pretrained_model_name_or_path" if "Flux" in name else "image_encoder_folder"
+            made[name].load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, **{tower: None})
         return made[name]
 
     return get

@@ -105,16 +105,13 @@ def test_starting_at_a_picture_is_for_diffusion_adapters(tiny_clip, adapter, dif
     assert output.image_embeds.isfinite().all()
 
 
-def test_from_an_adapter_folder(adapter_folder, adapter, embed, zero_image_embeds):
+def test_from_an_adapter_folder(adapter_folder, adapter, embed, zero_image_embeds, tmp_path):
     prior = CSDiffPriorPipeline.from_pretrained(adapter_folder)
     image_embeds, negative_image_embeds = prior(PROMPT).to_tuple()
     torch.testing.assert_close(image_embeds, embed(adapter, PROMPT), atol=1e-5, rtol=0)
     torch.testing.assert_close(negative_image_embeds, zero_image_embeds, atol=1e-5, rtol=0)
     half = CSDiffPriorPipeline.from_pretrained(adapter_folder, torch_dtype=torch.bfloat16)
     assert half.text_encoder.dtype == half.prior.dtype == torch.bfloat16
-
-
-def test_an_adapter_folder_that_names_no_encoder(tmp_path):
     random_adapter().save_pretrained(tmp_path / "adapter")
     with pytest.raises(CSDiffError, match="names no text encoder"):
         CSDiffPriorPipeline.from_pretrained(tmp_path / "adapter")
@@ -123,8 +120,8 @@ def test_an_adapter_folder_that_names_no_encoder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dim": 24}, "image embeddings of 24 dimensions, but KandinskyV22PriorPipeline takes 16"),
-        ({"text_dim": 24}, "takes text embeddings of 24 dimensions, but KandinskyV22PriorPipeline gives 16"),
+        ({"dim": 24}, "makes image embeddings of 24 .* takes 16"),
+        ({"text_dim": 24}, "text embeddings of 24 .* gives 16"),
     ],
 )
 def test_other_dimensions_are_refused(pipe, options, words):

@@ -86,15 +86,6 @@ def build(name: str, clip: Path):
     return pipeline_class(**{part: value for part, value in parts.items() if part in taken})
 
 
-def build_with_ip_adapter(name: str, clip: Path, folder: Path):
-    """The same, with an IP-Adapter whose weights are written into a folder."""
-    pipe = build(name, clip)
-    path = ip_adapter_weights(folder, pipe)
-    tower = "image_encoder_pretrained_model_name_or_path" if "Flux" in name else "image_encoder_folder"
-    pipe.load_ip_adapter(str(folder), subfolder="", weight_name=path.name, **{tower: None})
-    return pipe
-
-
 def save_decoder(name: str, clip: Path, folder: Path) -> dict[str, str]:
     """Writes a decoder folder; returns the options of `generate` that draw with it."""
     if name == "UnCLIPPipeline":

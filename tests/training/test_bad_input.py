@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-import training_runs
 from tiny import make_plain_store
+from training_runs import config
 
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.embeddings import write_store
@@ -18,13 +18,13 @@ from csdiff.training.run_folder import Checkpoints
 ABSENT = next(name for name in ("aim", "clearml", "comet_ml", "dvclive", "swanlab") if find_spec(name) is None)
 
 
-def refused(made, *words):
+def refused(store, output, *words, **changes):
+    """The message of a run that ends in one sentence with these words."""
     with pytest.raises(CSDiffError) as caught:
-        train(made)
+        train(config(store, output, **changes))
     message = str(caught.value)
     assert "\n" not in message
-    for word in words:
-        assert word in message, message
+    assert [word for word in words if word not in message] == [], message
     return message
 
 
@@ -71,45 +71,55 @@ def test_refused_before_anything_is_written(plain_store, tiny_clip, tmp_path, ch
     changes = {name: known.get(str(value), value) for name, value in changes.items()}
     if changes.get("adapter", "mlp") != "mlp":
         changes.setdefault("adapter_options", {})
-    refused(training_runs.config(plain_store, tmp_path / "out", **changes), *words)
+    refused(plain_store, tmp_path / "out", *words, **changes)
     assert not (tmp_path / "out").exists()
 
 
 def test_stores_that_do_not_fit(plain_store, tmp_path):
     wide = make_plain_store(tmp_path / "wide", text_dim=20)
     unit = make_plain_store(tmp_path / "unit", unit_norm=True)
-    refused(training_runs.config(plain_store, tmp_path / "out", **{"data.validation": str(wide)}), "20", "16")
-    refused(training_runs.config(unit, tmp_path / "out"), "unit-norm", "--data.accept_normalized true")
-    mixed = {"data.validation": str(unit), "data.accept_normalized": True}
-    refused(training_runs.config(plain_store, tmp_path / "out", **mixed), "unit-norm", "raw")
-    images = make_plain_store(tmp_path / "images")
+    images, out = make_plain_store(tmp_path / "images"), tmp_path / "out"
     for file in (images / "text_emb").iterdir():
         file.unlink()
-    refused(training_runs.config(images, tmp_path / "out"), "no text embeddings")
+    refused(plain_store, out, "20", "16", **{"data.validation": str(wide)})
+    refused(unit, out, "unit-norm", "--data.accept_normalized true")
+    mixed = {"data.validation": str(unit), "data.accept_normalized": True}
+    refused(plain_store, out, "unit-norm", "raw", **mixed)
+    refused(images, out, "no text embeddings")
 
 
-def test_stores_of_different_encoders(plain_store, tmp_path):
-    stores = []
-    for name in ("one", "two"):
-        store = make_plain_store(tmp_path / name)
-        encoder = {"id": name, "weights_sha256": name * 20}
-        content = {"format": 1, "kind": "store", "text_encoder": encoder, "image_encoder": encoder}
-        (store / "csdiff.json").write_text(json.dumps(content))
-        stores.append(store)
-    made = training_runs.config(stores[0], tmp_path / "out", **{"data.validation": str(stores[1])})
-    refused(made, "one", "two", "differ")
+def fingerprint(path, **content):
+    """A store with a `csdiff.json`."""
+    store = make_plain_store(path)
+    (store / "csdiff.json").write_text(json.dumps({"format": 1, "kind": "store", **content}))
+    return store
+
+
+def test_stores_of_different_encoders(tmp_path):
+    encoders = [{"id": name, "weights_sha256": name * 20} for name in ("one", "two")]
+    one, two = (fingerprint(tmp_path / e["id"], text_encoder=e, image_encoder=e) for e in encoders)
+    refused(one, tmp_path / "out", "one", "two", "differ", **{"data.validation": str(two)})
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "files", "data"])
+def test_a_fingerprint_of_other_types(tmp_path, name):
+    store = fingerprint(tmp_path / "store", **{name: "tiny-clip"})
+    refused(store, tmp_path / "out", "csdiff.json", name, "tiny-clip")
 
 
 def test_another_run_in_the_output_folder(plain_store, tmp_path):
-    train(training_runs.config(plain_store, tmp_path, max_steps=2))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    other = training_runs.config(plain_store, tmp_path, max_steps=2, learning_rate=1e-4, seed=7)
-    message = refused(other, "learning_rate was 0.003, is 0.0001", "seed was 0, is 7", "--resume never")
-    assert "batch_size" not in message
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    other.resume = "never"
-    train(other)
+    train(config(plain_store, tmp_path, max_steps=2))
+    before = content(tmp_path)
+    other = {"max_steps": 2, "learning_rate": 1e-4, "seed": 7}
+    words = "learning_rate was 0.003, is 0.0001", "seed was 0, is 7", "--resume never"
+    assert "batch_size" not in refused(plain_store, tmp_path, *words, **other)
+    assert content(tmp_path) == before
+    train(config(plain_store, tmp_path, **other, resume="never"))
     assert (tmp_path / "previous-1" / "config.json").read_bytes() == before[tmp_path / "config.json"]
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (0.0, "only zeros")])
@@ -119,16 +129,9 @@ def test_a_damaged_row_is_named(tmp_path, value, what):
     rows = np.load(shard)
     rows[5] = value
     np.save(shard, rows)
-    made = training_runs.config(store, tmp_path / "out", **{"data.validation_fraction": 0.0})
-    refused(made, "row 5 of img_emb/img_emb_0.npy", what, str(store))
-    refused(training_runs.config(store, tmp_path / "out"), "row 5 of img_emb/img_emb_0.npy")
-
-
-@pytest.mark.parametrize("name", ["text_encoder", "files", "data"])
-def test_a_fingerprint_of_other_types(tmp_path, name):
-    store = make_plain_store(tmp_path / "store")
-    (store / "csdiff.json").write_text(json.dumps({"format": 1, "kind": "store", name: "tiny-clip"}))
-    refused(training_runs.config(store, tmp_path / "out"), "csdiff.json", name, "tiny-clip")
+    words = "row 5 of img_emb/img_emb_0.npy", what, str(store)
+    for fraction in (0.0, 0.05):
+        refused(store, tmp_path / "out", *words, **{"data.validation_fraction": fraction})
 
 
 def test_too_few_rows(tmp_path):
@@ -138,34 +141,31 @@ def test_too_few_rows(tmp_path):
     write_store(tmp_path / "same", text_embeds=rows, image_embeds=torch.ones(20, 16))
     write_store(tmp_path / "row", text_embeds=rows[:1], image_embeds=rows[:1])
     no_split = {"data.validation_fraction": 0, "max_steps": 1, "batch_size": 8}
-    made = training_runs.config(tmp_path / "images", tmp_path / "out", **no_split)
-    refused(made, "--batch_size 8", "5 images", "--data.one_caption_per_image false")
-    made.data.one_caption_per_image = False
-    train(made)
-    refused(training_runs.config(tmp_path / "same", tmp_path / "o", batch_size=4), "20 rows", "--data.validation")
-    refused(training_runs.config(tmp_path / "row", tmp_path / "o", **no_split), "1 row", "at least 2")
+    words = "--batch_size 8", "5 images", "--data.one_caption_per_image false"
+    refused(tmp_path / "images", tmp_path / "out", *words, **no_split)
+    train(config(tmp_path / "images", tmp_path / "out", **no_split, **{"data.one_caption_per_image": False}))
+    refused(tmp_path / "same", tmp_path / "o", "20 rows", "--data.validation", batch_size=4)
+    refused(tmp_path / "row", tmp_path / "o", "1 row", "at least 2", **no_split)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     store = make_plain_store(tmp_path / "store")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my notes")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = content(tmp_path)
     for folder, found in ((store, "img_emb"), (tmp_path / "mine", "README.md")):
         for resume in ("auto", "never"):
-            refused(
-                training_runs.config(store, folder, resume=resume), f"--output_dir {folder}", found, "give another"
-            )
+            refused(store, folder, f"--output_dir {folder}", found, "give another", resume=resume)
     for place in ("README.md", "README.md/below"):
-        refused(training_runs.config(store, tmp_path / "mine" / place), "cannot be written")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        refused(store, tmp_path / "mine" / place, "cannot be written")
+    assert content(tmp_path) == before
     LinearAdapter(embedding_dim=16).save_pretrained(tmp_path / "adapter")
-    refused(training_runs.config(store, tmp_path / "adapter"), "training.yaml", "another --output_dir")
+    refused(store, tmp_path / "adapter", "training.yaml", "another --output_dir")
 
 
 def test_a_run_that_cannot_go_on(plain_store, tmp_path):
-    train(training_runs.config(plain_store, tmp_path, max_steps=4))
-    refused(training_runs.config(plain_store, tmp_path, max_steps=2), "--max_steps 2", "4 steps already")
+    train(config(plain_store, tmp_path, max_steps=4))
+    refused(plain_store, tmp_path, "--max_steps 2", "4 steps already", max_steps=2)
     weights = Checkpoints(tmp_path / "checkpoints").latest() / "state" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
-    refused(training_runs.config(plain_store, tmp_path, max_steps=6), "step-00000004", "cannot be read")
+    refused(plain_store, tmp_path, "step-00000004", "cannot be read", max_steps=6)

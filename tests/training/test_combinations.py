@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-import training_runs
 from safetensors.torch import load_file
+from tiny import make_tiny_clip
+from training_runs import SMALL, config, log
 
 from csdiff.adapters.registry import AutoAdapter
 from csdiff.cli import parse
@@ -47,14 +48,14 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
     store = {"rich": rich_store, "pooled": pooled_store}[which]
     known = {"DATA": str(pictures), "STORE": str(store)}
     changes = {key: known.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
-    made = training_runs.config(store, tmp_path, max_steps=3, batch_size=16, micro_batch_size=7, **changes)
+    made = config(store, tmp_path, max_steps=3, batch_size=16, micro_batch_size=7, **changes)
     adapter = changes.get("adapter", "mlp")
     made.adapter_options = {"lora": {"rank": 2, "dropout": 0.1}, "linear": {}}.get(adapter, made.adapter_options)
     if adapter in ("transformer", "diffusion"):
-        made.adapter_options = training_runs.SMALL
+        made.adapter_options = SMALL
     result = train(made)
     assert result.metrics["count"] >= 2
-    assert ("tokens" in training_runs.log(tmp_path, "train")[-1]) == name.startswith("tokens")
+    assert ("tokens" in log(tmp_path, "train")[-1]) == name.startswith("tokens")
     loaded = AutoAdapter.from_pretrained(tmp_path)
     rows = EmbeddingStore.open(store).read([0, 1])
     states = (rows.get("text_states"), rows.get("text_mask")) if loaded.uses_text_states else (None, None)
@@ -67,9 +68,10 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
     assert (tmp_path / "image_adapter" / "config.json").exists() == (name == "image adapter")
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny", "embeddings", "captions", "regression", "retrieval", "cpu", "one-gpu", "eight-gpus"]
-)
+RECIPES = ["tiny", "embeddings", "captions", "regression", "retrieval", "cpu", "one-gpu", "eight-gpus"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe(root, rich_store, tmp_path, name):
     # Recipes name encoders of their own: a store of no known encoder fits all of them.
     store, run = tmp_path / "store", tmp_path / "run"
@@ -82,50 +84,46 @@ def test_recipe(root, rich_store, tmp_path, name):
     made = parse(TrainConfig, [f"--config={root / 'configs' / name}.yaml", *arguments], prog="train")
     made.logging.trackers, made.logging.progress = [], False
     assert train(made).metrics
-    assert len(training_runs.log(run, "validation")) == 1
+    assert len(log(run, "validation")) == 1
 
 
 def test_a_transformer_with_the_token_term_resumes_to_the_bit(rich_store, tmp_path):
-    states = []
-    for name, start in (("undisturbed", "auto"), ("resumed", str(tmp_path / "undisturbed/checkpoints/step-00000002"))):
-        made = training_runs.config(rich_store, tmp_path / name, adapter="transformer", batch_size=16, max_steps=4)
-        made.adapter_options, made.objective_options = {**training_runs.SMALL, "dropout": 0.2}, {"token_weight": 0.5}
-        made.micro_batch_size, made.checkpoint.every, made.checkpoint.keep, made.resume = 7, 2, 0, start
-        train(made)
-        states.append(load_file(tmp_path / name / "checkpoints/step-00000004/state/weights.safetensors"))
-    assert any("proj_to_clip_embeddings" in name for name in states[0])
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    losses = [
-        [line["loss"] for line in training_runs.log(tmp_path / name, "train")] for name in ("undisturbed", "resumed")
-    ]
-    assert losses[0][2:] == losses[1][-2:]
+    options = {"adapter": "transformer", "batch_size": 16, "micro_batch_size": 7, "max_steps": 4}
+    options |= {"adapter_options": {**SMALL, "dropout": 0.2}, "objective_options": {"token_weight": 0.5}}
+    options |= {"checkpoint.every": 2, "checkpoint.keep": 0}
+    train(config(rich_store, tmp_path / "a", **options))
+    train(config(rich_store, tmp_path / "b", **options, resume=str(tmp_path / "a/checkpoints/step-00000002")))
+    whole, resumed = (
+        load_file(tmp_path / name / "checkpoints/step-00000004/state/weights.safetensors") for name in "ab"
+    )
+    assert any("proj_to_clip_embeddings" in name for name in whole)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    whole, resumed = ([line["loss"] for line in log(tmp_path / name, "train")] for name in "ab")
+    assert whole[2:] == resumed[-2:]
 
 
 def test_a_captioned_dataset_is_embedded_once(pictures, tiny_clip, tmp_path):
-    encoders = {"data.text_encoder": str(tiny_clip), "data.image_encoder": str(tiny_clip)}
-    train(training_runs.config(pictures, tmp_path, batch_size=16, max_steps=2, **encoders))
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "train").rglob("*.npy")}
-    assert shards
-    train(training_runs.config(pictures, tmp_path, batch_size=16, max_steps=3, **encoders))
-    assert shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "train").rglob("*.npy")}
+    shards, encoders = [], {f"data.{tower}_encoder": str(tiny_clip) for tower in ("text", "image")}
+    for steps in (2, 3):
+        train(config(pictures, tmp_path, batch_size=16, max_steps=steps, **encoders))
+        files = (tmp_path / "store" / "train").rglob("*.npy")
+        shards.append({path: path.stat().st_mtime_ns for path in files})
+    assert shards[0] == shards[1] != {}
 
 
 def test_another_encoder_than_the_stores_is_refused(pooled_store, tmp_path):
-    from tiny import make_tiny_clip
-
     other = make_tiny_clip(tmp_path / "clip", seed=5)
     for text in ("cached", "online"):
-        made = training_runs.config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other)})
-        made.data.text = text
+        made = config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other), "data.text": text})
         with pytest.raises(CSDiffError, match="text encoder"):
             train(made)
     assert not (tmp_path / "out").exists()
 
 
 def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_path):
-    made = training_runs.config(rich_store, tmp_path / "out", adapter="transformer", batch_size=16)
-    made.adapter_options, made.data.unpaired_text = training_runs.SMALL, str(pooled_store)
+    made = config(rich_store, tmp_path / "out", adapter="transformer", batch_size=16)
+    made.adapter_options, made.data.unpaired_text = SMALL, str(pooled_store)
     with pytest.raises(CSDiffError, match=r"unpaired_text.*no text_states"):
         train(made)
 
@@ -139,8 +137,8 @@ def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_p
     ],
 )
 def test_a_token_term_without_tokens_is_refused(pooled_store, pictures, tmp_path, changes, words):
-    made = training_runs.config(pooled_store, tmp_path / "out", batch_size=16, **{"adapter": "transformer", **changes})
-    made.adapter_options, made.objective_options = training_runs.SMALL, {"token_weight": 0.5}
+    made = config(pooled_store, tmp_path / "out", batch_size=16, **{"adapter": "transformer", **changes})
+    made.adapter_options, made.objective_options = SMALL, {"token_weight": 0.5}
     made.data.images = str(pictures) if "data.images" in changes else None
     with pytest.raises(CSDiffError, match=words) as caught:
         train(made)
