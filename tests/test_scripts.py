@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from diffusers import KandinskyV22Pipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPModel, CLIPTokenizer
 
 from csdiff.resources import assets_dir
 
@@ -26,9 +28,6 @@ def run(monkeypatch, name, *options):
 
 
 def test_training_scripts_end_in_a_pipeline_that_draws(monkeypatch, tmp_path):
-    from diffusers import KandinskyV22Pipeline
-    from transformers import CLIPModel, CLIPTokenizer
-
     phrases = [f"a thing with {i} parts" for i in range(1600)]
     (tmp_path / "phrases.json").write_text(json.dumps(phrases))
     save_file({"targets": torch.randn(len(phrases), 8)}, tmp_path / "phrases.safetensors")
@@ -62,19 +61,9 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path):
             x = torch.randn(8, 4)
             return {"error": scale * (model(x) - x).square().mean()}
 
-        loop = Loop(
-            {"model": model},
-            lambda: losses(1.0),
-            folder,
-            steps=12,
-            learning_rate=0.1,
-            decay=0.5,
-            weight_decay=0.1,
-            betas=(0.9, 0.99),
-            last_losses=lambda: losses(2.0),
-            save_every=4,
-        )
-        loop.run()
+        options = {"steps": 12, "learning_rate": 0.1, "decay": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+        options |= {"last_losses": lambda: losses(2.0), "save_every": 4}
+        Loop({"model": model}, lambda: losses(1.0), folder, **options).run()
         return model
 
     whole = train(tmp_path / "whole", None)

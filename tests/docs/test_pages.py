@@ -49,28 +49,21 @@ def test_code_blocks_are_code(name, root):
             assert done.returncode == 0, done.stderr
 
 
-def navigation(node):
-    if isinstance(node, str):
-        return [node]
-    return [name for part in (node.values() if isinstance(node, dict) else node) for name in navigation(part)]
-
-
 def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(root):
-    listed = navigation(yaml.safe_load((root / "mkdocs.yml").read_text("utf-8"))["nav"])
-    written = {page.relative_to(root / "docs").as_posix() for page in root.glob("docs/**/*.md")}
-    made = {"tour.md"} | {f"repository/{name}" for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
-    made.add("repository/benchmarks/README.md")
-    assert len(listed) == len(set(listed))
-    assert set(listed) == written | made
+    def entries(node):
+        if isinstance(node, str):
+            return [node]
+        return [name for part in (node.values() if isinstance(node, dict) else node) for name in entries(part)]
+
+    listed = entries(yaml.safe_load((root / "mkdocs.yml").read_text("utf-8"))["nav"])
+    expected = [page.relative_to(root / "docs").as_posix() for page in root.glob("docs/**/*.md")]
+    names = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")
+    expected += ["tour.md", *(f"repository/{name}" for name in names)]
+    assert sorted(listed) == sorted(expected)
 
 
 def test_no_page_has_a_diagram_for_which_the_site_would_fetch_a_library(root):
     assert not [name for name in PAGES if "```mermaid" in (root / name).read_text("utf-8")]
-
-
-@pytest.mark.parametrize("room", ["losses", "adapters", "embeddings", "data", "training", "pipelines", "evaluation"])
-def test_every_room_has_a_page_of_the_reference(room, root):
-    assert f"\n::: csdiff.{room}\n" in (root / f"docs/reference/{room}.md").read_text("utf-8")
 
 
 def test_the_workflow_runs_what_runs_at_home(root):
@@ -120,9 +113,9 @@ def test_browsers_fetch_nothing_from_elsewhere_and_find_everything(site):
 def test_formulas_are_drawn_and_the_reference_is_filled(site):
     pages = {page.relative_to(site).as_posix(): page.read_text("utf-8") for page in site.rglob("*.html")}
     assert "<math" in pages["loss.html"]
-    assert not [name for name, content in pages.items() if "arithmatex" in content]
-    assert not [name for name, content in pages.items() if "::: csdiff" in content]
-    assert 'id="csdiff.losses.objectives.CSAlignerLoss"' in pages["reference/losses.html"]
+    assert not [name for name, page in pages.items() if "arithmatex" in page or "::: csdiff" in page]
+    for room in ("losses", "adapters", "embeddings", "data", "training", "pipelines", "evaluation"):
+        assert f'id="csdiff.{room}.' in pages[f"reference/{room}.html"]
 
 
 @pytest.fixture

@@ -107,26 +107,24 @@ def test_folders_that_are_no_decoder(make, words, tmp_path):
 def test_ip_adapter_files(class_name, projection, other, tmp_path):
     base, weights = write_folder(tmp_path / "base", class_name), tmp_path / "weights"
     weights.mkdir()
-    save_file({f"{projection}.proj.weight": torch.zeros(64, DIM)}, weights / "pooled.safetensors")
+    names = {"pooled": f"{projection}.proj.weight", "other": f"{other}.proj.weight", "plus": "image_proj.latents"}
+    for name, tensor in names.items():
+        save_file({tensor: torch.zeros(64, DIM)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "pooled.safetensors").rename(weights / "pooled.safetensors")
     for place in (weights, weights / "pooled.safetensors"):
         decoder = resolve_decoder(base, place)
         assert (decoder.embedding_dim, decoder.ip_adapter) == (DIM, (str(weights), "", "pooled.safetensors"))
-    for name, tensor, words in (
-        ("other", f"{other}.proj.weight", "made for this decoder"),
-        ("plus", "image_proj.latents", "found none .*not the plus"),
-    ):
-        save_file({tensor: torch.zeros(64, DIM)}, weights / f"{name}.safetensors")
-        with pytest.raises(CSDiffError, match=words):
-            resolve_decoder(base, weights / f"{name}.safetensors")
-    (weights / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     for name, words in (
+        ("other.safetensors", "made for this decoder"),
+        ("plus.safetensors", "found none .*not the plus"),
         ("broken.safetensors", "safetensors"),
         ("ip-adapter.bin", "pickled weights are not read"),
         ("missing.safetensors", "found nothing of the kind"),
-        (".", "a folder with 4 of them"),
+        (".", "a folder with 3 of them"),
     ):
         with pytest.raises(CSDiffError, match=words):
-            resolve_decoder(base, weights / name)
+            resolve_decoder(base, tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,10 @@ def test_prompts_file(config, tmp_path):
     assert [path.name for path in paths] == ["a-red-apple-0.png", "a-blue-boat-0.png", "ein-grüner-frosch-0.png"]
 
 
-def test_adapter_guidance_and_negative_prompt_matter(pixels):
+def test_adapter_guidance_and_negative_prompt_matter(config, pixels):
     changes = [{}, {"guidance": 4.0}, {"guidance": 4.0, "negative_prompt": "blurry"}, {"adapter": "none"}]
     assert len({pixels(**{"guidance": 1.0, **change}) for change in changes}) == 4
+    assert read_settings(generate(config(adapter="none"))[0])["adapter"] == "none"
 
 
 def test_overlong_prompts_warn_with_what_is_cut(config, caplog):
