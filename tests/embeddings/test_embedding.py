@@ -141,6 +141,8 @@ def test_too_much_left_out_stops_the_run_and_a_higher_limit_goes_on(embedded, st
         embedded(max_skipped=0)
     with pytest.raises(CSDiffError, match="not finished"):
         EmbeddingStore.open(tmp_path / "s")
+    with pytest.raises(CSDiffError, match="dtype is 'float16' there and 'float32' now"):
+        embedded(dtype="float32")
     embedded()
     assert content(tmp_path / "s") == content(store)
 
