@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csdiff.adapters.registry import CLASS_NAMES
-from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 
 KINDS = {
     "run": "a training run",
     "checkpoint": "a checkpoint of a training run",
-    "pipeline": "a diffusers pipeline (for --decoder)",
+    "pipeline": "a diffusers pipeline, for --decoder",
     "store": "an embedding store",
     "adapter": "an adapter",
     "encoder": "an encoder",
@@ -22,7 +20,7 @@ KINDS = {
 def kind_of(folder: Path) -> str | None:
     """The key in KINDS, or None; in their order, as a run is an adapter folder too, and so is a checkpoint."""
     config, metadata = (_read(folder / name) for name in ("config.json", "csdiff.json"))
-    adapter = config.get("_class_name") in CLASS_NAMES or metadata.get("kind") == "adapter"
+    adapter = str(config.get("_class_name")).endswith("Adapter") or metadata.get("kind") == "adapter"
     fits = {
         "run": (folder / "training.yaml").is_file(),
         "checkpoint": adapter and (folder / "state").is_dir(),
@@ -32,6 +30,14 @@ def kind_of(folder: Path) -> str | None:
         "encoder": "model_type" in config,
     }
     return next((kind for kind in KINDS if fits[kind]), None)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a folder is an embedding store, finished or not, ours or foreign, rather than a captioned data set."""
+    path = Path(path)
+    # Of clip-retrieval, and of a store that is not finished.
+    names = ("text_emb", "img_emb", ".partial")
+    return any((path / name).is_dir() for name in names) or _read(path / "csdiff.json").get("kind") == "store"
 
 
 def described(folder: Path) -> str:

@@ -7,6 +7,7 @@ checked by hand where the configuration is used.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -50,18 +51,19 @@ def option_types(config_class: type, prefix: str = "") -> dict[str, Any]:
 def check_options(config: Any) -> None:
     """Check every field of a configuration dataclass against its type, those of nested dataclasses too.
 
-    What the command line has parsed are instances of the types above: they become plain numbers and texts, in place.
+    What the command line has parsed are instances of the types above: they become plain numbers and texts, in place,
+    and so do paths.
 
     Raises:
         CSDiffError: naming the option, what it takes and what was found.
     """
+    _make_plain(config)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(type(config))
     try:
         parser.parse_object(dataclasses.asdict(config))
     except (ArgumentError, TypeError, ValueError) as error:
         raise CSDiffError(explain(type(config), str(error))) from error
-    _make_plain(config)
 
 
 def _make_plain(config: Any) -> None:
@@ -69,6 +71,8 @@ def _make_plain(config: Any) -> None:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             _make_plain(value)
+        elif isinstance(value, os.PathLike):
+            setattr(config, field.name, os.fspath(value))
         elif isinstance(value, (int, float, str)) and type(value) not in (bool, int, float, str):
             setattr(config, field.name, next(kind(value) for kind in (int, float, str) if isinstance(value, kind)))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from csdiff.errors import CSDiffError
 
 
-def recipe(name: str) -> Path | None:
-    """The recipe that ships with csdiff under a name, as `tiny.yaml` or `configs/tiny.yaml`; None without one."""
-    package, path = Path(__file__).resolve().parent, Path(name)
-    places = (package / "configs" / path.name, package.parent / "configs" / path.name)
-    return next(filter(Path.is_file, places), None) if path.parent in (Path(), Path("configs")) else None
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with csdiff, by name: `tiny.yaml`, ..."""
+    package = Path(__file__).resolve().parent
+    files = [*(package / "configs").glob("*.yaml"), *(package.parent / "configs").glob("*.yaml")]
+    return {file.name: file for file in sorted(files)}
 
 
 def assets_dir() -> Path:

@@ -64,7 +64,7 @@ class Models:
     def warm_up(self) -> None:
         """Loads what the page starts with, while its reader still reads."""
         try:
-            with self.turn(print):
+            with self.turn(lambda _: None):
                 self.pace = "; the models are being loaded"
                 card, source = find_models(self.options())
                 self.embedder(card, source)

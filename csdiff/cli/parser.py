@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from csdiff.cli.commands import COMMANDS, Command, import_object
 from csdiff.errors import CSDiffError
 from csdiff.options import describe, explain, option_types
-from csdiff.resources import recipe
+from csdiff.resources import recipes
 
 # The comments under the fields are the help texts.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -158,10 +158,12 @@ def parse_command(config_class: type, arguments: Sequence[str], prog: str, comma
 def _find_config(name: str) -> Path:
     """The YAML file of a name, here or among the recipes that ship with csdiff."""
     path = Path(name).expanduser()
-    found = path if path.exists() else recipe(name)
+    shipped = recipes() if path.parent in (Path(), Path("configs")) else {}
+    found = path if path.exists() else shipped.get(path.name)
     if found is None or not found.is_file():
         what = "a folder" if path.is_dir() else "nothing"
-        raise CSDiffError(f"--config: expected a YAML file, found {what} at {name}; check the path.")
+        cure = f"check the path{', or name one of ' * bool(shipped)}{', '.join(shipped)}"
+        raise CSDiffError(f"--config: expected a YAML file, found {what} at {name}; {cure}.")
     return found
 
 

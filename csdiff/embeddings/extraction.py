@@ -19,7 +19,7 @@ from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.image_encoder import inspect_image_encoder
 from csdiff.embeddings.layout import REPORT_FILE
-from csdiff.embeddings.shards import Extraction, check_limit
+from csdiff.embeddings.shards import LISTED_TRUNCATIONS, Extraction, check_limit
 from csdiff.embeddings.text_encoder import inspect_text_encoder
 from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError
@@ -31,8 +31,6 @@ CONTENT_OPTIONS = (
     "captions_per_image", "seed", "long_captions", "max_length", "pooling", "dtype", "text_states", "image_tokens",
     "shard_size", "batch_size", "precision", "metadata_columns",
 )  # fmt: skip
-# The report lists this many cut captions by name; all are counted.
-LISTED_TRUNCATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -154,8 +152,9 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
 
     shards = [writer.record(shard) for shard in range(writer.shards)]
     problems = [Problem(*problem) for shard in shards for problem in shard["problems"]]
-    truncated = [line for shard in shards for line in shard["truncated"]]
-    items, rows, replaced = (sum(shard[name] for shard in shards) for name in ("items", "rows", "replaced"))
+    items, rows, truncated, replaced = (
+        sum(shard[name] for shard in shards) for name in ("items", "rows", "truncated", "replaced")
+    )
     skipped = dict(sorted(Counter(problem.reason for problem in problems).items()))
     if problems:
         check_limit(config, len(problems), items, problems[-1])
@@ -175,10 +174,10 @@ def _finish(config: EmbedConfig, source: Source, writer: StoreWriter, identities
         "items": items,
         "rows": rows,
         "skipped": skipped,
-        "truncated_captions": len(truncated),
+        "truncated_captions": truncated,
         "replaced_captions": replaced,
         "problems": [asdict(problem) for problem in problems],
-        "truncated": truncated[:LISTED_TRUNCATIONS],
+        "truncated": [line for shard in shards for line in shard["truncated_listed"]][:LISTED_TRUNCATIONS],
         "reasons": {reason: REASONS[reason] for reason in skipped},
         "not_read": source.not_read,
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from csdiff.errors import CSDiffError
-from csdiff.files import read_json
+from csdiff.kinds import is_store  # noqa: F401  one of the questions about a store
 
 FINGERPRINT_FILE = "csdiff.json"
 REPORT_FILE = "report.json"
@@ -22,17 +21,6 @@ ARRAY_FOLDERS = {
     "text_mask": ("text_mask", "text_mask"),
     "image_tokens": ("image_tokens", "image_tokens"),
 }
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether a folder is an embedding store, finished or not, ours or foreign, rather than a captioned data set."""
-    path = Path(path)
-    if any((path / name).is_dir() for name in ("text_emb", "img_emb", PARTIAL_FOLDER)):
-        return True
-    try:
-        return read_json(path / FINGERPRINT_FILE).get("kind") == "store"
-    except CSDiffError:
-        return False
 
 
 def find_shards(folder: Path, stem: str, suffix: str) -> dict[int, Path]:

@@ -20,6 +20,8 @@ from csdiff.embeddings.text_encoder import CaptionTokenizer, load_text_encoder
 from csdiff.embeddings.writer import ShardWriter, StoreWriter
 from csdiff.errors import CSDiffError
 
+# The report lists this many cut captions by name; all are counted.
+LISTED_TRUNCATIONS = 20
 # A handful of bad entries stops nobody, whatever part of a small data set they are.
 ALWAYS_ALLOWED = 10
 # Captions are sorted by length within this many batches.
@@ -244,7 +246,8 @@ class ShardRows:
             "rows": len(self.rows),
             "problems": [[well_formed(text) for text in (p.id, p.reason, p.detail)] for p in self.problems],
             "replaced": self.replaced,
-            "truncated": self.truncated,
+            "truncated": len(self.truncated),
+            "truncated_listed": self.truncated[:LISTED_TRUNCATIONS],
         }
 
 

@@ -18,6 +18,7 @@ from csdiff.options import (
     Seed,
     option_types,
 )
+from csdiff.resources import assets_dir
 
 
 @dataclass
@@ -209,5 +210,9 @@ def absolute_places(config: TrainConfig) -> TrainConfig:
         value = getattr(holder, option)
         named = NameOrPlace in kinds and value not in _WORDS and value and Path(value).expanduser().exists()
         if named or (Place in kinds and value):
-            setattr(holder, option, str(absolute(value)))
+            place = absolute(value)
+            # The shipped recipes name the shipped data as they lie in a checkout.
+            if not place.exists() and Path(value).parts[:1] == ("assets",):
+                place = assets_dir() / Path(value).relative_to("assets")
+            setattr(holder, option, str(place))
     return config

@@ -37,6 +37,8 @@ ONLINE = "online"
 STATE = "state"
 
 _STEP = re.compile(r"step-(\d+)")
+# Litter of systems, and what people keep beside a run: logs, notes, scripts.
+_HARMLESS = re.compile(r"\..*|Thumbs\.db|desktop\.ini|lost\+found|.*\.(log|out|err|txt|ya?ml|sh)")
 # What may change between two launches of one run without making it another run.
 _FREE = {"output_dir", "resume", "max_steps", "micro_batch_size", "gradient_checkpointing", "compile"}
 _FREE |= {"export", "threads"}
@@ -152,10 +154,11 @@ class RunFolder:
         with suppress(CSDiffError):
             if read_json(self.path / "csdiff.json").get("kind") == "adapter":
                 return
-        # What a run leaves that ended before its first step: embeddings, and the lock of a killed process.
-        ours = {"store", self.config.data.store and Path(self.config.data.store).name}
-        others = sorted(path.name for path in self.path.iterdir() if path.name not in ours and path.name[0] != ".")
-        if others:
+        # What a run leaves that ended before its first step: embeddings, and what it had set aside.
+        names, store = sorted(path.name for path in self.path.iterdir()), Path(self.config.data.store or "store")
+        ours = store.relative_to(self.path).parts[:1] if store.is_relative_to(self.path) else ("store",)
+        others = [name for name in names if name not in ours and not _HARMLESS.fullmatch(name)]
+        if others and store != self.path and not any(name.startswith("previous-") for name in names):
             raise CSDiffError(
                 f"--output_dir {self.path}: expected a new or empty folder, or that of a run, found other files "
                 f"({', '.join(others[:3])}{', ...' * (len(others) > 3)}): give another."

@@ -88,6 +88,8 @@ class AlignmentTask:
         self.optimizer = make_optimizer(self.parameters, config)
         self.device = next(iter(self.parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        # It makes its scale on first use, and the first step may be one that halves it.
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
 
     def step(self, batch: Rows) -> tuple[dict[str, Tensor | float], str | None]:
