@@ -118,7 +118,7 @@ def main() -> None:
         install_adapter(folder)
         script("fit_ridge", "--store", folder / "store/train")
     if "figures" in arguments.only:
-        script("measure_assets", *(["--images", "4"] if quick else []))
+        script("measure_assets", *(["--images", "4", "--judges", "outlines"] if quick else []))
         script("draw_prompts")
 
 
