@@ -14,12 +14,14 @@ from tiny import make_plain_store
 from torch import nn
 from training_runs import config, log
 
-from csdiff.adapters.registry import AutoAdapter
+from csdiff.adapters.registry import AutoAdapter, build_adapter
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
+from csdiff.losses import build_objective
 from csdiff.training import train
-from csdiff.training.config import ScheduleConfig
+from csdiff.training.config import ScheduleConfig, TrainConfig
 from csdiff.training.console import Console
+from csdiff.training.model import Embedder
 from csdiff.training.optimization import EMA, learning_rate_factor
 from csdiff.training.run_folder import Checkpoints
 from csdiff.training.snapshots import Validator
@@ -258,6 +260,15 @@ def test_a_step_that_is_not_finite_is_skipped(plain_store, tmp_path, monkeypatch
     assert len(log(tmp_path, "train")) == 10
     assert "Step 4 skipped: the gradient is not finite" in capsys.readouterr().out
     assert all(v.isfinite().all() for v in load_file(tmp_path / "diffusion_pytorch_model.safetensors").values())
+
+
+def test_a_first_batch_that_is_not_finite_is_skipped_in_float16_too():
+    embedder, options = Embedder(build_adapter("mlp", embedding_dim=8)), TrainConfig(mixed_precision="fp16")
+    task = AlignmentTask(embedder, build_objective("mse"), options)
+    good = {"text_embeds": torch.ones(4, 8), "image_embeds": torch.zeros(4, 8)}
+    assert task.step({"pairs": {**good, "image_embeds": torch.full((4, 8), torch.nan)}})[1] is not None
+    assert task.step({"pairs": good})[1] is None
+    assert (task.progress.step, task.progress.skipped) == (2, 1)
 
 
 def test_stops_when_nothing_is_finite_any_more(plain_store, tmp_path, monkeypatch):
