@@ -13,7 +13,7 @@ from csdiff.adapters.linear import LinearAdapter
 from csdiff.embeddings import write_store
 from csdiff.errors import CSDiffError
 from csdiff.training import train
-from csdiff.training.run_folder import Checkpoints
+from csdiff.training.run_folder import Checkpoints, RunFolder
 
 ABSENT = next(name for name in ("aim", "clearml", "comet_ml", "dvclive", "swanlab") if find_spec(name) is None)
 
@@ -161,6 +161,10 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert content(tmp_path) == before
     LinearAdapter(embedding_dim=16).save_pretrained(tmp_path / "adapter")
     refused(store, tmp_path / "adapter", "training.yaml", "another --output_dir")
+    # What a run that was killed early leaves, and what people keep beside one.
+    for number, name in enumerate(("train.log", "previous-1", "store", ".DS_Store")):
+        (tmp_path / f"out{number}" / name).mkdir(parents=True)
+        assert RunFolder(config(store, tmp_path / f"out{number}")).start_from() is None
 
 
 def test_a_run_that_cannot_go_on(plain_store, tmp_path):
