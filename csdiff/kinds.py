@@ -20,7 +20,9 @@ KINDS = {
 def kind_of(folder: Path) -> str | None:
     """The key in KINDS, or None; in their order, as a run is an adapter folder too, and so is a checkpoint."""
     config, metadata = (_read(folder / name) for name in ("config.json", "csdiff.json"))
-    adapter = str(config.get("_class_name")).endswith("Adapter") or metadata.get("kind") == "adapter"
+    # diffusers has adapters of its own (T2IAdapter, MotionAdapter), which make no embeddings.
+    ours = str(config.get("_class_name")).endswith("Adapter") and "embedding_dim" in config
+    adapter = ours or metadata.get("kind") == "adapter"
     fits = {
         "run": (folder / "training.yaml").is_file(),
         "checkpoint": adapter and (folder / "state").is_dir(),

@@ -13,6 +13,7 @@ from training_runs import config as run_config
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.cli.info import InfoConfig, as_text, decoders, inspect_path
 from csdiff.embeddings import EmbedConfig, embed, write_store
+from csdiff.kinds import kind_of
 from csdiff.resources import assets_dir
 from csdiff.training import train
 
@@ -157,3 +158,10 @@ def test_a_decoder_and_an_encoder(tiny_decoder, tiny_clip, tmp_path):
 def test_what_is_not_known_is_one_sentence(tmp_path, make):
     with pytest.raises(CSDiffError, match="path: expected"):
         inspect(make(tmp_path))
+
+
+def test_adapters_of_diffusers_are_none_of_ours(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "T2IAdapter", "in_channels": 3}))
+    assert kind_of(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "MLPAdapter", "embedding_dim": 8}))
+    assert kind_of(tmp_path) == "adapter"

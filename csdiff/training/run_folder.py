@@ -156,9 +156,10 @@ class RunFolder:
                 return
         # What a run leaves that ended before its first step: embeddings, and what it had set aside.
         names, store = sorted(path.name for path in self.path.iterdir()), Path(self.config.data.store or "store")
-        ours = store.relative_to(self.path).parts[:1] if store.is_relative_to(self.path) else ("store",)
+        inside = store.relative_to(self.path).parts[:1] if store.is_relative_to(self.path) else ("store",)
+        ours = inside or ("train", "validation", "unpaired_text", "unpaired_image")
         others = [name for name in names if name not in ours and not _HARMLESS.fullmatch(name)]
-        if others and store != self.path and not any(name.startswith("previous-") for name in names):
+        if others and not any(re.fullmatch(r"previous-\d+", name) for name in names):
             raise CSDiffError(
                 f"--output_dir {self.path}: expected a new or empty folder, or that of a run, found other files "
                 f"({', '.join(others[:3])}{', ...' * (len(others) > 3)}): give another."

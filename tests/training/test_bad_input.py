@@ -161,6 +161,7 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert content(tmp_path) == before
     LinearAdapter(embedding_dim=16).save_pretrained(tmp_path / "adapter")
     refused(store, tmp_path / "adapter", "training.yaml", "another --output_dir")
+    refused(store, tmp_path / "mine", "README.md", **{"data.store": str(tmp_path / "mine")})
     # What a run that was killed early leaves, and what people keep beside one.
     for number, name in enumerate(("train.log", "previous-1", "store", ".DS_Store")):
         (tmp_path / f"out{number}" / name).mkdir(parents=True)
