@@ -118,7 +118,8 @@ def press(
 def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = False) -> str:
     """The line under a button as HTML: progress with a bar, what was done, or an error in a sentence."""
     # Errors that the command line shares name its options; here they are fields.
-    text = re.sub(r"--(\w+)", r"“\1”", said.text if isinstance(said, Progress) else said)
+    text = said.text if isinstance(said, Progress) else said
+    text = re.sub(r"--(\w+)", r"“\1”", text) if error else text
     parts = [f"<p{' class=error role=alert' if error else ''}>{html.escape(text)}</p>"] if text else []
     if isinstance(said, Progress):
         # without a value it moves to and fro
