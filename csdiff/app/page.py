@@ -304,7 +304,8 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
         except CSDiffError as error:
             return status(str(error), error=True), gr.Image(visible=False), gr.skip()
 
-    upload.change(show, upload, [line, preview, second], **ASIDE)
+    # One after the other: an answer to the image before must not come last.
+    upload.change(show, upload, [line, preview, second], trigger_mode="always_last", **ASIDE)
     inputs = [first, second, upload, share, whole, *fields.asked(choice)]
     press([draw_it, first, second], stop, line, draw, inputs, [images, fields.seed])
     return upload, fields

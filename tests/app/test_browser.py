@@ -146,9 +146,10 @@ def test_a_blend_with_an_uploaded_image(new_page, tmp_path):
     for name in ("photo.png", "photo.webp", "photo.jpg"):
         Image.new("RGB", (90, 60), "blue").save(tmp_path / name)
         page.locator("#upload").get_by_label("Clear").click()
+        page.wait_for_selector("#second")
         page.set_input_files("#upload input[type=file]", tmp_path / name)
         page.wait_for_selector("#uploaded img")
-    assert not page.is_visible("#second")
+        page.wait_for_selector("#second", state="hidden")
     page.fill("#blend-steps input[type=number]", "2")
     page.click("#blend")
     wait_for(page, "#blend-status", "Done: 1 image.")
