@@ -153,8 +153,7 @@ class Inspector:
         key = str(card.metadata.get("text_encoder"))
         if key not in self._pairs:
             report(Progress("Embedding the shipped held-out images, once"))
-            opened = open_store(str(self.held_out), card, self.device, "train")
-            opened = self.resources.enter_context(opened)
+            opened, _ = self.resources.enter_context(open_store(str(self.held_out), card, self.device, "train"))
             self._pairs[key] = read_pairs("the shipped held-out images", opened, MOST_ROWS)
         pairs = self._pairs[key]
         check_fits(card, pairs.store, pairs.source)

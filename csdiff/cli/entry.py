@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 
 import csdiff
 from csdiff.cli.commands import COMMANDS, import_object
@@ -113,8 +113,9 @@ def run(action: Callable[[], object], prog: str) -> int:
     written is removed. 1: a defect, with its traceback.
     """
     try:
-        with _terminable():
-            action()
+        with suppress(ValueError):  # Signals belong to the main thread; elsewhere they keep their meaning.
+            signal.signal(signal.SIGTERM, _terminate)
+        action()
     except BrokenPipeError:
         # The reader of our output has gone; stop without a second complaint at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,20 +137,8 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception: files that are being written are cleaned up on the way out."""
 
 
-@contextmanager
-def _terminable():
-    def receive(number, frame):
-        raise _Terminated
-
-    before = signal.getsignal(signal.SIGTERM)
-    # Signals belong to the main thread; elsewhere they keep their meaning.
-    with suppress(ValueError):
-        signal.signal(signal.SIGTERM, receive)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
+def _terminate(number, frame):
+    raise _Terminated
 
 
 def _complain(prog: str, message: object, code: int) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute, read_jsonl, write_json, writing_folder
+from csdiff.kinds import kind_of
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Where a checkpoint keeps the weights as they are trained, beside their running average.
@@ -110,14 +111,14 @@ def export(config: ExportConfig) -> ExportResult:
 
 def _find_adapter(config: ExportConfig) -> str | Path:
     """The adapter folder that is meant, or the hub repository as it is."""
-    from csdiff.training.run_folder import CONFIG_NAME, Checkpoints
+    from csdiff.training.run_folder import Checkpoints
 
     if not config.source:
         raise CSDiffError("source: expected a training run, checkpoint or adapter folder, found nothing; name one.")
     run, wanted = Path(config.source), config.checkpoint
-    if not (run / CONFIG_NAME).is_file():
+    if kind_of(run) != "run":
         if wanted is not None:
-            raise CSDiffError(f"checkpoint: expected a training run (with {CONFIG_NAME}), found {config.source}.")
+            raise CSDiffError(f"checkpoint: expected a training run (with training.yaml), found {config.source}.")
         return run if run.exists() else config.source
     if wanted is None and (run / "config.json").is_file():
         return run
@@ -134,8 +135,6 @@ def _find_adapter(config: ExportConfig) -> str | Path:
 
 
 def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
-    from csdiff.training.run_folder import CONFIG_NAME
-
     if not config.output:
         if config.push_to_hub:
             return None
@@ -146,9 +145,8 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
     if output.is_dir() and any(output.iterdir()):
         if not config.overwrite:
             raise CSDiffError(f"output: {output} is not empty; give another --output, or --overwrite to replace it.")
-        ours = any((output / name).is_file() for name in ("csdiff.json", "model_index.json"))
         inside = Path(source).exists() and absolute(source).is_relative_to(absolute(output))
-        if not ours or inside or (output / CONFIG_NAME).exists() or (output / "state").exists():
+        if kind_of(output) not in ("adapter", "pipeline") or inside:
             raise CSDiffError(
                 f"output: {output} is not an exported adapter or pipeline, or holds the adapter that is exported, and "
                 "is not replaced; give another --output."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -98,14 +99,13 @@ class _Look:
 
     def weights(self, *files: Path) -> dict:
         """`parameters`, `dtype` and `weights` (bytes) of safetensors files, from their headers."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for file in files:
             for name, (dtype, shape) in self.read(read_safetensors_header, file).items():
                 if name not in STATISTICS:
-                    counts[DTYPES.get(dtype, dtype)] = counts.get(DTYPES.get(dtype, dtype), 0) + math.prod(shape)
-        dtype = ", ".join(sorted(counts, key=counts.get, reverse=True))
-        size = sum(file.stat().st_size for file in files)
-        return {"parameters": sum(counts.values()), "dtype": dtype, "weights": size}
+                    counts[DTYPES.get(dtype, dtype)] += math.prod(shape)
+        dtypes, size = [dtype for dtype, _ in counts.most_common()], sum(file.stat().st_size for file in files)
+        return {"parameters": counts.total(), "dtype": ", ".join(dtypes), "weights": size}
 
     def model_weights(self, folder: Path) -> dict:
         """The weights of a model, without its variants (`model.fp16.safetensors`), or what is in their place."""

@@ -21,7 +21,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Anchors of a YAML file may be used so often; nested ones grow without bound when they are expanded.
 _MOST_ALIASES = 100
 # `--compare A B C`; not for prompts, whose words would each become one if the quotes were forgotten.
-_SEVERAL = {"compare", "extractors", "bandwidths"}
+_SEVERAL = {"compare", "extractors"}
 
 
 class _Parser(ArgumentParser):
@@ -59,13 +59,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 def build_parser(config_class: type, prog: str, command: Command | None = None) -> ArgumentParser:
-    """A parser whose options, defaults, help and checks are the fields of `config_class`.
-
-    Args:
-        config_class: Dataclass of the options.
-        prog: Name in the help.
-        command: Its examples, its positional option, and the options that the help shows first.
-    """
+    """A parser whose options, defaults, help and checks are the fields of `config_class`; `prog` is its name."""
     positional = command.positional if command else None
     parser = _Parser(
         prog=prog,
@@ -109,7 +103,6 @@ def normalize(config_class: type, arguments: Sequence[str], positional: str | No
     text, whatever it looks like: `--prompt "3: [a]"` must not be read as YAML, so repeated texts are gathered as text.
     """
     known = option_types(config_class)
-    repeatable = {name for name, annotation in known.items() if annotation == list[str]}
     gathered: dict[str, list[str]] = {}
     rest: list[str] = []
     pending = list(reversed(arguments))
@@ -122,22 +115,23 @@ def normalize(config_class: type, arguments: Sequence[str], positional: str | No
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        if name in repeatable:
-            if not equals and not pending:
-                raise CSDiffError(f"--{name}: expected a text, found the end of the command.")
-            gathered.setdefault(name, []).append(value if equals else pending.pop())
-            while name in _SEVERAL and pending and not pending[-1].startswith("-"):
-                gathered[name].append(pending.pop())
-        elif equals or (name in ("json", "help", "print_config") and name not in known):
+        kind, following = known.get(name), pending[-1] if pending else "--"
+        if equals or (kind is None and name in ("json", "help", "print_config")):
+            pass
+        elif kind is None and name.startswith("no_") and known.get(name[3:]) is bool:
+            name, equals, value = name[3:], "=", "false"
+        elif kind is bool and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        elif pending and (kind == list[str] or not following.startswith("--")):
+            equals, value = "=", pending.pop()
+        if kind != list[str]:
             rest.append(f"--{name}{equals}{value}")
-        elif name.startswith("no_") and known.get(name[3:]) is bool:
-            rest.append(f"--{name[3:]}=false")
-        elif known.get(name) is bool and not (pending and pending[-1].lower() in ("true", "false")):
-            rest.append(f"--{name}=true")
-        elif pending and not pending[-1].startswith("--"):
-            rest.append(f"--{name}={pending.pop()}")
-        else:
-            rest.append(f"--{name}")
+            continue
+        if not equals:
+            raise CSDiffError(f"--{name}: expected a text, found the end of the command.")
+        gathered.setdefault(name, []).append(value)
+        while name in _SEVERAL and pending and not pending[-1].startswith("-"):
+            gathered[name].append(pending.pop())
     return rest + [f"--{name}={json.dumps(values, ensure_ascii=False)}" for name, values in gathered.items()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,12 +81,14 @@ class Source(ABC):
         has_captions: Its items have captions.
         count: Number of items, or None if only reading them all would tell.
         not_read: Files of its folder that are neither images nor captions, by ending: `{"count", "first"}`.
+        splits: Names of those that its split was chosen from; empty where it has none.
     """
 
     has_images: bool
     has_captions: bool
     count: int | None
     not_read: dict[str, dict] = {}
+    splits: Set[str] = frozenset()
 
     def units(self, size: int) -> int:
         """Number of units, of `size` items each where the source can be cut anywhere."""
@@ -111,7 +113,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options of `open_source`."""
+    """The options of `open_source`, and the splits that it finds on the way."""
 
     split: str = "train"
     subset: str | None = None
@@ -119,6 +121,7 @@ class SourceOptions:
     caption_column: str | None = None
     metadata_columns: tuple[str, ...] = ()
     allow_outside: bool = False
+    splits: set[str] = field(default_factory=set)
 
     def extra(self, values: dict) -> dict[str, str | None]:
         """The further columns of an entry, as text."""

@@ -90,19 +90,23 @@ def data_files(folder: Path, names: Sequence[str], options: SourceOptions) -> li
         if splits.keys() <= {None}:
             return sorted(names)
         splits.pop(None, None)
+    options.splits.update(splits)
     if options.split == "all":
         return sorted({file for files in splits.values() for file in files})
     return _choose(folder, splits, options.split)
 
 
-def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], split: str) -> list[str]:
+def split_folders(folder: Path, content: Sequence[str], names: Sequence[str], options: SourceOptions) -> list[str]:
     """Names of the files in the folder of a split, where nothing but such folders has images or tables; else all."""
     # data/train/a.png as well as train/a.png
     base = "data/" if all(name.startswith("data/") for name in content) else ""
     tops = sorted({name.removeprefix(base).partition("/")[0] for name in content})
-    if split == "all" or not tops or not all(map(_keyword, tops)):
+    if not tops or not all(map(_keyword, tops)):
         return list(names)
-    return _choose(folder, {top: [n for n in names if n.startswith(f"{base}{top}/")] for top in tops}, split)
+    options.splits.update(tops)
+    if options.split == "all":
+        return list(names)
+    return _choose(folder, {top: [n for n in names if n.startswith(f"{base}{top}/")] for top in tops}, options.split)
 
 
 def _choose(where: Path, splits: dict[str, list[str]], split: str) -> list[str]:

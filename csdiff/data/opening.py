@@ -50,6 +50,12 @@ def open_source(
         CSDiffError: Nothing there, no such split or column, or nothing that is known.
     """
     options = SourceOptions(split, subset, image_column, caption_column, tuple(metadata_columns), allow_outside)
+    opened = _open(source, captions_file, options)
+    opened.splits = options.splits
+    return opened
+
+
+def _open(source: str | Path, captions_file: str | Path | None, options: SourceOptions) -> Source:
     path = Path(source).expanduser().absolute()
     if captions_file is not None:
         if not path.is_dir():
@@ -85,7 +91,7 @@ def _open_folder(path: Path, options: SourceOptions) -> Source:
     for name in TABLE_NAMES:
         if name in tables:
             return table_source(path, [name], options, names)
-    names = split_folders(path, images + tables, names, options.split)
+    names = split_folders(path, images + tables, names, options)
     if tables := sorted(set(tables) & set(names)):
         return table_source(path, tables, options, names)
     tars = [name for name in names if name.lower().endswith(_TARS)]
@@ -152,6 +158,7 @@ def _open_saved(path: Path, options: SourceOptions) -> Source:
 
     dataset = load_from_disk(str(path))
     if isinstance(dataset, DatasetDict):
+        options.splits.update(dataset)
         dataset = dataset[options.split] if options.split in dataset else no_split(path, options.split, dataset)
     return HuggingFaceSource(dataset, f"{path.name}/{options.split}", options, [path])
 
@@ -165,6 +172,7 @@ def _open_hub(name: str, options: SourceOptions) -> Source:
     except Exception as error:  # Network, hub, cache and format errors have no common kind.
         expected = f"expected a path, or a data set on the hub with the split {options.split!r}"
         raise CSDiffError(f"{name}: {expected}, found neither ({' '.join(str(error).split())[:200]}).") from error
+    options.splits.add(options.split)
     # Files of a data set of the hub lie in its caches, and nowhere else.
     folders = [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
     label = "/".join(filter(None, (name, options.subset, options.split)))

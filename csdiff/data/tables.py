@@ -80,7 +80,7 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
     try:
         found = _read(path, options)
         if found and isinstance(found[0], Row):
-            return _of_split(path, found, options.split)
+            return _of_split(path, found, options)
     except (OSError, CSDiffError):
         raise
     except Exception as error:  # Each parser has its own kinds.
@@ -230,9 +230,10 @@ def _coco(content: dict) -> list[Row] | None:
     return [Row(n, c, split=i.get("split")) for n, c, i in zip(names, captions, images, strict=True)]
 
 
-def _of_split(path: Path, rows: list[Row], split: str) -> list[Row]:
+def _of_split(path: Path, rows: list[Row], options: SourceOptions) -> list[Row]:
     """Rows of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
-    splits = {row.split for row in rows if row.split}
+    splits, split = {row.split for row in rows if row.split}, options.split
+    options.splits.update(splits)
     if not splits or split == "all":
         return rows
     wanted = {split, "restval"} if split == "train" else {split}

@@ -58,7 +58,7 @@ class EmbedReport:
     seconds: float
 
 
-def embed(config: EmbedConfig) -> EmbedReport:
+def embed(config: EmbedConfig, source: Source | None = None) -> EmbedReport:
     """Encode a data set once into an embedding store.
 
     Each shard is made by one process from start to end: its images are decoded and encoded and with that its rows are
@@ -67,6 +67,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
 
     Args:
         config: Every option.
+        source: The data set, where it is open already.
 
     Raises:
         CSDiffError: Bad input: nothing to read, no such encoder, a folder in use or made with other options, more
@@ -78,7 +79,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
     started = time.monotonic()
     _check(config)
     names = ("split", "subset", "captions_file", "image_column", "caption_column", "metadata_columns", "allow_outside")
-    source = open_source(config.source, **{name: getattr(config, name) for name in names})
+    source = source or open_source(config.source, **{name: getattr(config, name) for name in names})
     has = {"text": source.has_captions, "image": source.has_images}
     towers = [tower for tower in has if has[tower] and getattr(config, f"{tower}_encoder")]
     if not towers:

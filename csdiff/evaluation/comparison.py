@@ -37,14 +37,8 @@ def compare(
     Pairs of an image with itself are counted once however often a resample holds it: distances of resamples are not
     biased by repeats.
 
-    Args:
-        predictions: `(N, D)` of each adapter, by name.
-        image: `(N, D)` real image embeddings.
-        text: `(N, Dt)` raw text embeddings.
-        image_ids: `(N,)` image of each row.
-        resamplings: Of the images.
-        seed: Of the resamples.
-        limit: Images that are resampled; None for all.
+    `predictions` are `(N, D)` of each adapter, by name; `image`, `text` and `image_ids` are those of
+    :func:`csdiff.evaluation.embedding_metrics`. At most `limit` images are resampled; None takes all.
 
     Returns:
         `{"resamplings", "images", "level": 0.95, "intervals": {adapter: {metric: [low, high]}},
@@ -71,13 +65,8 @@ def compare(
     }
     intervals = {name: {key: list(_interval(v, key)) for key, v in mine.items()} for name, mine in values.items()}
     differences = [_difference(key, a, b, values) for a, b in combinations(values, 2) for key in values[a]]
-    return {
-        "resamplings": resamplings,
-        "images": len(first),
-        "level": 0.95,
-        "intervals": intervals,
-        "differences": differences,
-    }
+    counts = {"resamplings": resamplings, "images": len(first), "level": 0.95}
+    return {**counts, "intervals": intervals, "differences": differences}
 
 
 def _difference(key: str, a: str, b: str, values: dict[str, dict[str, Tensor]]) -> dict:

@@ -72,17 +72,6 @@ class HeldOutPairs:
         }
 
 
-def has_splits(path: str) -> bool:
-    """Whether a split chooses among what is at a place: then one that is not there is refused."""
-    if is_store(path):
-        return False
-    try:
-        open_source(path, split="no such split")
-    except CSDiffError:
-        return True
-    return False
-
-
 def check_source(path: str, card: AdapterCard) -> None:
     """A CSDiffError where nothing is there, or the adapter does not say which encoders to embed it with."""
     if is_store(path):
@@ -96,14 +85,14 @@ def check_source(path: str, card: AdapterCard) -> None:
 @contextmanager
 def open_store(
     path: str, card: AdapterCard, device: str, split: str, concepts: str | None = None, progress: bool = False
-) -> Iterator[EmbeddingStore]:
+) -> Iterator[tuple[EmbeddingStore, str | None]]:
     """A store as it is, or captions with images embedded into a passing one with the encoders of an adapter.
 
-    Raises what :func:`check_source` raises.
+    Beside it the split, of a source that has some. Raises what :func:`check_source` raises.
     """
     check_source(path, card)
     if is_store(path):
-        yield EmbeddingStore.open(path)
+        yield EmbeddingStore.open(path), None
         return
     from csdiff.embeddings.extraction import embed
 
@@ -111,26 +100,25 @@ def open_store(
     if not concepts and Path(path).suffix == ".parquet":
         with suppress(OSError, ValueError):  # What is wrong with it, the reader says.
             columns = [name for name in CONCEPT_COLUMNS if name in pq.read_schema(path).names][:1]
+    source = open_source(path, split=split, metadata_columns=columns)
     text, image = (card.metadata[f"{side}_encoder"] for side in ("text", "image"))
     options = text_encoder_options(text, card.metadata)
     with tempfile.TemporaryDirectory(prefix="csdiff-evaluate-") as folder:
-        embed(
-            EmbedConfig(
-                source=path,
-                split=split,
-                output=f"{folder}/store",
-                text_encoder=text["id"],
-                text_revision=options.pop("revision"),
-                image_encoder=image["id"],
-                image_revision=image.get("revision"),
-                metadata_columns=columns,
-                **options,
-                dtype="float32",
-                device=device,
-                progress=progress,
-            )
+        config = EmbedConfig(
+            source=path,
+            output=f"{folder}/store",
+            text_encoder=text["id"],
+            text_revision=options.pop("revision"),
+            image_encoder=image["id"],
+            image_revision=image.get("revision"),
+            metadata_columns=columns,
+            **options,
+            dtype="float32",
+            device=device,
+            progress=progress,
         )
-        yield EmbeddingStore.open(f"{folder}/store")
+        embed(config, source)
+        yield EmbeddingStore.open(config.output), split if source.splits else None
 
 
 def read_pairs(

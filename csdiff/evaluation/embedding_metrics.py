@@ -253,12 +253,10 @@ def held_out_metrics(
     rows = first_rows(ids)
     left, right = _halves(rows, seed)
     both = torch.cat([left, right])
+    pairs = [(prediction[one], image[other]) for one, other in ((rows, rows), (both, both), (left, right))]
     result = {
         **embedding_metrics(prediction, image, text, ids, limit=limit, seed=seed),
-        **_distributions(prediction[rows], image[rows], bandwidths, seed, limit),
-        "mmd": mmd_test(prediction[left], image[right], seed=seed)._asdict(),
-        "separability": linear_separability(prediction[both], image[both]),
-        "frechet_halves": frechet_distance(prediction[left], image[right]),
+        **_distributions(*pairs, bandwidths, seed, limit),
     }
     if concepts is not None and len(set(concepts)) > 1:
         names = [concepts[row] for row in rows.tolist()]
@@ -279,19 +277,13 @@ def real_metrics(
     Half as many rows raise every distance but the unbiased kernel distance, and lower the effective rank.
     """
     left, right = _halves(first_rows(image_identities(image) if image_ids is None else image_ids), seed)
-    left, right = image[left], image[right[: len(left)]]
-    result = embedding_metrics(left, right, limit=limit, seed=seed)
+    pair = image[left], image[right[: len(left)]]
+    result = embedding_metrics(*pair, limit=limit, seed=seed)
     for key in ("text_to_image", "image_to_text", "cosine"):
         del result[key]
     if "errors" in result:
         result["errors"] = {key: error for key, error in result["errors"].items() if key in result}
-    return {
-        **result,
-        **_distributions(left, right, bandwidths, seed, limit),
-        "mmd": mmd_test(left, right, seed=seed)._asdict(),
-        "separability": linear_separability(left, right),
-        "frechet_halves": result["frechet_distance"],
-    }
+    return {**result, **_distributions(pair, pair, pair, bandwidths, seed, limit)}
 
 
 def _halves(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -300,13 +292,17 @@ def _halves(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return rows[_shuffle(len(rows), seed)].tensor_split([len(rows) // 2])
 
 
-def _distributions(x: Tensor, y: Tensor, bandwidths: Sequence[float], seed: int, limit: int | None) -> dict:
-    a, b = x, y
-    if limit is not None and len(x) > limit:
-        a, b = (z[_shuffle(len(z), seed + place)[: limit // 2]] for place, z in enumerate((x, y)))
+def _distributions(rows, shuffled, halves, bandwidths: Sequence[float], seed: int, limit: int | None) -> dict:
+    """Metrics of pairs of sets: all rows, the same in random order, and one half against the other half."""
+    drawn = rows
+    if limit is not None and len(rows[0]) > limit:
+        drawn = [z[_shuffle(len(z), seed + place)[: limit // 2]] for place, z in enumerate(rows)]
     return {
-        "cs_divergence_at": {str(width): divergence(a, b, width) for width in bandwidths},
-        "frechet_extrapolated": frechet_extrapolated(x, y, seed=seed),
+        "cs_divergence_at": {str(width): divergence(*drawn, width) for width in bandwidths},
+        "frechet_extrapolated": frechet_extrapolated(*rows, seed=seed),
+        "mmd": mmd_test(*halves, seed=seed)._asdict(),
+        "separability": linear_separability(*shuffled),
+        "frechet_halves": frechet_distance(*halves),
     }
 
 

@@ -13,22 +13,15 @@ from tqdm import tqdm
 
 from csdiff.devices import choose_device
 from csdiff.embeddings.encoders import find_encoder
-from csdiff.errors import CSDiffError, require
+from csdiff.embeddings.store import EmbeddingStore
+from csdiff.errors import require
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.comparison import IMAGES, compare
 from csdiff.evaluation.config import EvaluateConfig, check
-from csdiff.evaluation.data import (
-    check_fits,
-    check_source,
-    has_splits,
-    open_store,
-    predict,
-    read_pairs,
-    training_store,
-)
+from csdiff.evaluation.data import check_fits, check_source, open_store, predict, read_pairs, training_store
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
-from csdiff.files import absolute, write_text
+from csdiff.files import absolute, write_json, write_text
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.plain import plain
 from csdiff.resources import assets_dir
@@ -67,13 +60,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         drawing = PictureRun(config, cards, device)
         drawing.load()
     result: dict = {}
-    manifest = {
-        "adapters": {
-            name: {"path": str(card.path), "class": card.kind, "sha256": card.sha256} for name, card in cards.items()
-        },
-        "seed": config.seed,
-        "versions": versions(),
-    }
+    described = {n: {"path": str(card.path), "class": card.kind, "sha256": card.sha256} for n, card in cards.items()}
+    manifest = {"adapters": described, "seed": config.seed, "versions": versions()}
     if config.data is not None:
         *measured, fitted = _predictions(config, cards, device)
         fitted_on = {**dict.fromkeys(BASELINES, fitted["words"]), "raw_text": "nothing"}
@@ -86,11 +74,11 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.json is not None:
         # Twelve digits: the last bits of linear algebra can differ between two runs, a score must not.
         rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.12g}"))
-        _write("json", config.json, json.dumps(rounded, indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(config.json), rounded)
     if config.report is not None:
         from csdiff.evaluation.report import html_page
 
-        _write("report", config.report, html_page(result, measured, drawing))
+        write_text(Path(config.report), html_page(result, measured, drawing))
     return result
 
 
@@ -113,7 +101,6 @@ def read_cards(config: EvaluateConfig) -> dict[str, AdapterCard]:
 def short_names(paths: list[str]) -> dict[str, str]:
     """The last part of each path, or as many parts as tell it from the others and from the baselines."""
     parts = {path: (Path(path).resolve() if ".." in path else Path(path).absolute()).parts[1:] for path in paths}
-
     names = {}
     for path, mine in parts.items():
         ends = [mine[-depth:] for depth in range(1, len(mine) + 1)]
@@ -147,24 +134,23 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
         )
     with ExitStack() as stack:
 
-        def opened(path: str, split: str):
+        def opened(path: str, split: str) -> tuple[EmbeddingStore, str | None]:
             return stack.enter_context(open_store(path, first, device, split, config.concepts, config.progress))
 
-        store = opened(config.data, config.split)
+        store, split = opened(config.data, config.split)
         source = ((store.fingerprint or {}).get("data") or {}).get("source")
         for name, card in cards.items():
             check_fits(card, store, config.data)
             trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
             if trained is not None and trained == source:
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
-        split = config.split if has_splits(config.data) else None
         pairs = read_pairs(config.data, store, None if config.full else config.max_rows, config.concepts, split)
         predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:
             baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
             fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
             return pairs, predictions, baselines, fitted
-        fitting = opened(fit_on, "train")
+        fitting, _ = opened(fit_on, "train")
         check_fits(first, fitting, fit_on)
         train = read_pairs(fit_on, fitting, None if config.full else TRAIN_ROWS)
         baselines = baseline_predictions(train.text, train.image, pairs.text)
@@ -196,10 +182,3 @@ def _trained_on(card: AdapterCard) -> str:
     rows = (card.metadata.get("objective") or {}).get("rows", data.get("rows"))
     name = Path(data["train"]).name if isinstance(data.get("train"), str) else "unknown"
     return f"{name}, {rows:,} rows" if isinstance(rows, int) else name
-
-
-def _write(option: str, path: str, text: str) -> None:
-    try:
-        write_text(Path(path), text)
-    except OSError as error:
-        raise CSDiffError(f"--{option} {path} cannot be written ({error.strerror}).") from error

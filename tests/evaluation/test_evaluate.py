@@ -13,7 +13,7 @@ from tiny import make_plain_store
 from csdiff.adapters import TransformerAdapter
 from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.evaluation.comparison import compare
-from csdiff.evaluation.data import has_splits, open_store, predict, read_pairs
+from csdiff.evaluation.data import open_store, predict, read_pairs
 from csdiff.evaluation.evaluate import short_names
 from csdiff.pipelines.decoders import read_adapter_card
 from csdiff.tables import number
@@ -52,12 +52,18 @@ def test_json_and_table(adapters, plain_store, scores, run, tmp_path):
     assert (tmp_path / "scores.json").read_bytes() == first
 
 
-def test_a_split_is_named_where_there_are_several(captioned_pictures, plain_store, tmp_path):
+def test_a_split_is_named_where_there_are_several(captioned_pictures, picture_adapter, tmp_path):
     for name in ("train", "test"):
         shutil.copytree(captioned_pictures, tmp_path / name)
         (tmp_path / name / "metadata.jsonl").unlink()
-    places = (tmp_path, captioned_pictures, captioned_pictures / "metadata.jsonl", plain_store)
-    assert [has_splits(str(place)) for place in places] == [True, False, False, False]
+    card, places = read_adapter_card(picture_adapter), (captioned_pictures, captioned_pictures / "metadata.jsonl")
+    for place, split, named in (
+        (tmp_path, "test", "test"),
+        (tmp_path, "all", "all"),
+        *((p, "test", None) for p in places),
+    ):
+        with open_store(str(place), card, "cpu", split) as (_, found):
+            assert found == named
 
 
 def test_baselines_are_fitted_to_train(adapters, plain_store, scores):
@@ -295,7 +301,7 @@ def test_data_are_embedded_as_the_adapter_was_trained(picture_adapter, captioned
         metadata["image_encoder"] |= {"revision": "def"}
         metadata["tokenizer"] = {"max_length": 9}
 
-    def embed(config):
+    def embed(config, source):
         assert (config.text_revision, config.pooling, config.max_length) == ("abc", "mean", 9)
         assert config.image_revision == "def"
         raise InterruptedError
