@@ -195,6 +195,8 @@ def timed(cls, name):
     setattr(cls, name, call)
 timed(embedding.PromptEmbedder, "embed")
 timed(embedding.PromptEmbedder, "negative")
+draw = decoding.KandinskyDecoder.draw
+decoding.KandinskyDecoder.draw = lambda *arguments: list(draw(*arguments))
 timed(decoding.KandinskyDecoder, "draw")
 generate(GenerateConfig(prompt=["a red apple"], output=sys.argv[1], progress=False))
 print(json.dumps({"imports": imported, "compute": spent}))

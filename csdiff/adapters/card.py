@@ -51,22 +51,25 @@ text = load_text_encoder({text}).encode(["a red apple"])
 image_embeds = adapter.embed(text.embeds, text.states, text.mask)
 ```
 """
+_TINY = """
+A picture, with the shipped decoder:
+
+```python
+from csdiff.pipelines import GenerateConfig, generate
+
+generate(GenerateConfig(["a red apple"], adapter={location}, output="."))  # writes a-red-apple-0.png
+```
+"""
 _DRAWING = """
-A picture, with a decoder of the same image encoder:
+What a decoder of the same image encoder takes:
 
 ```python
 from csdiff import CSDiffPriorPipeline
 {imports}
 prior = CSDiffPriorPipeline.from_pretrained({folder})
-{call}
+image_embeds, negative_image_embeds = prior("a red apple").to_tuple()
 ```
 """
-_TINY = """\
-decoder = KandinskyV22Pipeline.from_pretrained(assets_dir() / "decoder")
-image = decoder(**prior("a red apple"), height=128, width=128, num_inference_steps=25, guidance_scale=3.0).images[0]
-image.save("apple.png")"""
-_OTHER = """\
-image_embeds, negative_image_embeds = prior("a red apple").to_tuple()  # what an unCLIP decoder takes"""
 
 
 def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> str:
@@ -97,19 +100,14 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
         card += _CAPTIONS.format(location=json.dumps(location), text=json.dumps(ids["text"]))
     pooling = (metadata.get("text_encoder") or {}).get("pooling") or "projection"
     if ids["text"] and ids["image"] and pooling == "projection" and not metadata.get("normalized"):
-        card += _drawing(location, tiny=ids["image"] == "tiny-clip")
+        folder, imports = json.dumps(location), ""
+        if ids["image"] == "tiny-clip":
+            card += _TINY.format(location=folder)
+        if location != ".":
+            # Of the hub the pipeline reads pipelines, and adapters from folders.
+            folder, imports = f"snapshot_download({folder})", "from huggingface_hub import snapshot_download\n"
+        card += _DRAWING.format(folder=folder, imports=imports)
     return card
-
-
-def _drawing(location: str, tiny: bool) -> str:
-    imports = ["from csdiff.resources import assets_dir", "from diffusers import KandinskyV22Pipeline"] if tiny else []
-    folder = json.dumps(location)
-    if location != ".":
-        # Of the hub the pipeline reads pipelines, and adapters from folders.
-        imports, folder = [*imports, "from huggingface_hub import snapshot_download"], f"snapshot_download({folder})"
-    return _DRAWING.format(
-        imports="".join(f"{line}\n" for line in imports), folder=folder, call=_TINY if tiny else _OTHER
-    )
 
 
 def _inputs(adapter: Any) -> list[str]:

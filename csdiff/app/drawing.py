@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from csdiff.app.models import RAW_TEXT, SHIPPED, Models
 from csdiff.app.press import Note, Progress, Report
 from csdiff.data.images import UnreadableImage, decode_image
-from csdiff.data.items import well_formed
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, find_models
-from csdiff.pipelines.generate import check_config, picture_name, redraw_command, sampling, write_picture
+from csdiff.pipelines.generate import check_config, picture_name, redraw_command, write_picture
 
 LARGEST_SEED = 2**31 - 1
 LARGEST_SIDE = 1024
@@ -53,8 +51,8 @@ def settings(models: Models, prompt, count, negative, seed, steps, guidance, ada
     return models.options(
         adapter,
         decoder,
-        prompt=[well_formed((prompt or "").strip())],
-        negative_prompt=well_formed((negative or "").strip()) or None,
+        prompt=[(prompt or "").strip()],
+        negative_prompt=(negative or "").strip() or None,
         seed=secrets.randbelow(LARGEST_SEED) if random else int(seed or 0),
         num_images=int(count or 1),
         steps=int(steps) if steps else None,
@@ -136,17 +134,18 @@ def blend(
     (first,), seed = config.prompt, config.seed
     with models.turn(report):
         drawing = _Drawing(models, config, len(weights), report)
-        start = drawing.embed(first, _noise(seed))
+        embedder = drawing.embedder
+        _, start, negative, _ = embedder.prepare([(first, seed)], drawing.options)
         drawing.tell_of_cut(first)
         if isinstance(second, str):
-            end, nearest, other = drawing.embed(second, _noise(seed)), second, second
+            end, nearest, other = embedder.embed([second], [_noise(seed)]), second, second
             drawing.tell_of_cut(second)
         else:
-            end, nearest, other = drawing.embedder.image_tower.encode([second]).embeds.to(start), "", "an image"
+            end, nearest, other = embedder.image_tower.encode([second]).embeds.to(start), "", "an image"
         for weight in weights:
             # some decoders read the prompt beside the embedding: the nearer one
             beside = first if weight <= 0.5 else nearest
-            image = drawing.draw(beside, torch.lerp(start, end, weight), _noise(seed))
+            image = drawing.draw([beside], torch.lerp(start, end, weight), negative, [_noise(seed)])
             path = drawing.write(image, seed, {"blend": {"second": other, "share": weight}})
             report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
 
@@ -162,7 +161,7 @@ class _Drawing:
         self.models, self.count, self.total, self.report = models, count, count + others, report
         report(Progress("Loading the models"))
         self.card, self.source = find_models(config)
-        self.options = sampling(config, self.source)
+        self.options = self.source.sampling(config)
         self.embedder, self.decoder = models.embedder(self.card, self.source), models.decoder(self.source)
         self.drawn, self.began, self.place = 0, time.monotonic(), "images"
 
@@ -171,18 +170,13 @@ class _Drawing:
         if said := self.embedder.cut(prompt):
             self.report(Note(said))
 
-    def embed(self, prompt: str, generator: torch.Generator) -> Tensor:
-        return self.embedder.embed([prompt], [generator])
-
     def of_prompt(self, prompt: str, seed: int) -> Image.Image:
-        """One image of a prompt: the noise of an adapter that samples, then the decoder's, from one generator."""
-        generator = _noise(seed)
-        return self.draw(prompt, self.embed(prompt, generator), generator)
+        """One image of a prompt."""
+        return self.draw(*self.embedder.prepare([(prompt, seed)], self.options))
 
-    def draw(self, prompt: str, embeds: Tensor, generator: torch.Generator) -> Image.Image:
-        """One image, with a report at every step."""
-        negative = self.embedder.negative(self.options)
-        (image,) = self.decoder.draw([prompt], embeds, negative, [generator], self.options, self._stepped)
+    def draw(self, *prepared: Any) -> Image.Image:
+        """One image of what `PromptEmbedder.prepare` gives, with a report at every step."""
+        (image,) = self.decoder.draw(*prepared, self.options, self._stepped)
         self.drawn += 1
         return image
 

@@ -20,7 +20,7 @@ from csdiff.evaluation.data import read_pairs, training_store
 from csdiff.evaluation.evaluate import TRAIN_ROWS
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource, find_models
-from csdiff.pipelines.decoding import load_decoder
+from csdiff.pipelines.decoding import Decoder, load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder
 from csdiff.resources import assets_dir
 
@@ -81,22 +81,23 @@ class Models:
             decoder=(decoder or "").strip() or self.config.decoder,
             device=self.config.device,
             dtype=self.config.dtype,
+            offload=self.config.offload,
+            progress=False,
             **settings,
         )
 
     def embedder(self, card: AdapterCard | None, source: DecoderSource) -> PromptEmbedder:
         """Text encoder and adapter."""
-        dtype = source.dtype(self.config.dtype, self.device)
-        return self._keep("embedder", (_state(card), source), lambda: PromptEmbedder(card, source, self.device, dtype))
+        options, key = self.options(), (_state(card), source)
+        return self._keep("embedder", key, lambda: PromptEmbedder(card, source, options, self.device))
 
-    def decoder(self, source: DecoderSource):
-        """The decoder of `csdiff.pipelines.decoding`."""
-        options = (self.device, source.dtype(self.config.dtype, self.device), self.config.offload, False)
-        return self._keep("decoder", source, lambda: load_decoder(source, *options))
+    def decoder(self, source: DecoderSource) -> Decoder:
+        """The decoder, loaded."""
+        return self._keep("decoder", source, lambda: load_decoder(source, self.options(), self.device))
 
     def ridge(self, card: AdapterCard | None, source: DecoderSource) -> tuple[LinearAdapter, str]:
         """The ridge map of `fitted_maps`, and what it was fitted to; a CSDiffError where there is none."""
-        known = {f"{side}_encoder": source.encoder(side) for side in ("text", "image")}
+        known = {"text_encoder": source.text_encoder, "image_encoder": source.image_encoder}
         known |= {name: record for name, record in (card.metadata if card else {}).items() if record}
         maps, fitted_to = self._keep("maps", (_state(card), source), lambda: fitted_maps(card, known))
         if not maps:

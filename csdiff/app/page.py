@@ -24,7 +24,7 @@ from csdiff.app.models import RAW_TEXT, SHIPPED, Models
 from csdiff.app.press import ASIDE, PRIVATE, Report, press, status
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import PRESETS, find_models, resolve_decoder
-from csdiff.pipelines.generate import read_settings, redraw_command, sampling
+from csdiff.pipelines.generate import read_settings, redraw_command
 
 MOST = {"seed": LARGEST_SEED, "steps": 200, "guidance": 30.0}
 LONGEST_PROMPT = 2000
@@ -97,7 +97,7 @@ class ModelChoice:
 def sampling_of(models: Models, decoder: str | None) -> tuple[int, float]:
     """Steps and guidance that a decoder is made for, as far as the sliders go."""
     options = models.options(decoder=decoder)
-    options = sampling(options, resolve_decoder(options.decoder))
+    options = resolve_decoder(options.decoder).sampling(options)
     return min(options.steps, MOST["steps"]), min(max(options.guidance, 1.0), MOST["guidance"])
 
 

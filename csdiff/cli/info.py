@@ -234,7 +234,7 @@ class _Look:
                 "hand_over": source.hand_over,
                 "embedding_dim": source.embedding_dim,
                 "preset": source.name or None,
-                "image_encoder": (source.encoder("image") or {}).get("id"),
+                "image_encoder": (source.image_encoder or {}).get("id"),
                 "sampling": {"steps": source.steps, "guidance": source.guidance},
             }
         metadata = self.json(folder / "csdiff.json")
@@ -272,7 +272,7 @@ def decoders(adapter: dict) -> dict[str, str]:
     verdicts = {}
     for name, preset in PRESETS.items():
         decoder = resolve_decoder(name) if preset.embedding_dim is None else preset
-        found = compare_encoders(decoder.encoder("image"), adapter.get("image_encoder"), "image")
+        found = compare_encoders(decoder.image_encoder, adapter.get("image_encoder"), "image")
         words = {"same": "fits", "different": f"no: another image encoder: {found.reason}"}
         verdicts[name] = words.get(found.verdict, f"perhaps: {found.reason}")
         if adapter["embedding_dim"] != decoder.embedding_dim:

@@ -36,7 +36,7 @@ from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import load_decoder
 from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
-from csdiff.pipelines.generate import check_output_folder, read_prompts, sampling
+from csdiff.pipelines.generate import check_output_folder, read_prompts
 
 SHOWN = 16
 """Prompts on the contact sheet."""
@@ -60,12 +60,13 @@ class PictureRun:
                 "the pictures it was made from."
             )
         self.decoder = resolve_decoder(config.decoder)
-        self.dtype = self.decoder.dtype("auto", self.device)
         for card in cards.values():
             check_pairing(card, self.decoder)
         check_output_folder(config.output)
-        size = {"height": config.size, "width": config.size}
-        self.options = sampling(GenerateConfig(steps=config.steps, guidance=config.guidance, **size), self.decoder)
+        asked = {"steps": config.steps, "guidance": config.guidance, "batch_size": config.batch_size}
+        drawing = GenerateConfig(**asked, height=config.size, width=config.size, progress=False)
+        self.options = self.decoder.sampling(drawing)
+        self.dtype = self.decoder.dtype(self.options.dtype, self.device)
         self.sampling = {
             "decoder": _decoder_record(self.decoder),
             "size": config.size,
@@ -208,7 +209,7 @@ class PictureRun:
         prompts, negative = [self.prompts[row] for row in self.rows], None
         for name, card in self.cards.items():
             if name in missing or card is self.first:
-                embedder = PromptEmbedder(card, self.decoder, self.device, self.dtype)
+                embedder = PromptEmbedder(card, self.decoder, self.options, self.device)
                 # Not the decoder's numbers again.
                 embedded[name] = embedder.embed(prompts, [_noise(file, 1) for file in self.files])
             if card is self.first:
@@ -216,23 +217,17 @@ class PictureRun:
                 negative = embedder.negative(self.options)
         if any(name in self.baselines for name in missing):
             embedded |= self._baselines()
-        decoder = load_decoder(self.decoder, self.device, self.dtype, offload=False, progress=False)
+        decoder = load_decoder(self.decoder, self.options, self.device)
         for name, places in missing.items():
             folders[name].mkdir(parents=True, exist_ok=True)
             write_json(folders[name] / "settings.json", self._settings(name))
-            batches = places.split(self.config.batch_size)
-            for batch in tqdm(batches, f"drawing {name}", disable=not self.config.progress):
-                files = [self.files[place] for place in batch]
-                drawn = decoder.draw(
-                    [prompts[place] for place in batch],
-                    embedded[name][batch],
-                    negative,
-                    [_noise(file) for file in files],
-                    self.options,
-                )
-                for file, picture in zip(files, drawn, strict=True):
-                    with writing(folders[name] / file, "wb") as opened:
-                        picture.save(opened, format="PNG")
+            files = [self.files[place] for place in places]
+            asked, noise = [prompts[place] for place in places], [_noise(file) for file in files]
+            drawn = decoder.draw(asked, embedded[name][places], negative, noise, self.options)
+            drawn = tqdm(drawn, f"drawing {name}", len(files), disable=not self.config.progress)
+            for file, picture in zip(files, drawn, strict=True):
+                with writing(folders[name] / file, "wb") as opened:
+                    picture.save(opened, format="PNG")
 
     def _settings(self, name: str) -> dict:
         """Everything that decides the pictures of an adapter or a baseline, but prompt and seed."""
@@ -250,13 +245,13 @@ class PictureRun:
         negative = None
         if self.options.guidance > 1 and self.decoder.hand_over == "kandinsky":
             # The image encoder behind the default negative.
-            known = self.decoder.encoder("image") or self.first.metadata.get("image_encoder") or {}
+            known = self.decoder.image_encoder or self.first.metadata.get("image_encoder") or {}
             negative = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
         return {**made_by, **self.sampling, "negative": negative, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _encoders(self) -> tuple[dict, dict]:
         """The text and the image encoder of the baselines."""
-        image = self.first.metadata.get("image_encoder") or self.decoder.encoder("image")
+        image = self.first.metadata.get("image_encoder") or self.decoder.image_encoder
         of = f"the adapter {self.first.path}"
         return known_text_encoder(self.first, self.decoder), find_encoder(image, "image", of=of)
 

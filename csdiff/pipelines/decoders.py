@@ -77,9 +77,21 @@ class DecoderSource:
     recipe: str = ""
     class_name: str = ""
 
-    def encoder(self, tower: str) -> dict | None:
-        """What is known of its "text" or "image" encoder."""
-        return getattr(self, f"{tower}_encoder")
+    def sampling(self, config: GenerateConfig) -> GenerateConfig:
+        """The options with steps and guidance: as asked for, else what it is made for.
+
+        Raises:
+            CSDiffError: an option that it does not read.
+        """
+        if self.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and config.true_cfg <= 1:
+            raise CSDiffError(
+                "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both."
+            )
+        if self.hand_over == "unclip" and (config.negative_prompt is not None or config.height or config.width):
+            raise CSDiffError("Karlo takes no negative prompt, height or width; leave these options out.")
+        steps = self.steps if config.steps is None else config.steps
+        guidance = self.guidance if config.guidance is None else config.guidance
+        return replace(config, steps=steps, guidance=float(guidance))
 
     def dtype(self, name: str, device: torch.device) -> torch.dtype:
         """The number format of an option's name; "auto" is float16 on CUDA (FLUX.1: bfloat16), else float32."""
@@ -135,6 +147,16 @@ PRESETS = {
 """The published decoders that have a name here."""
 # The IP-Adapter of a folder for which none is named.
 _USUAL = {"StableDiffusionPipeline": SD15_IP_ADAPTER, "StableDiffusionXLPipeline": SDXL_IP_ADAPTER}
+
+
+def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSource]:
+    """The adapter's card (None for the raw text embedding) and the decoder of a drawing, which must fit each other."""
+    decoder = resolve_decoder(config.decoder, config.ip_adapter)
+    if config.adapter == "none":
+        return None, decoder
+    card = read_adapter_card(config.adapter or assets_dir() / "adapter")
+    check_pairing(card, decoder)
+    return card, decoder
 
 
 def resolve_decoder(decoder: str | os.PathLike, ip_adapter: str | os.PathLike | None = None) -> DecoderSource:
@@ -249,16 +271,6 @@ def _ip_adapter_dim(weights: tuple[str, str, str], hand_over: str) -> int:
     return header[_PROJECTIONS[found]][1][1]
 
 
-def find_models(config: GenerateConfig) -> tuple[AdapterCard | None, DecoderSource]:
-    """The adapter's card (None for the raw text embedding) and the decoder of a drawing, which must fit each other."""
-    decoder = resolve_decoder(config.decoder, config.ip_adapter)
-    if config.adapter == "none":
-        return None, decoder
-    card = read_adapter_card(config.adapter or assets_dir() / "adapter")
-    check_pairing(card, decoder)
-    return card, decoder
-
-
 def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
     """Refuses an adapter of unit-norm embeddings, another width, or another image encoder than the decoder's."""
     if card.metadata.get("normalized"):
@@ -266,7 +278,7 @@ def check_pairing(card: AdapterCard, decoder: DecoderSource) -> None:
             f"adapter: {card.path} was trained on unit-norm embeddings, for retrieval; decoders want raw ones. "
             "Train on a store that kept the norms."
         )
-    image = (decoder.embedding_dim, decoder.encoder("image"))
+    image = (decoder.embedding_dim, decoder.image_encoder)
     check_encoders(card.config, card.metadata, f"the decoder {decoder.source}", image=image)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -23,6 +23,44 @@ from csdiff.pipelines.scheduler import EmbeddingPrior, OneShotScheduler
 OnStep = Callable[[int, int, Callable[[], Image.Image | None]], None]
 """Called after a step with its number from 1, the number of all, and what draws the image as it is now (None where the
 pipeline shows nothing before the end). What it raises ends the drawing."""
+
+
+def load_decoder(source: DecoderSource, options: GenerateConfig, device: torch.device) -> Decoder:
+    """Loads a decoder onto a device, as `dtype`, `offload` and `progress` of the options say.
+
+    Raises:
+        CSDiffError: offloading without a GPU, or weights in PyTorch's own format.
+        OSError: files are missing or broken.
+    """
+    if options.offload and device.type == "cpu":
+        raise CSDiffError("offload needs a GPU, found the device cpu; leave --offload out.")
+    # diffusers shows loading bars, notices of types, and errors that are raised as well
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        decoder = _DECODERS[source.hand_over](source, source.dtype(options.dtype, device))
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        load, repo = "from csdiff.pipelines import load_karlo; load_karlo(repo=", repr(source.source)
+        if source.hand_over != "unclip":
+            load = "from diffusers import DiffusionPipeline as P; P.from_pretrained("
+        raise CSDiffError(
+            f"decoder: expected safetensors in {source.source}, a part has none ({' '.join(str(error).split())}); "
+            "weights in PyTorch's own format are pickles and not read here; if you trust them, convert them with "
+            f"python -c \"{load}{repo}, use_safetensors=False).save_pretrained('DIR')\" and give --decoder DIR."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    # None: a bar on a terminal, nothing in a log file.
+    decoder.pipe.set_progress_bar_config(disable=None if options.progress else True, leave=False)
+    if options.offload:
+        decoder.pipe.enable_model_cpu_offload(device=device)
+    else:
+        decoder.pipe.to(device)
+    return decoder
 
 
 class Decoder:
@@ -61,43 +99,43 @@ class Decoder:
 
     def draw(
         self,
-        prompts: list[str],
+        prompts: Sequence[str],
         image_embeds: Tensor,
         negative: Tensor | None,
-        generators: list[torch.Generator],
+        generators: Sequence[torch.Generator],
         options: GenerateConfig,
         on_step: OnStep | None = None,
-    ) -> list[Image.Image]:
-        """Draws B images.
+    ) -> Iterator[Image.Image]:
+        """Draws N images, `batch_size` at once.
 
         Args:
-            prompts: B texts, for decoders that also read them.
-            image_embeds: `(B, D)` raw image embeddings.
+            prompts: N texts, for decoders that also read them.
+            image_embeds: `(N, D)` raw image embeddings.
             negative: `(1, D)`, the embedding of what none should show; None for the decoder's own.
-            generators: B generators of the noise.
-            options: Of these `sampling` (filled), the negative prompt, the size and `true_cfg`; None leaves a size to
-                the pipeline.
+            generators: N generators of the noise.
+            options: Of these `DecoderSource.sampling` (filled), the negative prompt, the size (None leaves it to the
+                pipeline), `true_cfg` and `batch_size`.
             on_step: See `OnStep`; a preview shows the first image of the call.
 
         Raises:
             CSDiffError: an image is not finite; names the weights that are not, if there are such.
         """
-        size = 1 if self.one_by_one else len(prompts)
-        images, calls = [], len(prompts) // size
-        for call in range(calls):
+        size = 1 if self.one_by_one else options.batch_size
+        calls = range(0, len(prompts), size)
+        for call, start in enumerate(calls):
 
             def report(step: int, latents: Tensor | None, call: int = call) -> None:
                 if on_step is not None:
                     done = call * options.steps + min(step, options.steps)
-                    on_step(done, calls * options.steps, lambda: self._preview(latents, options))
+                    on_step(done, len(calls) * options.steps, lambda: self._preview(latents, options))
 
-            rows = slice(call * size, (call + 1) * size)
+            rows = slice(start, start + size)
             arguments = self._arguments(prompts[rows], image_embeds[rows], negative, options) | self._callback(report)
-            images.extend(self.pipe(**arguments, generator=generators[rows], output_type="np").images)
-        for prompt, image in zip(prompts, images, strict=True):
-            if not np.isfinite(image).all():
-                raise CSDiffError(self._why_not_finite(prompt))
-        return self.pipe.numpy_to_pil(np.stack(images))
+            images = self.pipe(**arguments, generator=generators[rows], output_type="np").images
+            for prompt, image in zip(prompts[rows], images, strict=True):
+                if not np.isfinite(image).all():
+                    raise CSDiffError(self._why_not_finite(prompt))
+            yield from self.pipe.numpy_to_pil(images)
 
     def _callback(self, report: Callable[[int, Tensor | None], None]) -> dict[str, Any]:
         """Arguments that have the pipeline call `report(step, latents)` after each step."""
@@ -182,8 +220,6 @@ class UnCLIPDecoder(Decoder):
         return load_karlo(prior=prior, prior_scheduler=OneShotScheduler(), repo=self.source.source, dtype=self.dtype)
 
     def _arguments(self, prompts, image_embeds, negative, options):
-        if options.negative_prompt is not None or options.height or options.width:
-            raise CSDiffError("Karlo takes no negative prompt, height or width; leave these options out.")
         self.pipe.prior.image_embeds = image_embeds
         return {
             "prompt": prompts,
@@ -243,43 +279,3 @@ _DECODERS = {
     "ip-adapter": IPAdapterDecoder,
     "flux-ip-adapter": FluxDecoder,
 }
-
-
-def load_decoder(
-    source: DecoderSource, device: torch.device, dtype: torch.dtype, offload: bool, progress: bool
-) -> Decoder:
-    """Loads a decoder onto a device.
-
-    Raises:
-        CSDiffError: offloading without a GPU, or weights in PyTorch's own format.
-        OSError: files are missing or broken.
-    """
-    if offload and device.type == "cpu":
-        raise CSDiffError("offload needs a GPU, found the device cpu; leave --offload out.")
-    # diffusers shows loading bars, notices of types, and errors that are raised as well
-    verbosity = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        decoder = _DECODERS[source.hand_over](source, dtype)
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        load, repo = "from csdiff.pipelines import load_karlo; load_karlo(repo=", repr(source.source)
-        if source.hand_over != "unclip":
-            load = "from diffusers import DiffusionPipeline as P; P.from_pretrained("
-        raise CSDiffError(
-            f"decoder: expected safetensors in {source.source}, a part has none ({' '.join(str(error).split())}); "
-            "weights in PyTorch's own format are pickles and not read here; if you trust them, convert them with "
-            f"python -c \"{load}{repo}, use_safetensors=False).save_pretrained('DIR')\" and give --decoder DIR."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-    # None: a bar on a terminal, nothing in a log file.
-    decoder.pipe.set_progress_bar_config(disable=None if progress else True, leave=False)
-    if offload:
-        decoder.pipe.enable_model_cpu_offload(device=device)
-    else:
-        decoder.pipe.to(device)
-    return decoder

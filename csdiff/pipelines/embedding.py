@@ -21,31 +21,15 @@ from csdiff.pipelines.decoders import AdapterCard, DecoderSource
 logger = logging.getLogger(__name__)
 
 
-def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: str | None = None) -> dict:
-    """Where the text encoder is that the adapter names, else the decoder's; the one given must be the same."""
-    known = (card.metadata.get("text_encoder") if card else None) or decoder.encoder("text")
-    return find_encoder(known, "text", given, f"the adapter {card.path}" if card else f"the decoder {decoder.source}")
-
-
-def text_encoder_options(encoder: dict, metadata: dict) -> dict:
-    """`revision`, `pooling` and `max_length` with which `load_text_encoder` encodes as the training of an adapter did.
-
-    `encoder` is what is known of the encoder, `{"id", "revision", "pooling", ...}`, `metadata` the adapter's record.
-    """
-    cut = (metadata.get("tokenizer") or {}).get("max_length")
-    return {"revision": encoder.get("revision"), "pooling": encoder.get("pooling"), "max_length": cut}
-
-
 class PromptEmbedder:
     """Text encoder and adapter, loaded: prompts to raw image embeddings.
 
     Args:
         card: The adapter; None hands on the raw text embedding.
         decoder: The decoder the embeddings are for.
+        options: Of these the number format of the encoders (the adapter computes in float32), and where they are, if
+            not where the adapter says.
         device: Where the models run.
-        dtype: Of the encoders; the adapter computes in float32.
-        text_encoder: Where the text encoder is, if not where the adapter says.
-        image_encoder: The same for the image encoder.
 
     Attributes:
         text_encoder: Id, revision and hash of the text encoder.
@@ -57,23 +41,17 @@ class PromptEmbedder:
     """
 
     def __init__(
-        self,
-        card: AdapterCard | None,
-        decoder: DecoderSource,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        text_encoder: str | None = None,
-        image_encoder: str | None = None,
+        self, card: AdapterCard | None, decoder: DecoderSource, options: GenerateConfig, device: torch.device
     ):
-        self.decoder, self.device, self.dtype, self.adapter = decoder, device, dtype, None
+        self.decoder, self.device, self.adapter = decoder, device, None
+        self.dtype = decoder.dtype(options.dtype, device)
         metadata = card.metadata if card else {}
         self.image_encoder = decoder.image_encoder or metadata.get("image_encoder")
-        if image_encoder is not None:
-            self.image_encoder = find_encoder(self.image_encoder, "image", image_encoder, "the adapter")
-        known = known_text_encoder(card, decoder, text_encoder)
+        if options.image_encoder is not None:
+            self.image_encoder = find_encoder(self.image_encoder, "image", options.image_encoder, "the adapter")
+        known = known_text_encoder(card, decoder, options.text_encoder)
         self.text_encoder = {key: known.get(key) for key in ("id", "revision", "weights_sha256")}
-        self.encoder = load_text_encoder(known["id"], device, dtype, **text_encoder_options(known, metadata))
+        self.encoder = load_text_encoder(known["id"], device, self.dtype, **text_encoder_options(known, metadata))
         if card is None:
             if self.encoder.dim != decoder.embedding_dim:
                 raise CSDiffError(
@@ -82,11 +60,30 @@ class PromptEmbedder:
                 )
             return
         # A commit of a hub repository cannot change; a folder can.
-        if text_encoder is None and known.get("weights_sha256") and not known.get("revision"):
+        if options.text_encoder is None and known.get("weights_sha256") and not known.get("revision"):
             check_same_encoder(known, self.encoder.describe(), "text", "the adapter", f"the folder {known['id']} now")
         # LoRA wraps layers of the encoder in place: what it encodes is then adapted.
-        options = {"base_model": self.encoder.model} if card.kind == "LoRAAdapter" else {}
-        self.adapter = AutoAdapter.from_pretrained(card.path, **options).to(device).eval()
+        base = {"base_model": self.encoder.model} if card.kind == "LoRAAdapter" else {}
+        self.adapter = AutoAdapter.from_pretrained(card.path, **base).to(device).eval()
+
+    def prepare(
+        self, images: Sequence[tuple[str, int]], options: GenerateConfig
+    ) -> tuple[list[str], Tensor, Tensor | None, list[torch.Generator]]:
+        """What `Decoder.draw` draws N images from, each given by its prompt and its seed.
+
+        Returns:
+            Prompts, image embeddings `(N, D)`, the negative, and generators of the noise.
+
+        Raises:
+            CSDiffError: as `embed` and `negative`.
+        """
+        prompts = [prompt for prompt, _ in images]
+        # One generator an image, so that its noise does not depend on what else is drawn.
+        generators = noise = [torch.Generator("cpu").manual_seed(seed) for _, seed in images]
+        if options.spread and not self.samples:
+            # The noise of the decoder stays what it is without spread.
+            noise = [torch.Generator("cpu").manual_seed(2**63 - 1 - seed) for _, seed in images]
+        return prompts, self.embed(prompts, noise, options.spread), self.negative(options), generators
 
     @property
     def samples(self) -> bool:
@@ -111,16 +108,18 @@ class PromptEmbedder:
         """
         if spread and self.adapter is None:
             raise CSDiffError("spread: the raw text embedding has no whitened space to draw in; leave --spread out.")
-        rows = []
+        rows, before = [], None
         for row, prompt in enumerate(prompts):
-            if said := self.cut(prompt):
-                logger.warning(said)
-            text = self.encoder.encode([prompt])
+            # Images of one prompt are neighbours.
+            if prompt != before:
+                if said := self.cut(prompt):
+                    logger.warning(said)
+                text, before = self.encoder.encode([prompt]), prompt
             embeds = text.embeds
             if self.adapter is not None:
-                options = {"generator": generators[row]} if generators and (self.samples or spread) else {}
-                options |= {"spread": spread} if spread else {}
-                embeds = self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **options)
+                noise = {"generator": generators[row]} if generators and (self.samples or spread) else {}
+                noise |= {"spread": spread} if spread else {}
+                embeds = self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **noise)
             cure = "the adapter was trained on too little data or has diverged, train it again"
             if self.adapter is None:
                 cure = f"copy the text encoder {self.text_encoder['id']} again"
@@ -171,6 +170,21 @@ class PromptEmbedder:
             f"The prompt {prompt[:60]!r} has {length} tokens, the text encoder reads {limit}; this end is cut off: "
             f"{end if len(end) <= 60 else end[:60] + '...'!r}"
         )
+
+
+def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: str | None = None) -> dict:
+    """Where the text encoder is that the adapter names, else the decoder's; the one given must be the same."""
+    known = (card.metadata.get("text_encoder") if card else None) or decoder.text_encoder
+    return find_encoder(known, "text", given, f"the adapter {card.path}" if card else f"the decoder {decoder.source}")
+
+
+def text_encoder_options(encoder: dict, metadata: dict) -> dict:
+    """`revision`, `pooling` and `max_length` with which `load_text_encoder` encodes as the training of an adapter did.
+
+    `encoder` is what is known of the encoder, `{"id", "revision", "pooling", ...}`, `metadata` the adapter's record.
+    """
+    cut = (metadata.get("tokenizer") or {}).get("max_length")
+    return {"revision": encoder.get("revision"), "pooling": encoder.get("pooling"), "max_length": cut}
 
 
 def _check_finite(embeds: Tensor, what: str, cure: str) -> None:

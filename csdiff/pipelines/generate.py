@@ -27,7 +27,7 @@ from csdiff.errors import CSDiffError
 from csdiff.files import write_json, writing
 from csdiff.options import check_options
 from csdiff.pipelines.config import GenerateConfig
-from csdiff.pipelines.decoders import DecoderSource, find_models
+from csdiff.pipelines.decoders import find_models
 
 if TYPE_CHECKING:
     from csdiff.pipelines.decoding import OnStep
@@ -45,7 +45,7 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
     Args:
         config: The options.
-        on_step: Called after each denoising step of each batch, see `decoding.OnStep`.
+        on_step: Called after each denoising step, see `decoding.OnStep`.
 
     Returns:
         Paths of the PNGs: prompt by prompt, seed by seed, and the grid last when there is one.
@@ -57,11 +57,8 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     config = check_config(config)
     prompts = read_prompts(config)
     folder = check_output_folder(config.output)
-    card, decoder = find_models(config)
-    if decoder.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and config.true_cfg <= 1:
-        raise CSDiffError(
-            "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both."
-        )
+    card, source = find_models(config)
+    options = source.sampling(config)
 
     import diffusers
     import torch
@@ -71,50 +68,35 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
     from csdiff.pipelines.decoding import load_decoder
     from csdiff.pipelines.embedding import PromptEmbedder
 
-    options = sampling(config, decoder)
     device = choose_device(config.device)
-    dtype = decoder.dtype(config.dtype, device)
-    embedder = PromptEmbedder(
-        card, decoder, device, dtype, text_encoder=config.text_encoder, image_encoder=config.image_encoder
-    )
     jobs = [(prompt, config.seed + index) for prompt in prompts for index in range(config.num_images)]
-    # One generator an image, so that its noise does not depend on what else is drawn.
-    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
-    if embedder.samples or config.spread:
-        # The noise of the decoder stays what it is without spread.
-        own = [torch.Generator("cpu").manual_seed(2**63 - 1 - seed) for _, seed in jobs]
-        noise = generators if embedder.samples else own
-        image_embeds = embedder.embed([prompt for prompt, _ in jobs], noise, config.spread)
-    else:
-        image_embeds = embedder.embed(prompts).repeat_interleave(config.num_images, dim=0)
-    negative = embedder.negative(options)
+    embedder = PromptEmbedder(card, source, options, device)
+    prepared = embedder.prepare(jobs, options)
     text_encoder = embedder.text_encoder
+    # There is room for one of the two on a small GPU.
     del embedder
+    decoder = load_decoder(source, options, device)
 
-    drawing = load_decoder(decoder, device, dtype, config.offload, config.progress)
     versions = {module.__name__: str(module.__version__) for module in (csdiff, torch, diffusers, transformers)}
     settings = {
         # As they were asked for: of the shipped ones no place on this machine.
         "adapter": {"folder": config.adapter, "class": card.kind, "sha256": card.sha256} if card else "none",
         "text_encoder": text_encoder,
-        "decoder": {"source": config.decoder, "class": decoder.class_name, "ip_adapter": decoder.ip_adapter},
+        "decoder": {"source": config.decoder, "class": source.class_name, "ip_adapter": source.ip_adapter},
         **{name: getattr(options, name) for name in _RECORDED},
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},
     }
     paths, images = [], []
-    for start in range(0, len(jobs), config.batch_size):
-        rows = slice(start, start + config.batch_size)
-        batch = jobs[rows]
-        texts = [prompt for prompt, _ in batch]
-        drawn = drawing.draw(texts, image_embeds[rows], negative, generators[rows], options, on_step)
-        command = redraw_command(config, prompts, batch)
-        for (prompt, seed), image in zip(batch, drawn, strict=True):
-            own = {"prompt": prompt, "seed": seed, "command": command, "height": image.height, "width": image.width}
-            paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **settings}))
-            images.append(image)
+    for index, image in enumerate(decoder.draw(*prepared, options, on_step)):
+        prompt, seed = jobs[index]
+        start = index - index % config.batch_size
+        command = redraw_command(config, prompts, jobs[start : start + config.batch_size])
+        own = {"prompt": prompt, "seed": seed, "command": command, "height": image.height, "width": image.width}
+        paths.append(write_picture(folder, picture_name(prompt, seed), image, {**own, **settings}))
+        images.append(image)
     if config.grid and len(images) > 1:
         columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else ceil(sqrt(len(images)))
         paths.append(write_grid(folder, images, columns))
@@ -122,17 +104,15 @@ def generate(config: GenerateConfig, on_step: OnStep | None = None) -> list[Path
 
 
 def check_config(config: GenerateConfig) -> GenerateConfig:
-    """The options with a single prompt as a list, whole characters and places as text, checked."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    places = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
-    prompt = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
-    config = replace(config, prompt=prompt, **places)
+    """A checked copy of the options, with a single prompt as a list, whole characters and places as text."""
+    config = replace(config, prompt=[config.prompt] if isinstance(config.prompt, str) else list(config.prompt))
     check_options(config)
+    config.prompt = [well_formed(prompt) for prompt in config.prompt]
     if config.negative_prompt is not None:
         config.negative_prompt = well_formed(config.negative_prompt)
     for name in ("height", "width"):
-        if (values[name] or 0) % 8:
-            raise CSDiffError(f"{name}: expected a multiple of 8 pixels, found {values[name]}.")
+        if (getattr(config, name) or 0) % 8:
+            raise CSDiffError(f"{name}: expected a multiple of 8 pixels, found {getattr(config, name)}.")
     return config
 
 
@@ -156,14 +136,21 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     for index, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise CSDiffError(f"Prompt {index} of {len(prompts)} is empty: expected text to draw, found {prompt!r}.")
-    return [well_formed(prompt) for prompt in prompts]
+    return prompts
 
 
-def sampling(config: GenerateConfig, decoder: DecoderSource) -> GenerateConfig:
-    """The options with steps and guidance: as asked for, else what the decoder is made for."""
-    steps = decoder.steps if config.steps is None else config.steps
-    guidance = decoder.guidance if config.guidance is None else config.guidance
-    return replace(config, steps=steps, guidance=float(guidance))
+def check_output_folder(output: str | os.PathLike) -> Path:
+    """Refuses a folder that could not be written, without making it."""
+    folder = Path(output)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        # Permission bits do not tell of read-only disks and special folders.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise CSDiffError(
+            f"output: {folder} cannot be written ({error.strerror} in {existing}); give another --output."
+        ) from error
+    return folder
 
 
 def redraw_command(config: GenerateConfig, prompts: list[str], batch: Sequence[tuple[str, int]]) -> str:
@@ -183,20 +170,6 @@ def redraw_command(config: GenerateConfig, prompts: list[str], batch: Sequence[t
         if field.name in ("seed", "decoder") or value != getattr(defaults, field.name):
             words += [f"--{field.name}", str(value)]
     return shlex.join(["csdiff", "generate", *words])
-
-
-def check_output_folder(output: str | os.PathLike) -> Path:
-    """Refuses a folder that could not be written, without making it."""
-    folder = Path(output)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        # Permission bits do not tell of read-only disks and special folders.
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise CSDiffError(
-            f"output: {folder} cannot be written ({error.strerror} in {existing}); give another --output."
-        ) from error
-    return folder
 
 
 def picture_name(prompt: str, seed: int) -> str:
@@ -227,14 +200,14 @@ def write_picture(folder: Path, name: str, image: Image.Image, settings: dict[st
 
 
 def write_grid(folder: Path, images: list[Image.Image], columns: int) -> Path:
-    """Writes `grid.png`, the images row by row, and returns its path."""
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    sheet = Image.new("RGB", (columns * width, ceil(len(images) / columns) * height), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * width, index // columns * height))
+    """Writes `grid.png`, the images of one size row by row, and returns its path."""
+    from diffusers.utils import make_image_grid
+
+    rows = ceil(len(images) / columns)
+    blank = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
     path = folder / "grid.png"
     with writing(path, "wb") as file:
-        sheet.save(file, format="PNG")
+        make_image_grid(images + blank, rows, columns).save(file, format="PNG")
     return path
 
 

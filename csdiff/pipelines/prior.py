@@ -250,13 +250,7 @@ class CSDiffPriorPipeline(KandinskyV22PriorPipeline):
 def load_encoders(
     metadata: dict, of: str, dtype: torch.dtype | None, towers: Sequence[Tower] = ("text", "image")
 ) -> dict:
-    """The encoders that an adapter's `csdiff.json` names, as parts of a pipeline by name.
-
-    Args:
-        metadata: The content of the `csdiff.json`.
-        of: Where it is from, for the message.
-        dtype: Number format of the encoders.
-        towers: Which of them.
+    """The encoders that an adapter's `csdiff.json` (`metadata`, from `of`) names, as parts of a pipeline by name.
 
     Raises:
         CSDiffError: an encoder that is not named, not there, or without a CLIP projection.

@@ -137,11 +137,12 @@ def test_the_cards_that_ship_are_up_to_date_and_draw(name, root, monkeypatch, tm
     assert card == model_card(adapter, adapter.metadata)
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert 'from_pretrained(snapshot_download("a/b"))' in model_card(adapter, adapter.metadata, "a/b")
-    code = next(code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "apple.png" in code)
+    codes = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-2:]
     (tmp_path / "here").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("steps=25", "steps=1").replace('(".")', '("here")'), {})
-    assert (tmp_path / "apple.png").is_file()
+    for code in codes:
+        exec(code.replace('"."', '"here"', 1).replace("output=", "steps=1, output="), {})
+    assert (tmp_path / "a-red-apple-0.png").is_file()
 
 
 def test_model_card_has_licence_metrics_and_code_that_runs(adapter, tmp_path, monkeypatch, capsys):
