@@ -29,10 +29,9 @@ from csdiff.embeddings import EmbeddingStore
 from csdiff.losses import build_objective
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs
-from csdiff.training.gradient_cache import split
 from csdiff.training.inputs import Inputs
 from csdiff.training.model import Embedder
-from csdiff.training.task import AlignmentTask
+from csdiff.training.task import AlignmentTask, split
 
 
 def plain_store(folder: Path, rows: int, dim: int) -> EmbeddingStore:

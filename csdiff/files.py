@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,7 +64,6 @@ def writing(path: Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole."""
     with writing(path) as file:
         file.write(text)
 
@@ -151,31 +150,22 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         CSDiffError: if another process holds it.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", blocking=False)
     try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are not noticed.
+        lock.acquire()
+    except Timeout:
+        raise CSDiffError(f"{folder}: another process is writing {what} there; wait for it or stop it.") from None
+    except OSError:  # A file system without locks.
+        pass
+    try:
         yield
-        return
-    path, held = folder / ".lock", False
-    with ExitStack() as stack:
-        while not held:
-            file = stack.enter_context(path.open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CSDiffError(
-                    f"{folder}: another process is writing {what} there; wait for it or stop it."
-                ) from None
-            except OSError:  # A file system without locks.
-                break
-            # The one before may have removed the file between our two calls.
-            with suppress(FileNotFoundError):
-                held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+    finally:
+        # While it is held: whoever opened it meanwhile sees that its name has gone.
+        with suppress(OSError):
+            (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def disk_full(error: BaseException) -> bool:

@@ -34,8 +34,8 @@ Steps = restricted_number_type("Steps", int, [(">=", 1), ("<=", 1000)], docstrin
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)], docstring="A whole number from 0 to 65535.")
 NonEmpty = restricted_string_type("NonEmpty", r"^.*\S.*$", docstring="Text that is not blank.")
 # Any text; jsonargparse wants two types to have two patterns.
-Place = restricted_string_type("Place", r"(?s)^.*$", docstring="A file or folder.")
-NameOrPlace = restricted_string_type("NameOrPlace", r"(?s).*", docstring="A name, or a file or folder.")
+Place = restricted_string_type("Place", r"(?s)^.*$", docstring="A path.")
+NameOrPlace = restricted_string_type("NameOrPlace", r"(?s).*", docstring="A name or a path.")
 
 
 def option_types(config_class: type, prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,6 @@ def start_as_identity(layer: nn.Linear) -> None:
 
 
 def start_at_zero(layer: nn.Linear) -> None:
-    """Makes a layer answer zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
@@ -58,7 +57,12 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         self._check_options()
         text_dim = embedding_dim if text_dim is None else text_dim
         self._record(text_dim=text_dim)
-        self._init_statistics(embedding_dim, text_dim)
+        for side, dim in (("clip", embedding_dim), ("text", text_dim)):
+            self.register_buffer(f"{side}_mean", torch.zeros(1, dim, dtype=torch.float32))
+            self.register_buffer(f"{side}_std", torch.ones(1, dim, dtype=torch.float32))
+        self.register_buffer("norm_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("norm_shift", torch.zeros((), dtype=torch.float32))
+        self.metadata: dict[str, Any] = {}
         return text_dim
 
     def _check_options(self) -> None:
@@ -73,14 +77,6 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
             most = 1 if name == "condition_dropout" else 0.999999
             if name.endswith("dropout") and not (isinstance(value, (int, float)) and 0 <= value <= most):
                 raise CSDiffError(f"`{name}` must lie in [0, 1), found {value!r}.")
-
-    def _init_statistics(self, embedding_dim: int, text_dim: int) -> None:
-        for side, dim in (("clip", embedding_dim), ("text", text_dim)):
-            self.register_buffer(f"{side}_mean", torch.zeros(1, dim, dtype=torch.float32))
-            self.register_buffer(f"{side}_std", torch.ones(1, dim, dtype=torch.float32))
-        self.register_buffer("norm_scale", torch.ones((), dtype=torch.float32))
-        self.register_buffer("norm_shift", torch.zeros((), dtype=torch.float32))
-        self.metadata: dict[str, Any] = {}
 
     def _record(self, **values: Any) -> None:
         """Changes config entries after construction, so that a copy made from the config gets them too."""
@@ -151,11 +147,7 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
         return not self.one_shot or bool(self.config.get("noise_token"))
 
     def spread(
-        self,
-        whitened: Tensor,
-        amount: float,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        self, whitened: Tensor, amount: float, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
         r"""Mixes noise into whitened embeddings (B, embedding_dim), so that an adapter with one answer gives many:
 
@@ -196,12 +188,8 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Raw text embeddings (B, text_dim) to raw image embeddings (B, embedding_dim); differentiable.
 
-        Args:
-            text_embeds (`Tensor` of shape `(B, text_dim)`): Projected, un-normalised text embeddings.
-            text_states (`Tensor` of shape `(B, L, states_dim)`, *optional*): Where `uses_text_states` is true.
-            text_mask (`Tensor` of shape `(B, L)`, *optional*): True where there is a token.
-            spread (`float`, *optional*, defaults to 0.0): Share of noise in the answer, see `spread`.
-            generator (`torch.Generator`, *optional*): Draws that noise, or the noise token's: one sample a row.
+        `text_states` (B, L, states_dim) are for adapters with `uses_text_states`, and `text_mask` (B, L) is True where
+        there is a token. `generator` draws the noise of `spread`, or that of the noise token: one sample a row.
 
         Raises:
             CSDiffError: The last dimension of `text_embeds` is not `config.text_dim`; a `spread` that does not fit.
@@ -320,6 +308,18 @@ class Adapter(Persistent, ModelMixin, ConfigMixin):
     def init_from(self, linear: "Adapter") -> None:
         """Starts this adapter at a fitted `LinearAdapter`: `embed` then returns what the linear map returns."""
         raise CSDiffError(f"{type(self).__name__} cannot start from a linear map; mlp and transformer adapters can.")
+
+    @torch.no_grad()
+    def _start_at(self, linear: "Adapter", skip: nn.Linear, rest: nn.Linear) -> None:
+        """Makes `skip` the map of a `LinearAdapter`, with its statistics, and `rest` answer zero."""
+        theirs, mine = ((a.config.text_dim, a.config.embedding_dim) for a in (linear, self))
+        if theirs != mine:
+            raise CSDiffError(
+                f"The linear map goes from {theirs[0]} to {theirs[1]}, the adapter from {mine[0]} to {mine[1]}."
+            )
+        self._copy_statistics(linear)
+        skip.load_state_dict(linear.linear.state_dict())
+        start_at_zero(rest)
 
     @torch.no_grad()
     def _copy_statistics(self, other: "Adapter") -> None:

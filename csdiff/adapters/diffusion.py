@@ -93,12 +93,12 @@ class DiffusionAdapter(Adapter, PriorTransformer):
             "clip_embed_dim": embedding_dim,
         }
         super().__init__(**stock)
-        self._record(text_dim=text_dim, states_dim=states_dim, **stock)
+        self._record(states_dim=states_dim, **stock)
         for block in self.transformer_blocks:
             block.__class__ = PriorBlock
         # Stock clip_mean and clip_std are parameters without gradient, which DDP refuses: buffers instead.
         del self.clip_mean, self.clip_std
-        self._init_statistics(embedding_dim, text_dim)
+        self._init_contract(embedding_dim, text_dim)
         if encoder_hid_proj_type is not None and states_dim != embedding_dim:
             self.encoder_hidden_states_proj = nn.Linear(states_dim, num_attention_heads * attention_head_dim)
 

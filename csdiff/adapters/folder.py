@@ -126,21 +126,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What an adapter folder says of itself.
-
-    Attributes:
-        path: The folder.
-        config: `config.json`, with `embedding_dim` and `text_dim`.
-        metadata: `csdiff.json`.
-    """
+    """What an adapter folder says of itself."""
 
     path: Path
-    config: dict
-    metadata: dict
+    config: dict  # `config.json`, with `embedding_dim` and `text_dim`
+    metadata: dict  # `csdiff.json`
 
     @property
     def kind(self) -> str:
-        """Class name of the adapter."""
         return self.config.get("_class_name", "unknown")
 
     @property
@@ -150,7 +143,6 @@ class AdapterCard:
 
     @property
     def text_dim(self) -> int | None:
-        """Width of the text embeddings it takes."""
         return self.config.get("text_dim") or self.embedding_dim
 
     @cached_property

@@ -6,7 +6,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from csdiff.adapters.base import Adapter, start_as_identity, start_at_zero
-from csdiff.adapters.linear import LinearAdapter
 
 
 class MLPBlock(nn.Module):
@@ -78,10 +77,5 @@ class MLPAdapter(Adapter):
                 hidden_states = block(hidden_states)
         return self.skip(text) + self.proj_out(self.norm_out(hidden_states))
 
-    @torch.no_grad()
-    def init_from(self, linear: LinearAdapter) -> None:
-        linear.check_dims(self)
-        self._copy_statistics(linear)
-        self.skip.weight.copy_(linear.linear.weight)
-        self.skip.bias.copy_(linear.linear.bias)
-        start_at_zero(self.proj_out)
+    def init_from(self, linear: Adapter) -> None:
+        self._start_at(linear, self.skip, self.proj_out)

@@ -1,44 +1,26 @@
-"""The adapters by name, and loading any of them from a folder. Names alone are known without importing torch."""
+"""The adapters by name, and loading any of them from a folder."""
 
-from __future__ import annotations
-
-import importlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from csdiff.adapters import folder
+from csdiff.adapters.base import Adapter
+from csdiff.adapters.diffusion import DiffusionAdapter
+from csdiff.adapters.linear import LinearAdapter
+from csdiff.adapters.lora import LoRAAdapter
+from csdiff.adapters.mlp import MLPAdapter
+from csdiff.adapters.transformer import TransformerAdapter
 from csdiff.errors import CSDiffError, did_you_mean
 
-if TYPE_CHECKING:
-    from csdiff.adapters.base import Adapter
-
-# One line an adapter: this makes it known to training, loading, the command line and the shared tests.
-PLACES = {
-    "mlp": "mlp:MLPAdapter",
-    "transformer": "transformer:TransformerAdapter",
-    "linear": "linear:LinearAdapter",
-    "lora": "lora:LoRAAdapter",
-    "diffusion": "diffusion:DiffusionAdapter",
+# This makes an adapter known to training, loading, the command line and the shared tests.
+ADAPTERS: dict[str, type[Adapter]] = {
+    "mlp": MLPAdapter,
+    "transformer": TransformerAdapter,
+    "linear": LinearAdapter,
+    "lora": LoRAAdapter,
+    "diffusion": DiffusionAdapter,
 }
-CLASS_NAMES = {place.partition(":")[2]: name for name, place in PLACES.items()}
-"""Names by the class that `config.json` states."""
-
-
-class _Adapters(Mapping[str, "type[Adapter]"]):
-    def __getitem__(self, name: str) -> type[Adapter]:
-        module, _, cls = PLACES[name].partition(":")
-        return getattr(importlib.import_module(f"csdiff.adapters.{module}"), cls)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(PLACES)
-
-    def __len__(self) -> int:
-        return len(PLACES)
-
-
-ADAPTERS = _Adapters()
-"""Adapter classes by name; a class is imported when it is asked for."""
 
 
 def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None, **options: Any) -> Adapter:
@@ -48,8 +30,8 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
     Raises:
         CSDiffError: An unknown name or option (the known ones are listed), or a value the class refuses.
     """
-    if name not in PLACES:
-        raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(PLACES)}.")
+    if name not in ADAPTERS:
+        raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(ADAPTERS)}.")
     cls = ADAPTERS[name]
     known = list(inspect.signature(cls.__init__).parameters)[1:]
     preset = options.pop("preset", None) if hasattr(cls, "from_preset") else None
@@ -71,13 +53,11 @@ class AutoAdapter:
         Raises:
             CSDiffError: As `Adapter.from_pretrained`, and when the config names a class that is not an adapter here.
         """
-        from csdiff.adapters import folder
-
         path = folder.locate(pretrained_model_name_or_path, kwargs)
-        found = folder.read_config(path)["_class_name"]
-        if found not in CLASS_NAMES:
+        found, classes = folder.read_config(path)["_class_name"], {cls.__name__: cls for cls in ADAPTERS.values()}
+        if found not in classes:
             raise CSDiffError(
-                f"{path / folder.CONFIG} is the config of {found}, expected one of {', '.join(CLASS_NAMES)}; "
+                f"{path / folder.CONFIG} is the config of {found}, expected one of {', '.join(classes)}; "
                 "give the folder of a csdiff adapter."
             )
-        return ADAPTERS[CLASS_NAMES[found]].from_pretrained(path, **kwargs)
+        return classes[found].from_pretrained(path, **kwargs)

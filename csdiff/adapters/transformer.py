@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csdiff.adapters.base import Adapter, start_as_identity, start_at_zero
-from csdiff.adapters.linear import LinearAdapter
 from csdiff.errors import CSDiffError
 
 TRANSFORMER_PRESETS: dict[str, dict[str, int]] = {
@@ -233,14 +232,8 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
         # Columns that were cut come back, so that micro-batches of other lengths can be joined.
         return embeds, F.pad(tokens, (0, 0, 0, expected[1] - length))
 
-    @torch.no_grad()
-    def init_from(self, linear: LinearAdapter) -> None:
-        linear.check_dims(self)
-        self._copy_statistics(linear)
-        if self.skip is None:
-            self.skip = nn.Linear(linear.config.text_dim, linear.config.embedding_dim)
-            self.skip.to(device=self.query.device, dtype=self.query.dtype)
-            self._record(linear_skip=True)
-        self.skip.weight.copy_(linear.linear.weight)
-        self.skip.bias.copy_(linear.linear.bias)
-        start_at_zero(self.proj_to_clip_embeddings)
+    def init_from(self, linear: Adapter) -> None:
+        skip = self.skip or nn.Linear(self.config.text_dim, self.config.embedding_dim).to(self.query)
+        self._start_at(linear, skip, self.proj_to_clip_embeddings)
+        self.skip = skip
+        self._record(linear_skip=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -47,12 +47,20 @@ class _Parser(ArgumentParser):
 class _HelpFormatter(DefaultHelpFormatter):
     """Says in words what an option takes, and leaves the lines of examples as they are."""
 
+    def __init__(self, prog: str, max_help_position: int = 6, **options):
+        super().__init__(prog, max_help_position=max_help_position, **options)
+
     def _get_type_str(self, action) -> str | None:
-        return describe(action._typehint) if hasattr(action, "_typehint") else super()._get_type_str(action)
+        annotation = getattr(action, "_typehint", None)
+        if annotation in (bool, str, str | None) or get_origin(annotation) is Literal:
+            return None  # any text, or the values that stand beside the name
+        return describe(annotation).removesuffix(" or null") if annotation else super()._get_type_str(action)
 
     def _get_help_string(self, action) -> str:
         text = super()._get_help_string(action).replace("type: ", "").replace(", default: ", "; default: ")
-        return text.replace("; default: %(default)s", "") if action.default in ("", [], {}) else text
+        if action.default in (None, "", [], {}):
+            text = text.replace("; default: %(default)s", "").replace(" (default: %(default)s)", "")
+        return text
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("examples:") else super()._fill_text(text, width, indent)

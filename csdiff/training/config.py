@@ -26,36 +26,35 @@ class DataConfig:
     """What is trained on."""
 
     train: Place = ""
-    """Embedding store to train on, or a captioned dataset (parquet, image folder, ...) that is embedded once."""
+    """Embedding store, or a captioned dataset (parquet, image folder, ...) that is embedded once."""
     validation: Place | None = None
-    """Held-out store or captioned dataset; without it a fixed part of the training data is held out."""
+    """Held-out store or captioned dataset; without it a part of the training data is held out."""
     validation_fraction: Decay = 0.1
-    """Part of the training images to hold out when there is no validation data; 0 trains without validation."""
+    """Part of the images to hold out without validation data; 0 holds out none."""
     unpaired_text: Place | None = None
-    """Store of captions without images; they enter the distribution term only."""
+    """Store of captions without images, for the distribution term."""
     unpaired_image: Place | None = None
-    """Store of images without captions; they enter the distribution term only."""
+    """Store of images without captions, for the distribution term."""
     unpaired_batch_size: PositiveInt | None = None
-    """Unpaired rows in a global batch, from each unpaired store; as many as pairs by default."""
+    """Rows of a batch from each unpaired store; by default as many as pairs."""
     one_caption_per_image: bool = True
-    """Take one random caption of each image an epoch, so that no batch has two of one image, which the objective would
-    push apart; needs a store that knows its images (`image_id`), others give all their rows."""
+    """One random caption of each image (by `image_id`) an epoch: two in a batch would be pushed apart."""
     text: Literal["auto", "cached", "online"] = "auto"
-    """Whether text embeddings come from the store or from the text encoder at every step; auto asks the adapter."""
+    """Text: cached in the store, or encoded at every step."""
     image: Literal["auto", "cached", "online"] = "auto"
-    """Whether image tokens come from the store or from the image encoder at every step; auto asks the objective."""
+    """Image tokens: of the store, or encoded at every step."""
     images: Place | None = None
-    """Dataset with the images of the store, for an image encoder at every step; by default the one embedded."""
+    """Images of the store, where its tokens are encoded online."""
     text_encoder: NameOrPlace | None = None
-    """Text encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
+    """By default that of the store, or tiny-clip."""
     image_encoder: NameOrPlace | None = None
-    """Image encoder (folder, hub id or tiny-clip); by default the one the store was made with."""
+    """By default that of the store, or tiny-clip."""
     store: Place | None = None
-    """Folder for the embeddings of a captioned dataset; by default `store` inside the output folder."""
+    """Where a dataset is embedded; by default in the output folder."""
     allow_outside: bool = False
-    """Read images that a captioned dataset names outside its folder."""
+    """Read images outside the folder of a captioned dataset."""
     accept_normalized: bool = False
-    """Train on unit-norm embeddings, for retrieval; image decoders need the norms that such a store has lost."""
+    """Train on unit-norm embeddings: for retrieval, as image decoders need the norms."""
 
 
 @dataclass
@@ -63,15 +62,15 @@ class OptimizerConfig:
     """AdamW, fused where the device has it."""
 
     weight_decay: NonNegativeFloat = 0.01
-    """Decay of weight matrices; norms, biases and temperatures have none."""
+    """Decay of the weight matrices alone."""
     beta1: Decay = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment."""
     beta2: Decay = 0.99
-    """Decay of AdamW's second moment."""
+    """Decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Number that AdamW adds to the denominator."""
+    """Added to the denominator."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Global norm that gradients are scaled down to; 0 leaves them."""
+    """Most global norm of gradients; 0: any."""
 
 
 @dataclass
@@ -81,9 +80,9 @@ class ScheduleConfig:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up; by default 5% of the run, at most 500."""
+    """Linear; by default 5% of the run, at most 500."""
     final_ratio: ClosedUnitInterval = 0.01
-    """Last learning rate as a part of the peak, for cosine and linear."""
+    """Last learning rate over the peak."""
 
 
 @dataclass
@@ -91,7 +90,7 @@ class EMAConfig:
     """Running average of the weights, used for validation and export."""
 
     decay: Decay = 0.999
-    """Weight of the past in the running average of the weights; 0 exports the online weights."""
+    """Weight of the past; 0 exports the online weights."""
 
 
 @dataclass
@@ -99,17 +98,17 @@ class ValidationConfig:
     """Measurement on held-out data."""
 
     every: NonNegativeInt = 250
-    """Steps between validations; 0 validates at the end only."""
+    """Steps between validations; 0: at the end only."""
     limit: PositiveInt = 5000
     """Most held-out rows to measure on."""
     metric: str = "text_to_image.r@1"
-    """Metric that picks the best checkpoint, a dotted key of the validation result of the exported weights."""
+    """Metric that picks the best checkpoint, a dotted key of the validation result."""
     mode: Literal["auto", "max", "min"] = "auto"
-    """Whether a larger metric is better; auto knows it from the table of metrics."""
+    """Whether more of the metric is better; auto knows it."""
     decoder: NameOrPlace | None = None
-    """Decoder (preset or folder) that draws the prompts at every validation."""
+    """Preset or folder that draws the prompts."""
     prompts: list[str] = field(default_factory=lambda: ["a red apple", "a smiling cat", "a green tree"])
-    """Prompts to draw at every validation, where a decoder is given."""
+    """Prompts to draw at every validation."""
 
 
 @dataclass
@@ -117,9 +116,9 @@ class CheckpointConfig:
     """Checkpoints in `OUTPUT_DIR/checkpoints`."""
 
     every: NonNegativeInt = 500
-    """Steps between checkpoints; 0 keeps only the one at the end."""
+    """Steps between checkpoints; 0: at the end only."""
     keep: NonNegativeInt = 3
-    """Newest checkpoints to keep beside the best one; 0 keeps all."""
+    """Newest kept beside the best; 0: all."""
 
 
 @dataclass
@@ -129,9 +128,9 @@ class LoggingConfig:
     every: PositiveInt = 10
     """Steps between log lines."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Accelerate trackers by name: tensorboard, wandb, trackio, mlflow, ...; none for `metrics.jsonl` alone."""
+    """Trackers of accelerate (tensorboard, wandb, trackio, mlflow, ...), or none."""
     project: str = "csdiff"
-    """Project name for the trackers that have projects."""
+    """Project name in trackers."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -141,52 +140,49 @@ class TrainConfig:
     """Train an adapter from text embeddings to image embeddings."""
 
     output_dir: Place = "runs/adapter"
-    """Folder of the run: the finished adapter, checkpoints, metrics and the resolved configuration."""
+    """Folder of the run: adapter, checkpoints, metrics and configuration."""
     adapter: str = "mlp"
-    """Adapter by name: mlp, transformer, linear, lora, diffusion."""
+    """By name: mlp, transformer, linear, lora, diffusion."""
     objective: str = "cs_aligner"
     """Objective by name: cs_aligner, cs, info_nce, mse, eclipse, mmd, sinkhorn, coral, kl, uniform_align, modgap, or
     diffusion for the diffusion prior."""
     max_steps: PositiveInt = 2000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
-    """Global batch: the pairs that the objective sees at once, over all processes."""
+    """Pairs that the objective sees at once, over all processes."""
     micro_batch_size: PositiveInt | None = None
-    """Rows of a process with a graph in memory at once (gradient cache); by default the whole batch."""
+    """Rows of a process with a graph in memory at once (gradient cache); by default all."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Computation type of the adapter; weights, losses and averages stay float32."""
+    """Of the adapter; weights, losses and averages stay float32."""
     seed: Seed = 0
     """Seed of initial weights, sample order, dropout and noise."""
     resume: NameOrPlace = "auto"
-    """auto continues the run in the output folder, never starts anew, a checkpoint folder starts from there."""
+    """auto continues the run in the output folder, never starts anew, a checkpoint starts from there."""
     export: Literal["last", "best"] = "last"
-    """Weights of the finished adapter: those of the last step, or of the best checkpoint by --validation.metric. A
-    finished run started again with the other one exports that, without training."""
+    """Step to export: the last, or the best by --validation.metric; of a finished run without training."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Options of the adapter, as its class takes them."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective, as its class takes them."""
     init_from: NameOrPlace | None = None
-    """Where to begin: a closed form fitted on the data (mean_shift, ridge, procrustes, ...), or an adapter folder of
-    the same kind and shape."""
+    """Closed form fitted on the data (mean_shift, ridge, procrustes, ...), or an adapter of this kind and shape."""
     image_adapter: str | None = None
-    """Adapter on the image side too, by name, for retrieval; saved in `OUTPUT_DIR/image_adapter`."""
+    """Image-side adapter by name, for retrieval: `OUTPUT_DIR/image_adapter`."""
     image_adapter_options: dict[str, Any] = field(default_factory=dict)
     """Options of the image-side adapter."""
     calibrate_norm: bool = True
-    """In what is exported, match mean and spread of predicted norms to the real ones: on held-out rows, or on training
-    rows where fewer than 256 are held out."""
+    """Export predictions with the mean and spread of the real norms, of held-out rows (of training rows below 256)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, where the adapter supports it."""
+    """Recompute activations in the backward pass."""
     compile: bool = False
     """Compile the adapter with torch.compile."""
     max_skipped_steps: PositiveInt = 20
-    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    """Non-finite steps in a row after which the run stops."""
     threads: PositiveInt | None = None
-    """Processor threads of a process: sums on a CPU depend on their number in the last bits. By default those the run
-    was started with, at first all cores shared among the processes of a machine, whatever OMP_NUM_THREADS says."""
+    """Processor threads of a process: sums depend on them in the last bits. By default those the run began with, at
+    first all cores shared among the processes, whatever OMP_NUM_THREADS says."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -29,7 +29,6 @@ class Console:
             sys.stdout.flush()
 
     def start(self, step: int, total: int) -> None:
-        """Begin progress at a step."""
         shown = {"dynamic_ncols": True} if self.terminal else {"file": io.StringIO(), "mininterval": _PAUSE}
         options = {"desc": "training", "unit": "step", "disable": not self.progress, **shown}
         self.bar, self._said = tqdm(total=total, initial=step, **options), time.monotonic()
@@ -50,7 +49,6 @@ class Console:
             self.say(str(self.bar))
 
     def stop(self) -> None:
-        """End progress."""
         if self.bar is not None:
             self.bar.close()
 

@@ -78,26 +78,16 @@ class Pairs:
 
 @dataclass
 class TrainingData:
-    """The data of a run.
-
-    Attributes:
-        groups: What a batch has rows of, by name: `pairs`, and `unpaired_text`, `unpaired_image` where there are such.
-        batch_sizes: How many rows, over all processes.
-        validation: Held-out pairs, where there are such.
-    """
-
-    groups: dict[str, Pairs]
-    batch_sizes: dict[str, int]
-    validation: Pairs | None
+    groups: dict[str, Pairs]  # what a batch has rows of: `pairs`, and `unpaired_text`, `unpaired_image` where given
+    batch_sizes: dict[str, int]  # rows of a batch by group, over all processes
+    validation: Pairs | None  # held-out pairs
 
     @property
     def train(self) -> Pairs:
-        """The pairs trained on."""
         return self.groups["pairs"]
 
     @property
     def store(self) -> EmbeddingStore:
-        """The store trained on."""
         return self.train.store
 
     @property

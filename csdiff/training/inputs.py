@@ -25,26 +25,17 @@ from csdiff.embeddings.text_encoder import CaptionTokenizer, TextEncoder, load_c
 from csdiff.errors import CSDiffError
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs, TrainingData, reads_states, wants_tokens
-from csdiff.training.gradient_cache import Rows
+
+Rows = dict[str, dict]
+"""Groups of rows (`pairs`, `unpaired_text`, ...), each a dict of tensors or lists with one entry a row."""
 
 _CHUNK = 256
 
 
 @dataclass
 class Inputs:
-    """Prepares batches.
-
-    Attributes:
-        device: Of the embedder.
-        keys: Columns that are read, by group of rows.
-        text_encoder: Frozen text encoder in the loop.
-        inside: Name of the text encoder that the adapter lives in, and `tokenize` for it.
-        image_encoder: Frozen image encoder whose projection maps image tokens, with a token-level term.
-        images: Images by row for that encoder in the loop, where its tokens are not cached.
-        project_text: Projection of token states by a frozen text encoder, where one is loaded.
-    """
-
-    device: str | torch.device
+    device: str | torch.device  # of the embedder
+    # Columns that are read, by group of rows.
     keys: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {
             "pairs": ("text_embeds", "image_embeds"),
@@ -52,16 +43,17 @@ class Inputs:
             "unpaired_image": ("image_embeds",),
         }
     )
+    # A frozen text encoder in the loop, or the name of the one that the adapter lives in, and its tokenizer.
     text_encoder: TextEncoder | None = None
+    inside: str | None = None
     tokenize: CaptionTokenizer | None = None
+    # With a token-level term: the projections of both encoders, and the images where their tokens are not cached.
+    project_text: Callable[[Tensor], Tensor] | None = None
     image_encoder: ImageEncoder | None = None
     images: "DatasetImages | None" = None
-    inside: str | None = None
-    project_text: Callable[[Tensor], Tensor] | None = None
 
     @property
     def captions(self) -> bool:
-        """Whether captions are read."""
         return self.text_encoder is not None or self.tokenize is not None
 
     def feed(

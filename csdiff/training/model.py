@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from csdiff.adapters.base import Adapter
+from csdiff.adapters.folder import on_hub
 from csdiff.adapters.linear import METHODS, LinearAdapter
 from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
 from csdiff.errors import CSDiffError, did_you_mean
@@ -15,21 +17,24 @@ from csdiff.losses.objectives import OBJECTIVES, ObjectiveOutput, build_objectiv
 from csdiff.losses.process_group import global_sum
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import TrainingData, reads_states, wants_tokens
-from csdiff.training.gradient_cache import Rows
-from csdiff.training.inputs import Inputs
+from csdiff.training.inputs import Inputs, Rows
 
 DIFFUSION = "diffusion"
 _FIT_ROWS = 200_000
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse unknown adapters and objectives, and those that do not go together, before any data is opened."""
+    """Refuse unknown names, and adapters and objectives that do not go together, before any data is opened."""
     objectives = {*OBJECTIVES, DIFFUSION}
     for option, known in (("adapter", ADAPTERS), ("image_adapter", ADAPTERS), ("objective", objectives)):
         name = getattr(config, option)
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}{near}")
+    begin = config.init_from
+    if begin is not None and begin not in METHODS and not Path(begin).exists() and not on_hub(begin):
+        near = did_you_mean(begin, METHODS) or "."
+        raise CSDiffError(f"--init_from {begin}: expected {', '.join(METHODS)}, or an adapter folder{near}")
     if ADAPTERS[config.adapter].one_shot is (config.objective == DIFFUSION):
         raise CSDiffError(
             f"--adapter {config.adapter} and --objective {config.objective} do not go together: {DIFFUSION} goes with "
@@ -52,15 +57,12 @@ class Embedder(nn.Module):
     """Everything with trainable weights, as one module: rows in, embeddings in the image space out.
 
     Without an image adapter (for retrieval) image embeddings stay as they are.
-
-    Attributes:
-        project_text: For a token-level term: token states (B, L, H) to the space of the text embeddings (B, L, Dt),
-            a method of the frozen text encoder; None maps no tokens.
     """
 
     def __init__(self, adapter: nn.Module, image_adapter: nn.Module | None = None):
         super().__init__()
         self.adapter, self.image_adapter = adapter, image_adapter
+        # For a token-level term the frozen encoder's: token states (B, L, H) to text embeddings (B, L, Dt).
         self.project_text: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
@@ -91,14 +93,13 @@ class Embedder(nn.Module):
 
     def predict(self, pairs: dict, tokens: bool = False) -> dict[str, Tensor]:
         """Predicted image embeddings of pairs, with adapted tokens and images where there are such."""
-        text, embedded = self._text(pairs), {}
+        text = self._text(pairs)
         if tokens:
             projected = self.project_text(text["text_states"])
-            embedded["prediction"], embedded["text_tokens"] = self.adapter.embed_with_tokens(
-                token_embeds=projected, **text
-            )
+            both = self.adapter.embed_with_tokens(token_embeds=projected, **text)
+            embedded = dict(zip(("prediction", "text_tokens"), both, strict=True))
         else:
-            embedded["prediction"] = self.adapter.embed(**text)
+            embedded = {"prediction": self.adapter.embed(**text)}
         if self.image_adapter is not None:
             embedded["image"] = self.image_adapter.embed(pairs["image_embeds"])
         return {name: value.float() for name, value in embedded.items()}

@@ -3,8 +3,11 @@
 import signal
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -17,7 +20,6 @@ from csdiff.training.config import TrainConfig
 from csdiff.training.console import Console
 from csdiff.training.data import open_data
 from csdiff.training.inputs import open_inputs
-from csdiff.training.interrupts import Interrupt
 from csdiff.training.model import build_embedder, make_objective
 from csdiff.training.run_folder import ONLINE, RunFolder
 from csdiff.training.snapshots import Snapshots, Validator, check_decoder
@@ -203,13 +205,10 @@ class Run:
     def _save(self) -> None:
         if not self.main:
             return
-        step = self.progress.step
-
-        def write(folder: Path) -> None:
+        step, size, best = self.progress.step, self.task.checkpoint_bytes(), self.progress.best_step
+        with self.folder.checkpoints.saving(step, size, best) as folder:
             self.snapshots.write(folder, step, self.metrics if self.measured_at == step else {})
             self.task.save(folder)
-
-        self.folder.checkpoints.save(step, write, self.task.checkpoint_bytes(), self.progress.best_step)
 
     def _stop(self) -> None:
         number, step = self.interrupt.signal, self.progress.step
@@ -246,3 +245,49 @@ class Run:
             say(f"To export step {progress.best_step} instead, run the same command with --export best.")
         say(f"Adapter: {self.folder.path} (step {step})")
         return metrics
+
+
+class _Stopped(BaseException):
+    """Ends work that may be left undone; not an `Exception`, which libraries catch."""
+
+
+class Interrupt:
+    """SIGTERM or SIGINT as a wish to stop after the step at hand; a second one acts at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+        self._attempting = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Listen within a block. Outside the main thread signals cannot be handled and keep their meaning."""
+        with suppress(ValueError):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def attempt(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives; None when a signal came before, or ended it anywhere: `work` must not change the run."""
+        try:
+            self._attempting = True
+            try:
+                return work() if self.signal is None else None
+            finally:
+                self._attempting = False
+        except _Stopped:
+            return None
+
+    def _receive(self, number, frame) -> None:
+        self.signal = number
+        self._restore()
+        if self._attempting:
+            raise _Stopped
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,11 +62,9 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> Path | None:
-        """Newest whole checkpoint."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
@@ -76,8 +74,9 @@ class Checkpoints:
         match = _STEP.fullmatch(marker.read_text("utf-8", errors="replace").strip()) if marker.is_file() else None
         return self.folder / match[0] if match else None
 
-    def save(self, step: int, write: Callable[[Path], None], size: int, best: int | None) -> None:
-        """Have `write` fill a checkpoint of about `size` bytes, name it and the best, drop what is no longer kept.
+    @contextmanager
+    def saving(self, step: int, size: int, best: int | None) -> Iterator[Path]:
+        """A checkpoint to fill, of about `size` bytes; then it and the best are named, and old ones dropped.
 
         Raises:
             CSDiffError: if the disk is full; nothing of the new checkpoint remains and the older ones are intact.
@@ -85,7 +84,7 @@ class Checkpoints:
         target = self.path(step)
         try:
             with writing_folder(target, whole=True) as aside:
-                write(aside)
+                yield aside
         except Exception as error:
             if not disk_full(error):
                 raise

@@ -109,7 +109,6 @@ class Snapshots:
             raise
 
     def _metadata(self, step: int, metrics: dict, averaged: bool) -> dict:
-        """Content of `csdiff.json`."""
         config, data = self.config, self.data
         statistics = data.train.statistics("image_embeds")
         return {
@@ -148,8 +147,7 @@ class Validator:
     def __init__(self, batches: list[dict], config: ValidationConfig):
         self.batches, self.metric, self.mode = batches, config.metric, config.mode
         self.image = torch.cat([rows["image_embeds"] for rows in batches]).float()
-        texts = [rows["text_embeds"] for rows in batches if "text_embeds" in rows]
-        self.text = torch.cat(texts).float() if texts else None
+        self.text = torch.cat([rows["text_embeds"] for rows in batches]).float()
 
     @torch.no_grad()
     def measure(self, embedder: Embedder, autocast: Callable[[], AbstractContextManager]) -> dict:
@@ -166,8 +164,6 @@ class Validator:
 
     def baselines(self, train: dict[str, Tensor]) -> dict:
         """Metrics of raw text, mean shift and ridge on the same rows, fitted to training pairs."""
-        if self.text is None:
-            return {}
         fitted = (train[f"{side}_embeds"].to(self.image.device) for side in ("text", "image"))
         return baseline_metrics(*fitted, self.text, self.image)
 
@@ -182,7 +178,6 @@ class Validator:
         return flat[self.metric]
 
     def better(self, value: float | None, best: float | None) -> bool:
-        """Whether a value beats the best so far."""
         return value is not None and (best is None or self._loss(value) < self._loss(best))
 
     def _loss(self, value: float) -> float:

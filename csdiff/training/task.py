@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from csdiff.errors import CSDiffError
 from csdiff.files import read_json
 from csdiff.training.config import TrainConfig
-from csdiff.training.gradient_cache import Rows, cached_gradients, split
+from csdiff.training.inputs import Rows
 from csdiff.training.model import Embedder
 from csdiff.training.optimization import EMA, copy_weights, learning_rate_factor, make_optimizer
 from csdiff.training.run_folder import STATE
@@ -31,35 +31,22 @@ class NonFinite(ArithmeticError):
 class Progress:
     """Counters of a run. Sample order, dropout and noise follow from seed and step and need no state."""
 
-    step: int = 0
-    """Batches seen, the skipped ones included."""
-    skipped: int = 0
-    """Steps skipped for a non-finite loss or gradient."""
+    step: int = 0  # batches seen, the skipped ones included
+    skipped: int = 0  # for a non-finite loss or gradient
     skipped_in_a_row: int = 0
-    """Of these, the current run of them."""
-    best_step: int | None = None
-    """Checkpointed step with the best validation metric."""
+    best_step: int | None = None  # the checkpoint with the best validation metric, and its value
     best_value: float | None = None
-    """Its value."""
-    validation_left: bool = False
-    """A signal ended the validation of this step."""
-    seconds: float = 0.0
-    """Training time over all launches."""
-    baselines: dict = field(default_factory=dict)
-    """Validation metrics of the data's own baselines."""
+    validation_left: bool = False  # a signal ended the validation of this step
+    seconds: float = 0.0  # over all launches
+    baselines: dict = field(default_factory=dict)  # validation metrics of the data's own baselines
 
 
 class AlignmentTask:
     """Embedder, objective, optimizer and running average of the weights.
 
     Every random draw of a step follows from seed, step, rank and micro-batch, so that a resumed run draws what an
-    uninterrupted one would have drawn.
-
-    Args:
-        embedder: The trainable part, on its device.
-        objective: Module of `csdiff.losses`, made for the process group that shares the batch.
-        config: Of the run; by default that of a run without options.
-        group: Process group that shares the batch, or None; all processes get the weights of the first.
+    uninterrupted one would have drawn. The embedder is on its device, the objective is made for the process `group`
+    that shares the batch; all processes get the weights of the first.
 
     Raises:
         CSDiffError: nothing in the embedder can be trained.
@@ -125,7 +112,14 @@ class AlignmentTask:
         return numbers, reason
 
     def backward(self, batch: Rows, micro_batch_size: int | None = None) -> Any:
-        """Adds the gradient of the loss to every weight; in micro-batches where given. Returns loss and terms.
+        """Adds the gradient of the loss to every weight. Returns loss and terms.
+
+        The objective couples all rows, so smaller batches would be another objective. With a `micro_batch_size` every
+        micro-batch is embedded without a graph, the loss of all is differentiated at the embeddings, and every
+        micro-batch is embedded again, with the same random numbers, to pass its part of that gradient on: the gradient
+        of one big batch, in the memory of a micro-batch and of the embeddings.
+
+        Source: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
 
         Raises:
             NonFinite: if embeddings or loss are not finite, on any process; the gradients are then to be thrown away.
@@ -134,17 +128,28 @@ class AlignmentTask:
         trained = self.embedder.image_adapter is not None
         rows = {group: part for group, part in batch.items() if group != "unpaired_image" or trained}
         parts = [rows] if micro_batch_size is None else split(rows, micro_batch_size)
-        if len(parts) > 1:
-            return cached_gradients(
-                forward=self.embed,
-                micro_batches=parts,
-                loss=lambda embedded: self._finite_loss(embedded, batch),
-                backward=lambda loss: self.scaler.scale(loss).backward(),
-                reseed=self.reseed,
-            )
-        self.reseed(0)
-        output = self._finite_loss(self.embed(rows), batch)
+        if len(parts) == 1:
+            self.reseed(0)
+            output = self._finite_loss(self.embed(rows), batch)
+            self.scaler.scale(output.loss).backward()
+            return output
+        pieces: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for index, part in enumerate(parts):
+                self.reseed(index)
+                for name, value in self.embed(part).items():
+                    pieces.setdefault(name, []).append(value)
+        joined = {name: torch.cat(values).requires_grad_() for name, values in pieces.items()}
+        output = self._finite_loss(joined, batch)
         self.scaler.scale(output.loss).backward()
+        gradients = {}
+        for name, value in joined.items():
+            gradient = torch.zeros_like(value) if value.grad is None else value.grad
+            gradients[name] = iter(gradient.split([len(piece) for piece in pieces[name]]))
+        for index, part in enumerate(parts):
+            self.reseed(index)
+            embedded = self.embed(part)
+            torch.autograd.backward(list(embedded.values()), [next(gradients[name]) for name in embedded])
         return output
 
     def reseed(self, micro_batch: int) -> None:
@@ -160,7 +165,6 @@ class AlignmentTask:
         return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "no")
 
     def embed(self, rows: Rows) -> dict[str, Tensor]:
-        """What the embedder makes of rows, in the computation type."""
         with self.autocast():
             return self.embedder(rows)
 
@@ -269,3 +273,13 @@ class AlignmentTask:
     def _weights(self) -> dict[str, Tensor]:
         online = {f"online.{name}": parameter for name, parameter in self.parameters.items()}
         return online | {f"ema.{name}": value for name, value in self.ema.average.items()}
+
+
+def split(batch: Rows, size: int) -> list[Rows]:
+    """Cut every group of rows into micro-batches of at most `size` rows."""
+    parts = []
+    for group, rows in batch.items():
+        count = len(next(iter(rows.values())))
+        for start in range(0, count, size):
+            parts.append({group: {name: value[start : start + size] for name, value in rows.items()}})
+    return parts

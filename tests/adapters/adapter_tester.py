@@ -21,14 +21,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     text_dim: int = DIM
     checkpoints_gradients: bool = True
-    shards: bool = True
 
 
 CASES = {
     "mlp": Case({"width": 8, "num_layers": 2}, text_dim=20),
     "transformer": Case({"preset": "tiny", "states_dim": STATES_DIM, "num_embeddings": TOKENS}),
     "linear": Case(text_dim=20, checkpoints_gradients=False),
-    "lora": Case({"rank": 2}, shards=False),
+    "lora": Case({"rank": 2}),
     "diffusion": Case({**SMALL, "num_embeddings": TOKENS, "states_dim": STATES_DIM}, text_dim=20),
 }
 

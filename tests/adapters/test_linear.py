@@ -179,7 +179,6 @@ BAD = Y.where(torch.arange(20)[:, None] != 7, torch.nan)
         ([(X[:10], Y[:10]), (X, BAD)], {}, "Row 17 holds a value that is NaN"),
         ([(X, Y), (X[:, :4], Y)], {}, "same widths in all; found .* after 20 rows"),
         ([(X, Y)], {"penalties": [0.0]}, "`penalties`"),
-        ([(X, Y)], {"holdout": 0.9}, "`holdout`"),
     ],
 )
 def test_bad_data_is_one_sentence(data, options, message):

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from tiny import make_plain_store
-from training_runs import config
+from tiny import make_plain_store, make_tiny_clip
+from training_runs import SMALL, config
 
 from csdiff.adapters.linear import LinearAdapter
 from csdiff.embeddings import write_store
@@ -57,7 +57,7 @@ def refused(store, output, *words, **changes):
         ({"adapter": "lora", "data.text_encoder": "CLIP", "data.text": "cached"}, ["lora", "cached text"]),
         ({"objective_options": {"token_weight": 1.0}}, ["--data.text_encoder"]),
         ({"objective": "info_nce", "data.unpaired_image": "STORE"}, ["info_nce", "unpaired", "cs_aligner"]),
-        ({"init_from": "nowhere"}, ["nowhere"]),
+        ({"init_from": "rigde"}, ["--init_from rigde", "adapter folder", "did you mean ridge?"]),
         ({"resume": "nowhere"}, ["--resume nowhere", "checkpoint"]),
         ({"gradient_checkpointing": True, "adapter": "linear"}, ["--gradient_checkpointing", "LinearAdapter"]),
     ],
@@ -72,6 +72,36 @@ def test_refused_before_anything_is_written(plain_store, tiny_clip, tmp_path, ch
     if changes.get("adapter", "mlp") != "mlp":
         changes.setdefault("adapter_options", {})
     refused(plain_store, tmp_path / "out", *words, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+TOKENS = {"adapter": "transformer", "adapter_options": SMALL, "objective_options": {"token_weight": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("store", "changes", "words"),
+    [
+        ("pooled", TOKENS, ["image tokens", "has none"]),
+        ("pooled", {**TOKENS, "data.images": "IMAGES", "image_adapter": "mlp"}, ["maps pooled embeddings only"]),
+        ("pooled", {**TOKENS, "adapter": "diffusion", "objective": "diffusion"}, ["diffusion takes none"]),
+        (
+            "rich",
+            {"adapter": "transformer", "adapter_options": SMALL, "data.unpaired_text": "POOLED"},
+            ["unpaired_text", "no text_states"],
+        ),
+        *(
+            ("pooled", {"data.text_encoder": "OTHER", "data.text": text}, ["text encoder"])
+            for text in ("cached", "online")
+        ),
+    ],
+)
+def test_refused_where_encoders_and_tokens_do_not_fit(
+    rich_store, pooled_store, pictures, tmp_path, store, changes, words
+):
+    other = make_tiny_clip(tmp_path / "clip", seed=5)
+    known = {"IMAGES": str(pictures), "POOLED": str(pooled_store), "OTHER": str(other)}
+    changes = {name: known.get(str(value), value) for name, value in changes.items()}
+    refused({"pooled": pooled_store, "rich": rich_store}[store], tmp_path / "out", *words, batch_size=16, **changes)
     assert not (tmp_path / "out").exists()
 
 

@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_tiny_clip
 from training_runs import SMALL, config, log
 
 from csdiff.adapters.registry import AutoAdapter
 from csdiff.cli import parse
 from csdiff.embeddings import write_store
 from csdiff.embeddings.store import EmbeddingStore
-from csdiff.errors import CSDiffError
 from csdiff.training import train
 from csdiff.training.config import TrainConfig
 
@@ -110,37 +108,3 @@ def test_a_captioned_dataset_is_embedded_once(pictures, tiny_clip, tmp_path):
         files = (tmp_path / "store" / "train").rglob("*.npy")
         shards.append({path: path.stat().st_mtime_ns for path in files})
     assert shards[0] == shards[1] != {}
-
-
-def test_another_encoder_than_the_stores_is_refused(pooled_store, tmp_path):
-    other = make_tiny_clip(tmp_path / "clip", seed=5)
-    for text in ("cached", "online"):
-        made = config(pooled_store, tmp_path / "out", **{"data.text_encoder": str(other), "data.text": text})
-        with pytest.raises(CSDiffError, match="text encoder"):
-            train(made)
-    assert not (tmp_path / "out").exists()
-
-
-def test_unpaired_text_without_states_is_refused(rich_store, pooled_store, tmp_path):
-    made = config(rich_store, tmp_path / "out", adapter="transformer", batch_size=16)
-    made.adapter_options, made.data.unpaired_text = SMALL, str(pooled_store)
-    with pytest.raises(CSDiffError, match=r"unpaired_text.*no text_states"):
-        train(made)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "image tokens.*has none"),
-        ({"data.images": "DATA", "image_adapter": "mlp"}, "--image_adapter maps pooled embeddings only"),
-        ({"data.images": "DATA", "adapter": "diffusion", "objective": "diffusion"}, "diffusion takes none"),
-    ],
-)
-def test_a_token_term_without_tokens_is_refused(pooled_store, pictures, tmp_path, changes, words):
-    made = config(pooled_store, tmp_path / "out", batch_size=16, **{"adapter": "transformer", **changes})
-    made.adapter_options, made.objective_options = SMALL, {"token_weight": 0.5}
-    made.data.images = str(pictures) if "data.images" in changes else None
-    with pytest.raises(CSDiffError, match=words) as caught:
-        train(made)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()

@@ -1,15 +1,12 @@
 """The gradient of micro-batches is the gradient of the whole batch."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from csdiff.adapters.registry import build_adapter
 from csdiff.losses.objectives import build_objective
-from csdiff.training.gradient_cache import cached_gradients, split
 from csdiff.training.model import DenoisingObjective, Embedder
-from csdiff.training.task import AlignmentTask
+from csdiff.training.task import AlignmentTask, split
 
 ROWS, TEXT, IMAGE, LENGTH, STATES = 37, 12, 16, 6, 10
 TOKENS, UNPAIRED = "with tokens", "with unpaired rows and an image adapter"
@@ -96,8 +93,8 @@ def test_replays_dropout_and_noise(name):
 
 
 def test_keeps_the_graph_of_one_micro_batch_only():
-    weight = torch.randn(4, 4, requires_grad=True)
-    alive = []
+    task, alive = make_task("mlp"), []
+    embed = task.embed
 
     class Watched(torch.autograd.Function):
         @staticmethod
@@ -109,17 +106,15 @@ def test_keeps_the_graph_of_one_micro_batch_only():
             alive.remove("graph")
             return grad
 
-    def forward(rows):
-        value = rows["pairs"]["x"] @ weight
+    def watched(rows):
+        embedded = embed(rows)
         if torch.is_grad_enabled():
             alive.append("graph")
             assert len(alive) == 1
-            value = Watched.apply(value)
-        return {"prediction": value}
+            embedded["prediction"] = Watched.apply(embedded["prediction"])
+        return embedded
 
-    parts = split({"pairs": {"x": torch.randn(12, 4)}}, 4)
-    cached_gradients(
-        forward, parts, lambda embedded: SimpleNamespace(loss=embedded["prediction"].square().mean().exp())
-    )
-    assert weight.grad is not None
+    task.embed = watched
+    task.backward(batch(), 10)
+    assert gradients(task)
     assert not alive
