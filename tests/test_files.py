@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from csdiff.errors import CSDiffError
 from csdiff.files import (
     folder_lock,
     fsync,
-    read_json,
     read_safetensors_header,
     remove_partial,
     write_json,
@@ -86,34 +84,7 @@ def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypat
     fsync(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, ""])
-def test_bad_json_is_one_sentence_that_names_the_file(tmp_path, text):
-    path = tmp_path / "config.json"
-    path.write_text(text)
-    with pytest.raises(CSDiffError, match=r"config\.json"):
-        read_json(path)
-
-
 def test_safetensors_header_without_reading_tensors(tmp_path):
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float16)}, path, metadata={"format": "pt"})
     assert read_safetensors_header(path) == {"a": ("F32", (2, 3)), "b": ("F16", (4,))}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"abc",
-        struct.pack("<Q", 10**12),
-        struct.pack("<Q", 100_000) + b"[" * 100_000,
-        struct.pack("<Q", 2) + b"[]",
-        struct.pack("<Q", 2) + b"{}" + b"more",
-        struct.pack("<Q", 7) + b'{"a":1}',
-    ],
-)
-def test_damaged_safetensors_are_one_sentence_that_names_the_file(tmp_path, content):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CSDiffError, match=r"w\.safetensors"):
-        read_safetensors_header(path)

@@ -56,7 +56,7 @@ def filled(value, count):
     return lambda tensor: tensor.flatten().index_fill(0, torch.arange(count), value).view(tensor.shape)
 
 
-def test_what_is_no_adapter_folder(tmp_path, tiny_decoder):
+def test_what_is_no_adapter_folder(tmp_path, tiny_decoder, monkeypatch):
     refused(tiny_decoder, "is a diffusers pipeline", "--decoder")
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "file").write_text("")
@@ -68,6 +68,9 @@ def test_what_is_no_adapter_folder(tmp_path, tiny_decoder):
     (tmp_path / "store" / "img_emb").mkdir(parents=True)
     refused(tmp_path / "runs", "holds mine (a training run), wait (a training run): name one of them")
     refused(tmp_path / "runs" / "mine", "unfinished training run", "csdiff export")
+    # Called like a repository, below a folder that is there, it is not looked up.
+    monkeypatch.chdir(tmp_path)
+    refused("runs/adapter", "runs/adapter does not exist")
     refused(tmp_path / "store", "is an embedding store")
 
 
@@ -84,7 +87,7 @@ def test_incomplete_folder_names_the_file(kind, file, folder):
 
 
 @pytest.mark.parametrize("file", ["config.json", "csdiff.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"[1]", b"\xff\xfe{}", b"{}"], ids=range(6))
 def test_damaged_json_is_named(folder, file, content):
     (folder / file).write_bytes(content)
     refused(folder, file)

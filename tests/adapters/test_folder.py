@@ -61,17 +61,6 @@ def test_loads_in_another_dtype_with_exact_statistics(adapter, tmp_path, option,
     assert {p.dtype for p in again.parameters()} == {torch.float32}
 
 
-def test_sharded_weights_load(adapter, name, tmp_path):
-    adapter.save_pretrained(tmp_path, max_shard_size=1000)
-    # PEFT has one file, and the statistics of a LoRA adapter are another.
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded = AutoAdapter.from_pretrained(tmp_path)
-    assert torch.equal(embed(loaded, text_inputs(name)), embed(adapter, text_inputs(name)))
-    adapter.save_pretrained(tmp_path)
-    assert not [file.name for file in tmp_path.glob("*-of-*")]
-    assert not list(tmp_path.glob("*.index.json"))
-
-
 def test_a_variant_lies_beside_the_weights(adapter, name, tmp_path):
     adapter.save_pretrained(tmp_path / "prior")
     full = embed(adapter, text_inputs(name))
@@ -82,6 +71,8 @@ def test_a_variant_lies_beside_the_weights(adapter, name, tmp_path):
         assert {p.dtype for p in loaded.parameters()} == {torch.float32}
         assert torch.equal(embed(loaded, text_inputs(name)), embed(half.float(), text_inputs(name)))
         assert torch.equal(embed(AutoAdapter.from_pretrained(tmp_path / "prior"), text_inputs(name)), full)
+        # Shards of the save before do not stay. PEFT has one file.
+        assert bool(list((tmp_path / "prior").glob("*-of-*"))) == (shard == 300 and name != "lora")
     with pytest.raises(CSDiffError, match=r"ema.* is missing"):
         AutoAdapter.from_pretrained(tmp_path / "prior", variant="ema")
     # One variant alone needs no name; two do.
@@ -119,14 +110,6 @@ def test_pickle_is_never_written(tmp_path):
         MLPAdapter(embedding_dim=4).save_pretrained(tmp_path / "adapter", safe_serialization=False)
     MLPAdapter(embedding_dim=4).save_pretrained(tmp_path / "adapter", is_main_process=False)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_model_card_claims_no_licence_that_nobody_gave(adapter, tmp_path):
-    adapter.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: csdiff\n")
-    assert "Licence: not stated" in card
-    assert "CSDiffPriorPipeline" not in card
 
 
 @pytest.mark.parametrize("name", ["adapter", "ridge"])
@@ -203,6 +186,10 @@ def test_push_and_load(hub, subfolder):
     assert loaded.metadata["metrics"] == {"centroid_gap": 0.25}
     card = (hub / "someone/adapter" / (subfolder or ".") / "README.md").read_text()
     assert 'AutoAdapter.from_pretrained("someone/adapter")' in card
+    # Nobody gave a licence, and the encoders that a pipeline needs are not known.
+    assert card.startswith("---\nlibrary_name: csdiff\n")
+    assert "Licence: not stated" in card
+    assert "CSDiffPriorPipeline" not in card
 
 
 def test_what_is_not_there_is_one_sentence(hub):
@@ -218,10 +205,3 @@ def test_offline_is_one_sentence(tmp_path):
         MLPAdapter.from_pretrained("someone/adapter", cache_dir=tmp_path)
     with pytest.raises(CSDiffError, match="'someone/adapter'"):
         MLPAdapter(embedding_dim=4).push_to_hub("someone/adapter", token="hf_fake")
-
-
-def test_a_missing_local_folder_is_not_looked_up(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(CSDiffError, match="runs/adapter does not exist"):
-        AutoAdapter.from_pretrained("runs/adapter")

@@ -55,28 +55,6 @@ def test_plain_peft_loads_the_folder(adapter, text_encoder, tmp_path):
     assert loaded.peft_config["default"].base_model_name_or_path == text_encoder
 
 
-def test_merged_encoder_is_plain_and_equal(adapter):
-    ids = token_ids()
-    before = adapter.encode(ids)
-    merged = adapter.merged_text_encoder().eval()
-    assert type(merged) is CLIPTextModelWithProjection
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    output = merged(ids)
-    torch.testing.assert_close(output.text_embeds, before[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output.last_hidden_state, before[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(adapter.encode(ids)[0], before[0], rtol=0, atol=0)
-
-
-def test_encoder_and_prior_together_are_the_adapter(adapter):
-    adapter.calibrate_norm(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.5]))
-    adapter.metadata["metrics"] = {"r": 1}
-    ids = token_ids()
-    prior = adapter.as_prior()
-    expected = adapter.embed_input_ids(ids)
-    torch.testing.assert_close(prior.embed(adapter.text_encoder(ids).text_embeds), expected, rtol=0, atol=1e-6)
-    assert prior.metadata["metrics"] == {"r": 1}
-
-
 def test_half_precision_weights_on_disk_train_in_float32(text_encoder, tmp_path):
     """A float16 folder gives what a float32 folder of the same values gives, bit for bit, after a step of training."""
     half = CLIPTextModelWithProjection.from_pretrained(text_encoder).half()

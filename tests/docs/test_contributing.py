@@ -15,6 +15,7 @@ TESTS = (
     "tests/losses/test_objectives.py",
     "tests/losses/test_energy.py",
     "tests/pipelines/test_decoders.py",
+    "tests/training/test_combinations.py",
 )
 
 

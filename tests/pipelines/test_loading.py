@@ -22,6 +22,7 @@ def pipe(tiny_clip):
 def lora(metadata, tiny_clip):
     adapter = make_lora(tiny_clip, metadata)
     adapter.set_statistics(torch.randn(DIM), torch.rand(DIM) + 0.5, torch.randn(DIM), torch.rand(DIM) + 0.5)
+    adapter.calibrate_norm(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.5]))
     return adapter
 
 
@@ -42,9 +43,11 @@ def test_lora_brings_its_text_encoder_and_is_saved_merged(pipe, lora, tiny_clip,
     for prior in (pipe, CSDiffPriorPipeline(lora, **clip_parts(tiny_clip))):
         torch.testing.assert_close(prior(PROMPT).image_embeds, expected, atol=1e-5, rtol=1e-5)
     pipe.save_pretrained(tmp_path)
+    assert any("lora_" in name for name, _ in lora.named_parameters()), "what is merged is a copy"
     reloaded = KandinskyV22PriorPipeline.from_pretrained(tmp_path)
     seen = reloaded(PROMPT, num_inference_steps=1, guidance_scale=1.0).image_embeds
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+    assert reloaded.prior.metadata["text_encoder"] == lora.metadata["text_encoder"]
 
 
 def test_lora_leaves_the_decoders_text_encoder_alone(lora, tiny_clip, tmp_path):

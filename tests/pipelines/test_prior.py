@@ -25,14 +25,6 @@ def pipe(parts, adapter):
     return CSDiffPriorPipeline(adapter, **parts)
 
 
-@pytest.mark.parametrize("prompts", [*PROMPTS, PROMPTS])
-def test_embeddings_are_the_adapters_whatever_else_is_embedded(pipe, adapter, embed, zero_image_embeds, prompts):
-    image_embeds, negative_image_embeds = pipe(prompts).to_tuple()
-    alone = [embed(adapter, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-    torch.testing.assert_close(image_embeds, torch.cat(alone), atol=1e-5, rtol=0)
-    torch.testing.assert_close(negative_image_embeds, zero_image_embeds.expand_as(image_embeds), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 1}, {"guidance_scale": 1.0}, {"guidance_scale": 7}])
 @pytest.mark.parametrize("negative", [None, ["blurry", "grey", "dark"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Adapters, objectives and encoders in every combination that makes sense, the recipes, and those that make none."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,20 +67,23 @@ def test_combination(rich_store, pooled_store, pictures, tmp_path, name):
     assert (tmp_path / "image_adapter" / "config.json").exists() == (name == "image adapter")
 
 
-RECIPES = ["tiny", "embeddings", "captions", "regression", "retrieval", "cpu", "one-gpu", "eight-gpus"]
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe(root, rich_store, tmp_path, name):
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe(rich_store, tiny_clip, tmp_path, recipe):
     # Recipes name encoders of their own: a store of no known encoder fits all of them.
     store, run = tmp_path / "store", tmp_path / "run"
-    write_store(store, **EmbeddingStore.open(rich_store).read(range(40)))
+    rich = EmbeddingStore.open(rich_store)
+    write_store(store, **rich.read(range(40)), captions=rich.captions(range(40)))
     small = {"max_steps": 2, "batch_size": 16, "threads": 1, "data.train": store, "output_dir": run}
+    if "adapter: transformer" in recipe.read_text():
+        small |= {"adapter_options.num_layers": 1, "adapter_options.num_attention_heads": 2, "micro_batch_size": 7}
+        small |= {"validation.limit": 2, "mixed_precision": "no"}
+    if "text: online" in recipe.read_text():
+        small["data.text_encoder"] = tiny_clip
     arguments = [f"--{key}={value}" for key, value in small.items()]
-    if "gpu" in name:
-        arguments += ["--adapter_options.num_layers=1", "--adapter_options.num_attention_heads=2"]
-        arguments += ["--micro_batch_size=7", "--validation.limit=2"]
-    made = parse(TrainConfig, [f"--config={root / 'configs' / name}.yaml", *arguments], prog="train")
+    made = parse(TrainConfig, [f"--config={recipe}", *arguments], prog="train")
     made.logging.trackers, made.logging.progress = [], False
     assert train(made).metrics
     assert len(log(run, "validation")) == 1
