@@ -6,7 +6,7 @@ import copy
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, find_models
+from csdiff.pipelines.embedding import noise
 from csdiff.pipelines.generate import check_config, picture_name, redraw_command, write_picture
 
 LARGEST_SEED = 2**31 - 1
@@ -107,21 +108,21 @@ def create(models: Models, config: GenerateConfig, compare: bool, report: Report
     """Draws the images of a prompt; then, to compare, its first seed without the adapter and with a ridge map."""
     (prompt,) = config.prompt
     others = [place for place in OTHER_MAPS if compare and (place, config.adapter) != ("raw", RAW_TEXT)]
+    images = [(prompt, seed) for seed in range(config.seed, config.seed + config.num_images)]
     with models.turn(report):
         drawing = _Drawing(models, config, config.num_images, report, len(others))
         drawing.tell_of_cut(prompt)
-        for seed in range(config.seed, config.seed + config.num_images):
-            command = redraw_command(config, [prompt], [(prompt, seed)])
-            path = drawing.write(drawing.of_prompt(prompt, seed), seed, {"command": command})
+        for (_, seed), image in zip(images, drawing.of_prompts(images), strict=True):
+            path = drawing.write(image, seed, {"command": redraw_command(config, [prompt], [(prompt, seed)])})
             report(Drawn(path, f"seed {seed} · {prompt}"))
             if compare and seed == config.seed:
                 report(Drawn(path, adapter_name(drawing.card), "adapter"))
         for place in others:
             try:
                 name = drawing.replace_map(place)
-                image = drawing.of_prompt(prompt, config.seed)
+                (image,) = drawing.of_prompts(images[:1])
             except CSDiffError as error:
-                drawing.drawn += 1
+                drawing.done += drawing.options.steps
                 report(Note(f"{OTHER_MAPS[place]}: {error}"))
             else:
                 report(Drawn(drawing.write(image, config.seed, {"map": place}), name, place))
@@ -138,20 +139,17 @@ def blend(
         _, start, negative, _ = embedder.prepare([(first, seed)], drawing.options)
         drawing.tell_of_cut(first)
         if isinstance(second, str):
-            end, nearest, other = embedder.embed([second], [_noise(seed)]), second, second
+            end, nearest, other = embedder.embed([second], [noise(seed)]), second, second
             drawing.tell_of_cut(second)
         else:
             end, nearest, other = embedder.image_tower.encode([second]).embeds.to(start), "", "an image"
-        for weight in weights:
-            # some decoders read the prompt beside the embedding: the nearer one
-            beside = first if weight <= 0.5 else nearest
-            image = drawing.draw([beside], torch.lerp(start, end, weight), negative, [_noise(seed)])
+        # some decoders read the prompt beside the embedding: the nearer one
+        beside = [first if weight <= 0.5 else nearest for weight in weights]
+        embeds = torch.cat([torch.lerp(start, end, weight) for weight in weights])
+        images = drawing.draw(beside, embeds, negative, [noise(seed) for _ in weights])
+        for weight, image in zip(weights, images, strict=True):
             path = drawing.write(image, seed, {"blend": {"second": other, "share": weight}})
             report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
-
-
-def _noise(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 class _Drawing:
@@ -163,22 +161,22 @@ class _Drawing:
         self.card, self.source = find_models(config)
         self.options = self.source.sampling(config)
         self.embedder, self.decoder = models.embedder(self.card, self.source), models.decoder(self.source)
-        self.drawn, self.began, self.place = 0, time.monotonic(), "images"
+        # steps of the images that are finished
+        self.done, self.began, self.place = 0, time.monotonic(), "images"
 
     def tell_of_cut(self, prompt: str) -> None:
         """Tells the page when the text encoder does not read all of a prompt."""
         if said := self.embedder.cut(prompt):
             self.report(Note(said))
 
-    def of_prompt(self, prompt: str, seed: int) -> Image.Image:
-        """One image of a prompt."""
-        return self.draw(*self.embedder.prepare([(prompt, seed)], self.options))
+    def of_prompts(self, images: Sequence[tuple[str, int]]) -> Iterator[Image.Image]:
+        """Images of prompts and seeds."""
+        return self.draw(*self.embedder.prepare(images, self.options))
 
-    def draw(self, *prepared: Any) -> Image.Image:
-        """One image of what `PromptEmbedder.prepare` gives, with a report at every step."""
-        (image,) = self.decoder.draw(*prepared, self.options, self._stepped)
-        self.drawn += 1
-        return image
+    def draw(self, *prepared: Any) -> Iterator[Image.Image]:
+        """Images of what `PromptEmbedder.prepare` gives, with a report at every step."""
+        yield from self.decoder.draw(*prepared, self.options, self._stepped)
+        self.done += len(prepared[0]) * self.options.steps
 
     def replace_map(self, place: str) -> str:
         """Puts the text embedding as it is ("raw") or a ridge map in the place of the adapter; returns what it is.
@@ -199,17 +197,19 @@ class _Drawing:
         return OTHER_MAPS[place]
 
     def _stepped(self, step: int, total: int, preview: Callable[[], Image.Image | None]) -> None:
-        done, of_all = self.drawn * self.options.steps + step, self.total * self.options.steps
-        seconds, left = (time.monotonic() - self.began) / done * (of_all - done), ""
+        steps = self.options.steps
+        done, of_all, left = self.done + step, self.total * steps, ""
+        number, step = (done - 1) // steps + 1, (done - 1) % steps + 1
+        seconds = (time.monotonic() - self.began) / done * (of_all - done)
         # the first step of a model is slower than the rest
         if done > 1 and seconds:
             time_left = f"{max(1, round(seconds))} s" if seconds < 90 else f"{seconds / 60:.0f} min"
             left = f", about {time_left} left"
             self.models.pace = f"; the first has{left[1:]}"
-        what = f"Image {self.drawn + 1} of {self.count}, " if self.count > 1 else ""
+        what = f"Image {number} of {self.count}, " if self.count > 1 else ""
         what = f"To compare: {OTHER_MAPS[self.place].lower()}, " if self.place in OTHER_MAPS else what
-        self.report(Progress(f"{what}step {step} of {total}{left}".capitalize(), done, of_all))
-        if step % max(2, total // 5) == 0 and step < total and (seen := preview()):
+        self.report(Progress(f"{what}step {step} of {steps}{left}".capitalize(), done, of_all))
+        if step % max(2, steps // 5) == 0 and step < steps and (seen := preview()):
             self.report(Drawn(seen, "still being drawn", self.place))
 
     def write(self, image: Image.Image, seed: int, more: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from csdiff.files import write_json, writing
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import load_decoder
-from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, text_encoder_options
+from csdiff.pipelines.embedding import PromptEmbedder, known_text_encoder, noise, text_encoder_options
 from csdiff.pipelines.generate import check_output_folder, read_prompts
 
 SHOWN = 16
@@ -63,9 +63,9 @@ class PictureRun:
         for card in cards.values():
             check_pairing(card, self.decoder)
         check_output_folder(config.output)
-        asked = {"steps": config.steps, "guidance": config.guidance, "batch_size": config.batch_size}
-        drawing = GenerateConfig(**asked, height=config.size, width=config.size, progress=False)
-        self.options = self.decoder.sampling(drawing)
+        asked = {name: getattr(config, name) for name in ("steps", "guidance", "batch_size")}
+        asked |= {"height": config.size, "width": config.size, "prompts_file": config.prompts}
+        self.options = self.decoder.sampling(GenerateConfig(**asked, progress=False))
         self.dtype = self.decoder.dtype(self.options.dtype, self.device)
         self.sampling = {
             "decoder": _decoder_record(self.decoder),
@@ -75,7 +75,7 @@ class PictureRun:
         }
         self.captions = [item.captions[0] for item in self._items()]
         self.own_prompts = config.prompts is None
-        prompts = self.captions if self.own_prompts else read_prompts(GenerateConfig(prompts_file=config.prompts))
+        prompts = self.captions if self.own_prompts else read_prompts(self.options)
         # Which of the prompts are drawn.
         self.places = _spread(len(prompts), config.num_prompts or len(prompts))
         self.prompts = [prompts[place] for place in self.places]
@@ -211,7 +211,7 @@ class PictureRun:
             if name in missing or card is self.first:
                 embedder = PromptEmbedder(card, self.decoder, self.options, self.device)
                 # Not the decoder's numbers again.
-                embedded[name] = embedder.embed(prompts, [_noise(file, 1) for file in self.files])
+                embedded[name] = embedder.embed(prompts, [noise(_seed(file) + 1) for file in self.files])
             if card is self.first:
                 # One negative for all, whichever pictures are missing.
                 negative = embedder.negative(self.options)
@@ -222,8 +222,8 @@ class PictureRun:
             folders[name].mkdir(parents=True, exist_ok=True)
             write_json(folders[name] / "settings.json", self._settings(name))
             files = [self.files[place] for place in places]
-            asked, noise = [prompts[place] for place in places], [_noise(file) for file in files]
-            drawn = decoder.draw(asked, embedded[name][places], negative, noise, self.options)
+            asked, own = [prompts[place] for place in places], [noise(_seed(file)) for file in files]
+            drawn = decoder.draw(asked, embedded[name][places], negative, own, self.options)
             drawn = tqdm(drawn, f"drawing {name}", len(files), disable=not self.config.progress)
             for file, picture in zip(files, drawn, strict=True):
                 with writing(folders[name] / file, "wb") as opened:
@@ -316,8 +316,8 @@ def read_picture(file: Path) -> Image.Image:
         ) from error
 
 
-def _noise(file: str, more: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(int(file[:12], 16) + more)
+def _seed(file: str) -> int:
+    return int(file[:12], 16)
 
 
 def _spread(count: int, most: int) -> list[int]:

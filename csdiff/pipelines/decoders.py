@@ -85,7 +85,7 @@ class DecoderSource:
         """
         if self.hand_over == "flux-ip-adapter" and config.negative_prompt is not None and config.true_cfg <= 1:
             raise CSDiffError(
-                "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both."
+                "negative_prompt: FLUX.1 reads one only with --true_cfg above 1, at twice the time; give both or none."
             )
         if self.hand_over == "unclip" and (config.negative_prompt is not None or config.height or config.width):
             raise CSDiffError("Karlo takes no negative prompt, height or width; leave these options out.")

@@ -78,12 +78,11 @@ class PromptEmbedder:
             CSDiffError: as `embed` and `negative`.
         """
         prompts = [prompt for prompt, _ in images]
-        # One generator an image, so that its noise does not depend on what else is drawn.
-        generators = noise = [torch.Generator("cpu").manual_seed(seed) for _, seed in images]
+        generators = own = [noise(seed) for _, seed in images]
         if options.spread and not self.samples:
             # The noise of the decoder stays what it is without spread.
-            noise = [torch.Generator("cpu").manual_seed(2**63 - 1 - seed) for _, seed in images]
-        return prompts, self.embed(prompts, noise, options.spread), self.negative(options), generators
+            own = [noise(2**63 - 1 - seed) for _, seed in images]
+        return prompts, self.embed(prompts, own, options.spread), self.negative(options), generators
 
     @property
     def samples(self) -> bool:
@@ -117,9 +116,9 @@ class PromptEmbedder:
                 text, before = self.encoder.encode([prompt]), prompt
             embeds = text.embeds
             if self.adapter is not None:
-                noise = {"generator": generators[row]} if generators and (self.samples or spread) else {}
-                noise |= {"spread": spread} if spread else {}
-                embeds = self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **noise)
+                drawn = {"generator": generators[row]} if generators and (self.samples or spread) else {}
+                drawn |= {"spread": spread} if spread else {}
+                embeds = self.adapter.embed(text.embeds.float(), text.states.float(), text.mask, **drawn)
             cure = "the adapter was trained on too little data or has diverged, train it again"
             if self.adapter is None:
                 cure = f"copy the text encoder {self.text_encoder['id']} again"
@@ -170,6 +169,11 @@ class PromptEmbedder:
             f"The prompt {prompt[:60]!r} has {length} tokens, the text encoder reads {limit}; this end is cut off: "
             f"{end if len(end) <= 60 else end[:60] + '...'!r}"
         )
+
+
+def noise(seed: int) -> torch.Generator:
+    """Random numbers of one image: those of its seed on every device, whatever else is drawn."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def known_text_encoder(card: AdapterCard | None, decoder: DecoderSource, given: str | None = None) -> dict:
