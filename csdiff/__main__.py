@@ -1,5 +1,5 @@
 """`python -m csdiff`: the same as `csdiff`."""
 
-from csdiff.cli.entry import main
+from csdiff.cli.commands import main
 
 main()

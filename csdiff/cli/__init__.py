@@ -5,8 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "commands": ["COMMANDS", "Command", "import_object"],
-        "entry": ["main", "run", "run_command"],
+        "commands": ["COMMANDS", "Command", "main", "run", "run_command"],
         "parser": ["build_parser", "parse"],
     },
 )

@@ -1,5 +1,5 @@
 """`python -m csdiff.cli`, which `accelerate launch --module` needs."""
 
-from csdiff.cli.entry import main
+from csdiff.cli.commands import main
 
 main()

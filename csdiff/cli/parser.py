@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, get_origin
+from pkgutil import resolve_name
+from typing import Literal, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from csdiff.cli.commands import COMMANDS, Command, import_object
+from csdiff.cli.commands import COMMANDS, Command
 from csdiff.errors import CSDiffError
 from csdiff.options import describe, explain, option_types
 from csdiff.resources import recipes
@@ -21,7 +22,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Anchors of a YAML file may be used so often; nested ones grow without bound when they are expanded.
 _MOST_ALIASES = 100
 # `--compare A B C`; not for prompts, whose words would each become one if the quotes were forgotten.
-_SEVERAL = {"compare", "extractors"}
+_SEVERAL = {"compare", "extractors", "bandwidths", "picture_baselines"}
 
 
 class _Parser(ArgumentParser):
@@ -109,6 +110,7 @@ def normalize(config_class: type, arguments: Sequence[str], positional: str | No
 
     `--num-images` means `--num_images`; `--grid` alone means `--grid=true` and `--no-grid` the opposite. A prompt is
     text, whatever it looks like: `--prompt "3: [a]"` must not be read as YAML, so repeated texts are gathered as text.
+    Of other lists the parts are gathered: `--bandwidths 0.5 1` is `--bandwidths [0.5,1]`.
     """
     known = option_types(config_class)
     gathered: dict[str, list[str]] = {}
@@ -132,15 +134,20 @@ def normalize(config_class: type, arguments: Sequence[str], positional: str | No
             equals, value = "=", "true"
         elif pending and (kind == list[str] or not following.startswith("--")):
             equals, value = "=", pending.pop()
-        if kind != list[str]:
+        if get_origin(kind) is not list:
             rest.append(f"--{name}{equals}{value}")
             continue
         if not equals:
-            raise CSDiffError(f"--{name}: expected a text, found the end of the command.")
+            raise CSDiffError(f"--{name}: expected {describe(get_args(kind)[0])}, found the end of the command.")
         gathered.setdefault(name, []).append(value)
         while name in _SEVERAL and pending and not pending[-1].startswith("-"):
             gathered[name].append(pending.pop())
-    return rest + [f"--{name}={json.dumps(values, ensure_ascii=False)}" for name, values in gathered.items()]
+    for name, values in gathered.items():
+        listed = json.dumps(values, ensure_ascii=False)
+        if known[name] != list[str]:
+            listed = f"[{','.join(value.strip('[] ') for value in values)}]"
+        rest.append(f"--{name}={listed}")
+    return rest
 
 
 def parse_command(config_class: type, arguments: Sequence[str], prog: str, command: Command | None = None):
@@ -183,7 +190,7 @@ def completion_script(shell: str) -> str:
     parser = ArgumentParser(prog="csdiff")
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, build_parser(import_object(command.config), name), help=command.help)
+        subcommands.add_subcommand(name, build_parser(resolve_name(command.config), name), help=command.help)
     try:
         return parser.get_completion_script(f"shtab-{shell}")
     except ValueError as error:

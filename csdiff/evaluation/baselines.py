@@ -11,15 +11,11 @@ from csdiff.evaluation.embedding_metrics import embedding_metrics
 
 @torch.no_grad()
 def baseline_predictions(train_text: Tensor, train_image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Predictions `(M, D)`, float32, by name of the baseline.
+    """Predictions `(M, D)`, float32, of `(M, Dt)` text embeddings, by name of the baseline.
 
-    `raw_text` as it is; `mean_shift` and `ridge` as `csdiff.adapters.LinearAdapter` fits them: the penalty is chosen
-    on a tenth of the rows, and the norms are calibrated. The first two are absent where dimensions differ.
-
-    Args:
-        train_text: `(N, Dt)` text embeddings to fit to; nothing is fitted to fewer than 4.
-        train_image: `(N, D)` their images.
-        text: `(M, Dt)` text embeddings to predict from.
+    `raw_text` as it is; `mean_shift` and `ridge` as `csdiff.adapters.LinearAdapter` fits them to `(N, Dt)` text
+    embeddings and their `(N, D)` images: the penalty is chosen on a tenth of the rows, and the norms are calibrated.
+    The first two are absent where dimensions differ; nothing is fitted to fewer than 4 rows.
     """
     same = text.shape[1] == train_image.shape[1]
     result = {"raw_text": text.float()} if same else {}
@@ -35,12 +31,8 @@ def cross_fitted_predictions(
 ) -> dict[str, Tensor]:
     """The :func:`baseline_predictions` without training data: each fold is predicted from a fit to the others.
 
-    Args:
-        text: `(N, Dt)`.
-        image: `(N, D)`.
-        image_ids: `(N,)` image of each row; captions of an image stay in one fold.
-        folds: Parts, at most as many as there are images.
-        seed: Of the split.
+    `text` is `(N, Dt)` and `image` `(N, D)`; captions of one image, as `image_ids` `(N,)` has it, stay in one fold.
+    There are at most as many folds as images, drawn from `seed`.
     """
     values, number = image_ids.unique(return_inverse=True)
     count = len(values)

@@ -91,8 +91,6 @@ class EvaluateConfig:
 
 def check(config: EvaluateConfig) -> None:
     """Every option against its type, and what crosses two of them; a CSDiffError names the option."""
-    # As the command line hands on the empty list.
-    config.picture_baselines = [name for name in config.picture_baselines if name != "[]"]
     check_options(config)
     if config.data is None and (config.decoder is None or config.pictures is None):
         raise CSDiffError(

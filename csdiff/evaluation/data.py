@@ -128,10 +128,9 @@ def read_pairs(
     concepts: str | None = None,
     split: str | None = None,
 ) -> HeldOutPairs:
-    """At most `max_rows` pairs of a store, evenly spread.
+    """At most `max_rows` pairs of a store, evenly spread; `source` and `split` are what was asked for.
 
-    `source` (with its `split`) is what was asked for, for messages and the manifest; `concepts` is the metadata column
-    of what an image shows, by default concept or label, where there is one.
+    `concepts` is the metadata column of what an image shows, by default concept or label, where there is one.
 
     Raises:
         CSDiffError: one side or the column is missing, there are too few images, or a row is not finite.

@@ -236,18 +236,12 @@ def held_out_metrics(
     limit: int | None = LIMIT,
     concepts: Sequence[str] | None = None,
 ) -> dict:
-    """All metrics of one set of predictions.
+    """All metrics of one set of predictions; a CSDiffError of fewer than 8 images.
 
-    The arguments are those of :func:`embedding_metrics`, the kernel widths of the Cauchy-Schwarz divergence on unit
-    vectors, and N `concepts`, names of what the images show, for the groups.
-
-    Returns:
-        The dict of :func:`embedding_metrics`, and `cs_divergence_at` (by bandwidth), `mmd` (`squared`, `bandwidth`,
-        `p_value`), `separability`, `frechet_halves` (predictions of one half of the images against the other half,
-        the size of `baselines.real`), `frechet_extrapolated`; with `concepts`, `groups` (`v_measure`, `ari`).
-
-    Raises:
-        CSDiffError: fewer than 8 images.
+    Those of :func:`embedding_metrics`, and `cs_divergence_at` (by bandwidth, on unit vectors), `mmd` (`squared`,
+    `bandwidth`, `p_value`), `separability`, `frechet_halves` (predictions of one half of the images against the other
+    half, the size of `baselines.real`), `frechet_extrapolated`; with N `concepts`, names of what the images show,
+    `groups` (`v_measure`, `ari`).
     """
     ids = image_identities(image) if image_ids is None else image_ids
     rows = first_rows(ids)
@@ -273,7 +267,7 @@ def real_metrics(
 ) -> dict:
     """One random half of the real images against the other: what independent images of the same kind would get.
 
-    Arguments and metrics are those of :func:`held_out_metrics`, without the metrics of pairs (retrieval, cosines).
+    Metrics are those of :func:`held_out_metrics`, without the metrics of pairs (retrieval, cosines).
     Half as many rows raise every distance but the unbiased kernel distance, and lower the effective rank.
     """
     left, right = _halves(first_rows(image_identities(image) if image_ids is None else image_ids), seed)

@@ -40,15 +40,13 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     Options, adapters, data and decoder are checked before anything is measured, and files are written at the end.
 
-    Args:
-        config: Every option.
-
     Returns:
         The metrics of the (first) adapter, `baselines` (`raw_text`, `mean_shift`, `ridge`, and `real`: real against
         real), with `--compare` also `adapters` and `comparison`, with `--decoder` also `pictures`, and `manifest`.
 
     Raises:
         CSDiffError: Bad input, in one sentence.
+        OSError: A file cannot be written.
     """
     check(config)
     cards = read_cards(config)

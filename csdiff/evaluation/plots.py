@@ -32,14 +32,10 @@ def plot_projection(text: Tensor | None, image: Tensor, predicted: Tensor, metho
     Both panels of the matplotlib figure show one projection, fitted to all sets together, so that places can be
     compared between them.
 
-    Args:
-        text: `(N, D)` raw text embeddings; None (or another width) leaves the panel "before" out.
-        image: `(N, D)` real image embeddings.
-        predicted: `(N, D)` predictions, row i for the picture of row i.
-        method: "pca", "tsne", or "gap": the direction from the centroid of the images to that of the text (of the
-            predictions, where there is no text), in which the distance of two centroids is the part of the gap along
-            it, and the first principal component at a right angle to it.
-        seed: Of the points shown and of t-SNE.
+    Row i of `text`, `image` and `predicted`, all `(N, D)` and raw, is one picture; `text` of None (or another width)
+    leaves the panel "before" out. The method is "pca", "tsne", or "gap": across the direction from the centroid of the
+    images to that of the text (of the predictions, where there is no text), in which the distance of two centroids is
+    the part of the gap along it, and up the first principal component at a right angle to it.
 
     Raises:
         CSDiffError: scikit-learn or matplotlib is not installed, or another method.

@@ -91,16 +91,10 @@ def _images(result: Mapping) -> Table:
 
 
 def html_page(result: Mapping, measured=None, drawing=None) -> str:
-    """The report of a result of `evaluate` as one HTML page.
+    """The report of a result of `evaluate` as one HTML page; a CSDiffError without jinja2 or matplotlib.
 
-    Args:
-        result: The numbers.
-        measured: The `HeldOutPairs` behind them, and predictions `(N, D)` of adapters and of baselines by name, for
-            the plots.
-        drawing: The `PictureRun` that made `result["pictures"]`, for the contact sheet.
-
-    Raises:
-        CSDiffError: jinja2 or matplotlib is not installed.
+    Plots are made of `measured`, the `HeldOutPairs` behind the numbers and the predictions `(N, D)` of adapters and of
+    baselines by name; the contact sheet of `drawing`, the `PictureRun` that made `result["pictures"]`.
     """
     require("jinja2", "report")
     from jinja2 import Template

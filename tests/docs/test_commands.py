@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from pages import PAGES, code_blocks
@@ -51,7 +52,7 @@ def test_every_command_is_accepted(name, root, checkout):
             if not command.startswith("-"):
                 options = [word for word in options if word != "--print_config"]
                 known = cli.COMMANDS[command]
-                parse_command(cli.import_object(known.config), options, command, known)
+                parse_command(resolve_name(known.config), options, command, known)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -106,5 +107,5 @@ def test_no_option_in_the_text_is_unknown(page, root):
     known = {"help", "version", "print_completion", "print_config", "config", "json", "no_grid", "num-images", "name"}
     known |= {"module"}
     for command in cli.COMMANDS.values():
-        known |= set(option_types(cli.import_object(command.config)))
+        known |= set(option_types(resolve_name(command.config)))
     assert set(re.findall(r"--([a-zA-Z][\w.-]*)", (root / page).read_text("utf-8"))) <= known
