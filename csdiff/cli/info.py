@@ -185,7 +185,7 @@ class _Look:
     def store(self, folder: Path) -> dict:
         """What `csdiff.json` and `report.json` say, rows, columns and statistics."""
         from csdiff.embeddings import EmbeddingStore
-        from csdiff.embeddings.layout import FINGERPRINT_FILE, REPORT_FILE
+        from csdiff.embeddings.store_files import FINGERPRINT_FILE, REPORT_FILE
 
         metadata, report = self.json(folder / FINGERPRINT_FILE), self.json(folder / REPORT_FILE)
         facts = {

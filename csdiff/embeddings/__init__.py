@@ -9,11 +9,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "encoders": ["find_encoder", "resolve_encoder"],
         "extraction": ["EmbedReport", "embed"],
         "fingerprint": ["check_same_encoder", "compare_encoders", "weights_sha256"],
-        "layout": ["is_store"],
         "image_encoder": ["ImageEncoder", "ImageEncoding", "load_image_encoder"],
         "loader": ["ImageGroups", "StoreBatches"],
         "statistics": ["EmbeddingStatistics"],
-        "store": ["EmbeddingStore"],
+        "store": ["EmbeddingStore", "is_store"],
         "text_encoder": [
             "CaptionTokenizer",
             "TextEncoder",

@@ -18,8 +18,8 @@ from csdiff.devices import choose_device
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.image_encoder import inspect_image_encoder
-from csdiff.embeddings.layout import REPORT_FILE
 from csdiff.embeddings.shards import LISTED_TRUNCATIONS, Extraction, check_limit
+from csdiff.embeddings.store_files import REPORT_FILE
 from csdiff.embeddings.text_encoder import inspect_text_encoder
 from csdiff.embeddings.writer import StoreWriter
 from csdiff.errors import CSDiffError

@@ -41,15 +41,18 @@ class Extraction:
         self.config, self.source, self.writer, self.state = config, source, writer, state
         dtype = None if config.precision == "auto" else getattr(torch, config.precision)
         self.image = self.text = None
-        if "image" in towers:
-            self.image = load_image_encoder(config.image_encoder, device, dtype, revision=config.image_revision)
+        self.keys, self.facts = [], {}
         if "text" in towers:
             options = {"pooling": config.pooling, "max_length": config.max_length}
             self.text = load_text_encoder(config.text_encoder, device, dtype, revision=config.text_revision, **options)
-        self.keys = ["text_embeds"] if self.text else []
-        self.keys += ["text_states", "text_mask"] if self.text and config.text_states else []
-        self.keys += ["image_embeds"] if self.image else []
-        self.keys += ["image_tokens"] if self.image and config.image_tokens else []
+            self.keys += ["text_embeds", *(["text_states", "text_mask"] if config.text_states else ())]
+            self.facts["text_encoder"] = self.text.describe(weights=False)
+            self.facts["tokenizer"] = self.text.caption_tokenizer.describe()
+        if "image" in towers:
+            self.image = load_image_encoder(config.image_encoder, device, dtype, revision=config.image_revision)
+            self.keys += ["image_embeds", *(["image_tokens"] if config.image_tokens else ())]
+            self.facts["image_encoder"] = self.image.describe(weights=False)
+            self.facts["preprocessing"] = self.image.describe_preprocessing()
         done = [writer.record(shard) for shard in range(writer.shards) if writer.done(shard)]
         self._problems = sum(len(record["problems"]) for record in done)
         self._torch_threads = torch.get_num_threads()
@@ -96,14 +99,10 @@ class Extraction:
                 if not rows.rows:
                     blank = self._encode_images(([self.image.blank()], [1]))
                     shard.append({key: column[:0] for key, column in blank.items()})
-                shard.notes["image_encoder"] = self.image.describe(weights=False)
-                shard.notes["preprocessing"] = self.image.describe_preprocessing()
             if self.text is not None:
                 self._captions(rows, shard)
-                shard.notes["text_encoder"] = self.text.describe(weights=False)
-                shard.notes["tokenizer"] = self.text.caption_tokenizer.describe()
             shard.metadata = rows.table(self.source.has_captions)
-            shard.notes |= rows.to_dict()
+            shard.notes = self.facts | rows.to_dict()
         self._problems += len(rows.problems)
 
     def _batches(self, number: int, rows: ShardRows, bar) -> Iterator[tuple[list[Tensor], list[int]]]:

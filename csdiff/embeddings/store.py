@@ -10,11 +10,19 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from csdiff.embeddings.layout import FINGERPRINT_FILE, PARTIAL_FOLDER
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, EmbeddingStatistics, Moments
-from csdiff.embeddings.store_files import Column, ShardedMetadata, check_files, open_shards, read_fingerprint
+from csdiff.embeddings.store_files import (
+    FINGERPRINT_FILE,
+    PARTIAL_FOLDER,
+    Column,
+    ShardedMetadata,
+    check_files,
+    open_columns,
+    read_fingerprint,
+)
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute
+from csdiff.kinds import is_store  # noqa: F401  one of the questions about a store
 
 # Rows of each side that are looked at when a store is opened.
 SAMPLE = 1024
@@ -97,8 +105,7 @@ class EmbeddingStore:
         if verify is None:
             verify = sum(file["bytes"] for file in files.values()) <= VERIFY_BYTES
         check_files(path, files, checksums=verify)
-        shards, metadata = open_shards(path, fingerprint or {}, files)
-        store = cls(path, fingerprint, {key: Column(part) for key, part in shards.items()}, metadata)
+        store = cls(path, fingerprint, *open_columns(path, fingerprint or {}))
         if fingerprint is None:
             norms = "all rows sampled have norm 1" if store.normalized else "norms vary, so the rows look raw"
             warnings.warn(

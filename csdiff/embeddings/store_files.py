@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,25 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, find_shards
 from csdiff.errors import CSDiffError
 from csdiff.files import check_types, read_json
 
-# Dimensions of a column's array, rows included.
-DIMENSIONS = {"text_embeds": 2, "image_embeds": 2, "text_states": 3, "text_mask": 2, "image_tokens": 3}
+FINGERPRINT_FILE = "csdiff.json"
+REPORT_FILE = "report.json"
+# Work in progress of `csdiff embed`; its presence without a csdiff.json means that the store is not complete.
+PARTIAL_FOLDER = ".partial"
+METADATA = "metadata"
+# Key of `EmbeddingStore.read` -> name of the folder and its files, and dimensions of the arrays, rows included. The
+# first two, and the metadata, are clip-retrieval's own.
+COLUMNS = {
+    "text_embeds": ("text_emb", 2),
+    "image_embeds": ("img_emb", 2),
+    "text_states": ("text_states", 3),
+    "text_mask": ("text_mask", 2),
+    "image_tokens": ("image_tokens", 3),
+}
+
+_FLOATS = ("float16", "float32", "float64")
 
 # What stands in a store's `csdiff.json`, for whoever reads it afterwards.
 _TYPES = {
@@ -62,31 +74,35 @@ def check_files(path: Path, files: dict[str, dict], checksums: bool) -> None:
                 raise CSDiffError(f"{file} is damaged: expected {expected}, found {size:,} with {digest}; {cure}.")
 
 
-def open_shards(
-    path: Path, fingerprint: dict, files: dict[str, dict]
-) -> tuple[dict[str, list[Shard]], ShardedMetadata | None]:
-    """Shards of every column in order, and the metadata if there is some; all must have the same rows.
+def open_columns(path: Path, fingerprint: dict) -> tuple[dict[str, Column], ShardedMetadata | None]:
+    """The columns, and the metadata if there is some; all must have the same rows in every shard.
 
-    `fingerprint` and `files`, those that belong to the store, are empty for a foreign folder, where all files do.
+    Where the fingerprint lists files, no others belong to the store; without one (an empty dict) all of them do.
     """
+    listed, bfloat16 = fingerprint.get("files"), fingerprint.get("dtype") == "bfloat16"
 
-    def own(folder: str, stem: str, suffix: str) -> dict[int, Path]:
-        shards = find_shards(path / folder, stem, suffix)
-        return {n: file for n, file in shards.items() if not files or file.relative_to(path).as_posix() in files}
+    def shards(name: str, suffix: str) -> dict[int, Path]:
+        found = {}
+        for file in (path / name).glob(f"{name}_*.{suffix}"):
+            number = file.stem.removeprefix(f"{name}_")
+            if number.isdecimal() and (not listed or f"{name}/{file.name}" in listed):
+                found[int(number)] = file
+        return dict(sorted(found.items()))
 
-    bfloat16 = fingerprint.get("dtype") == "bfloat16"
-    found = {key: own(folder, stem, "npy") for key, (folder, stem) in ARRAY_FOLDERS.items()}
-    shards = {key: {n: Shard(f, key, bfloat16) for n, f in part.items()} for key, part in found.items() if part}
-    if not {"text_embeds", "image_embeds"} & shards.keys():
+    columns, counts, metadata = {}, {}, None
+    for key, (name, dimensions) in COLUMNS.items():
+        if files := shards(name, "npy"):
+            allowed = ("bool",) if key == "text_mask" else ("uint16",) if bfloat16 else _FLOATS
+            columns[key] = Column(list(files.values()), dimensions, allowed)
+            counts[name] = dict(zip(files, columns[key].lengths, strict=True))
+    if not {"text_embeds", "image_embeds"} & columns.keys():
         raise CSDiffError(
             f"{path}: expected text_emb/text_emb_0.npy or img_emb/img_emb_0.npy (the clip-retrieval layout), found "
             "neither; make a store with `csdiff embed`."
         )
-    counts = {ARRAY_FOLDERS[key][0]: {n: len(shard) for n, shard in part.items()} for key, part in shards.items()}
-    parquets = own(METADATA_FOLDER, "metadata", "parquet")
-    metadata = ShardedMetadata(list(parquets.values())) if parquets else None
-    if metadata:
-        counts[METADATA_FOLDER] = dict(zip(parquets, metadata.lengths, strict=True))
+    if files := shards(METADATA, "parquet"):
+        metadata = ShardedMetadata(list(files.values()))
+        counts[METADATA] = dict(zip(files, metadata.lengths, strict=True))
     first, expected = next(iter(counts.items()))
     for folder, count in counts.items():
         for number in sorted(expected.keys() | count.keys()):
@@ -100,74 +116,61 @@ def open_shards(
     if rows == 0 or rows != fingerprint.get("rows", rows):
         stated = fingerprint.get("rows", "at least one")
         raise CSDiffError(f"{path}: expected {stated} rows, found {rows}; embed again.")
-    return {key: list(part.values()) for key, part in shards.items()}, metadata
+    return columns, metadata
 
 
-class Shard:
-    """One npy file; never unpickles. It is checked when the shard is made, and mapped on first use.
-
-    npy has no bfloat16: such a shard holds its bits as uint16.
-    """
-
-    def __init__(self, path: Path, key: str, bfloat16: bool = False):
-        self.path = path
-        try:
-            array = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise CSDiffError(f"{path} is not a whole npy file ({error}); restore it or write it again.") from error
-        allowed = ("bool",) if key == "text_mask" else ("uint16",) if bfloat16 else ("float16", "float32", "float64")
-        fits = array.dtype.name in allowed and array.dtype.isnative and array.ndim == DIMENSIONS[key]
-        if not fits or not array.flags.c_contiguous or array.offset % array.itemsize:
-            order = "C" if array.flags.c_contiguous else "Fortran"
-            raise CSDiffError(
-                f"{path}: expected {' / '.join(allowed)} in {DIMENSIONS[key]} dimensions, in C order, found "
-                f"{array.dtype} {array.shape} in {order} order; save it again in that form."
-            )
-        # A longer file than the header says is as wrong as a truncated one, which numpy refuses.
-        size, found = array.offset + array.nbytes, path.stat().st_size
-        if found != size:
-            raise CSDiffError(f"{path} is damaged: expected {size:,} bytes, found {found:,}; restore it.")
-        self.shape, self.offset = array.shape, array.offset
-        self.dtype = torch.bfloat16 if array.dtype == np.uint16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @cached_property
-    def tensor(self) -> Tensor:
-        """The whole shard as a tensor over a memory map; nothing is read yet."""
-        if 0 in self.shape:
-            return torch.empty(self.shape, dtype=self.dtype)
-        # Unlike numpy's maps it keeps no file open: a store may have more shards than a process may have open files.
-        start = self.offset // self.dtype.itemsize
-        mapped = torch.from_file(str(self.path), size=start + int(np.prod(self.shape)), dtype=self.dtype)
-        return mapped[start:].view(self.shape)
+def open_shard(path: Path, dimensions: int, allowed: tuple[str, ...]) -> Tensor:
+    """One npy file of some dtype, checked and as a tensor over a memory map; never unpickles."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise CSDiffError(f"{path} is not a whole npy file ({error}); restore it or write it again.") from error
+    fits = array.dtype.name in allowed and array.dtype.isnative and array.ndim == dimensions
+    if not fits or not array.flags.c_contiguous or array.offset % array.itemsize:
+        order = "C" if array.flags.c_contiguous else "Fortran"
+        raise CSDiffError(
+            f"{path}: expected {' / '.join(allowed)} in {dimensions} dimensions, in C order, found "
+            f"{array.dtype} {array.shape} in {order} order; save it again in that form."
+        )
+    # A longer file than the header says is as wrong as a truncated one, which numpy refuses.
+    size, found = array.offset + array.nbytes, path.stat().st_size
+    if found != size:
+        raise CSDiffError(f"{path} is damaged: expected {size:,} bytes, found {found:,}; restore it.")
+    # npy has no bfloat16: such a shard holds its bits as uint16.
+    bfloat16 = array.dtype == np.uint16
+    dtype = torch.bfloat16 if bfloat16 else torch.from_numpy(np.empty(0, array.dtype)).dtype
+    if 0 in array.shape:
+        return torch.empty(array.shape, dtype=dtype)
+    # Unlike numpy's maps it keeps no file open: a store may have more shards than a process may have open files.
+    start = array.offset // array.itemsize
+    return torch.from_file(str(path), size=start + array.size, dtype=dtype)[start:].view(array.shape)
 
 
 class Column:
     """Several shards as one array (N, ...) with random access, given as float32, or bool for masks."""
 
-    def __init__(self, shards: list[Shard]):
-        first = shards[0]
-        for shard in shards[1:]:
+    def __init__(self, files: list[Path], dimensions: int, allowed: tuple[str, ...]):
+        self.files, self.shards = files, [open_shard(file, dimensions, allowed) for file in files]
+        first = self.shards[0]
+        for file, shard in zip(files, self.shards, strict=True):
             if (shard.shape[1:], shard.dtype) != (first.shape[1:], first.dtype):
                 raise CSDiffError(
-                    f"{shard.path}: expected rows of {first.shape[1:]} {first.dtype} as in {first.path.name}, found "
-                    f"{shard.shape[1:]} {shard.dtype}; shards of a folder must come from one encoder."
+                    f"{file}: expected rows of {tuple(first.shape[1:])} {first.dtype} as in {files[0].name}, found "
+                    f"{tuple(shard.shape[1:])} {shard.dtype}; shards of a folder must come from one encoder."
                 )
-        self.shards, self.dtype, self.row_shape = shards, first.dtype, tuple(first.shape[1:])
-        self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
+        self.row_shape, self.lengths = tuple(first.shape[1:]), [len(shard) for shard in self.shards]
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """These rows (int64, in range), in that order; refused if one is not finite."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        gathered = torch.empty((len(rows), *self.row_shape), dtype=self.dtype)
+        gathered = torch.empty((len(rows), *self.row_shape), dtype=self.shards[0].dtype)
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if len(places):
                 shard = shards[places[0]]
                 local = torch.from_numpy(rows[places] - self.starts[shard])
-                found = self.shards[shard].tensor.index_select(0, local)
+                found = self.shards[shard].index_select(0, local)
                 gathered.index_copy_(0, torch.from_numpy(places), found)
         if gathered.dtype == torch.bool:
             return gathered
@@ -176,7 +179,7 @@ class Column:
         if not torch.isfinite(values.sum()):
             wrong = (~values.flatten(1).isfinite().all(1)).nonzero()
             if len(wrong):
-                folder, place = self.shards[0].path.parent.parent, self.place(int(rows[int(wrong[0])]))
+                folder, place = self.files[0].parent.parent, self.place(int(rows[int(wrong[0])]))
                 raise CSDiffError(
                     f"{folder}: {place} is not finite (NaN or infinity, as half precision gives on overflow; "
                     f"{len(wrong)} of {len(values)} rows read): embed these again, or leave them out."
@@ -186,7 +189,7 @@ class Column:
     def place(self, row: int) -> str:
         """Where a row is on the disk: "row 3 of img_emb/img_emb_0.npy"."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        file = self.shards[number].path
+        file = self.files[number]
         return f"row {row - int(self.starts[number])} of {file.parent.name}/{file.name}"
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.embeddings.layout import ARRAY_FOLDERS, FINGERPRINT_FILE, METADATA_FOLDER, PARTIAL_FOLDER, REPORT_FILE
 from csdiff.embeddings.statistics import UNIT_NORM_TOLERANCE, Moments
+from csdiff.embeddings.store_files import COLUMNS, FINGERPRINT_FILE, METADATA, PARTIAL_FOLDER, REPORT_FILE
 from csdiff.errors import CSDiffError
 from csdiff.files import absolute, flatten, folder_lock, move, read_json, write_json, writing_folder
 from csdiff.kinds import described
@@ -88,23 +88,16 @@ class StoreWriter:
     @contextmanager
     def shard(self, number: int, keys: Sequence[str]) -> Iterator[ShardWriter]:
         """Writes the columns of one shard; at the end it is whole, after an error it is not there."""
-        # Padded with zeros, so that names sort in shard order.
-        suffix = f"{number:0{len(str(max(self.shards - 1, 0)))}d}"
         with writing_folder(self._folder(number)) as folder:
-            writer = ShardWriter(folder, keys, self.dtype)
+            # Padded with zeros, so that names sort in shard order.
+            writer = ShardWriter(folder, f"{number:0{len(str(max(self.shards - 1, 0)))}d}", keys, self.dtype)
             yield writer
-            writer.close()
-            parts = {f"{'/'.join(ARRAY_FOLDERS[key])}_{suffix}.npy": f"{key}.npy" for key in keys}
-            if writer.metadata is not None:
-                pq.write_table(writer.metadata, folder / "metadata.parquet")
-                parts[f"{METADATA_FOLDER}/metadata_{suffix}.parquet"] = "metadata.parquet"
             files = {
-                name: {"bytes": (folder / part).stat().st_size, "sha256": file_sha256(folder / part)}
-                for name, part in parts.items()
+                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in writer.close()
             }
             moments = {key: moments.to_dict() for key, moments in writer.moments.items()}
-            record = {"parts": parts, "files": files, "moments": moments, **writer.notes}
-            write_json(folder / "shard.json", record, indent=None)
+            write_json(folder / "shard.json", {"files": files, "moments": moments, **writer.notes}, indent=None)
 
     def finish(self, fingerprint: dict, report: dict) -> None:
         """All shards are whole: move them into place, write the report and, as the last thing, the fingerprint.
@@ -120,11 +113,12 @@ class StoreWriter:
             for key, values in record["moments"].items():
                 part = Moments.from_dict(values)
                 total[key] = total[key].merge(part) if key in total else part
-            for name, part in record["parts"].items():
+            for name in record["files"]:
+                source, target = self._folder(shard) / name, self.path / name
                 # Those that a killed process moved before are there.
-                if (self._folder(shard) / part).exists():
-                    (self.path / name).parent.mkdir(exist_ok=True)
-                    move(self._folder(shard) / part, self.path / name)
+                if source.exists() or not target.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    move(source, target)
         statistics = {key: moments.statistics() for key, moments in total.items()}
         side = statistics.get("image_embeds") or statistics["text_embeds"]
         unit = abs(side.norm_mean - 1) < UNIT_NORM_TOLERANCE and side.norm_std < UNIT_NORM_TOLERANCE
@@ -161,13 +155,13 @@ def _difference(key: str, there: object, now: object) -> str:
 class ShardWriter:
     """The files of one shard, while they are written; `metadata` and `notes` (JSON-able) are set by the caller."""
 
-    def __init__(self, folder: Path, keys: Sequence[str], dtype: str):
-        self.folder = folder
+    def __init__(self, folder: Path, number: str, keys: Sequence[str], dtype: str):
         self.metadata: pa.Table | None = None
         self.notes: dict = {}
         self.moments: dict[str, Moments] = {}
+        self._folder, self._number = folder, number
         self._dtypes = {key: "bool" if key == "text_mask" else dtype for key in keys}
-        self._files = {key: (folder / f"{key}.npy").open("wb") for key in keys}
+        self._files = {key: self._path(COLUMNS[key][0], "npy").open("wb") for key in keys}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def append(self, columns: dict[str, Tensor]) -> None:
@@ -182,7 +176,7 @@ class ShardWriter:
                 row = int((~finite).nonzero()[0])
                 found = f"{float(rows[row].float().abs().max()):g} to be stored as {self._dtypes[key]}"
                 raise CSDiffError(
-                    f"{key}, row {count + row} of {self.folder.name}: expected finite values, found {found}; use "
+                    f"{key}, row {count + row} of shard {self._number}: expected finite values, found {found}; use "
                     "dtype bfloat16 or float32, or precision float32."
                 )
             if key in ("text_embeds", "image_embeds"):
@@ -193,11 +187,21 @@ class ShardWriter:
             self._files[key].write(bits.numpy().data)
             self._shapes[key] = (count + len(stored), *self._shapes[key][1:])
 
-    def close(self) -> None:
-        """Complete the headers."""
+    def close(self) -> list[Path]:
+        """Complete the files; where they are."""
+        paths = []
         for key, file in self._files.items():
             self._write_header(key, self._shapes[key])
             file.close()
+            paths.append(Path(file.name))
+        if self.metadata is not None:
+            paths.append(self._path(METADATA, "parquet"))
+            pq.write_table(self.metadata, paths[-1])
+        return paths
+
+    def _path(self, name: str, suffix: str) -> Path:
+        (self._folder / name).mkdir()
+        return self._folder / name / f"{name}_{self._number}.{suffix}"
 
     def _write_header(self, key: str, shape: tuple[int, ...]) -> None:
         # numpy pads the header so that it has one length for any number of rows.
@@ -240,7 +244,7 @@ def write_store(
         CSDiffError: No embeddings, columns of different lengths, or a folder that is in use.
     """
     given = (text_embeds, image_embeds, text_states, text_mask, image_tokens)
-    columns = {key: column for key, column in zip(ARRAY_FOLDERS, given, strict=True) if column is not None}
+    columns = {key: column for key, column in zip(COLUMNS, given, strict=True) if column is not None}
     texts = {name: list(v) for name, v in (("caption", captions), ("image_id", image_ids)) if v is not None}
     lengths = {name: len(values) for name, values in {**columns, **texts}.items()}
     count = next(iter(lengths.values()), 0)
@@ -252,9 +256,8 @@ def write_store(
             raise CSDiffError(f"{path} holds a store already; choose another folder, or delete it.")
         for number in range(writer.shards):
             part = slice(number * shard_size, (number + 1) * shard_size)
-            if not writer.done(number):
-                with writer.shard(number, list(columns)) as shard:
-                    shard.append({key: column[part] for key, column in columns.items()})
-                    if texts:
-                        shard.metadata = pa.table({name: pa.array(v[part], pa.string()) for name, v in texts.items()})
+            with writer.shard(number, list(columns)) as shard:
+                shard.append({key: column[part] for key, column in columns.items()})
+                if texts:
+                    shard.metadata = pa.table({name: pa.array(v[part], pa.string()) for name, v in texts.items()})
         writer.finish(fingerprint or {}, {"rows": count})

@@ -19,11 +19,11 @@ from csdiff.embeddings import load_caption_tokenizer, load_text_encoder
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.encoders import find_encoder
 from csdiff.embeddings.fingerprint import check_same_encoder
-from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.embedding_metrics import require_images
 from csdiff.evaluation.retrieval import first_rows, image_identities
+from csdiff.kinds import is_store
 from csdiff.pipelines.decoders import AdapterCard
 from csdiff.pipelines.embedding import text_encoder_options
 

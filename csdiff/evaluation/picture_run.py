@@ -25,13 +25,13 @@ from csdiff.data.opening import open_source
 from csdiff.embeddings import load_text_encoder
 from csdiff.embeddings.encoders import encoder_files, find_encoder
 from csdiff.embeddings.fingerprint import file_sha256
-from csdiff.embeddings.layout import is_store
 from csdiff.errors import CSDiffError
 from csdiff.evaluation.baselines import baseline_predictions, cross_fitted_predictions
 from csdiff.evaluation.config import EvaluateConfig
 from csdiff.evaluation.extractors import ClipExtractor, Extractor, load_extractor
 from csdiff.evaluation.picture_metrics import cmmd, prompt_metrics, space_metrics
 from csdiff.files import write_json, writing
+from csdiff.kinds import is_store
 from csdiff.pipelines.config import GenerateConfig
 from csdiff.pipelines.decoders import AdapterCard, DecoderSource, check_pairing, resolve_decoder
 from csdiff.pipelines.decoding import load_decoder

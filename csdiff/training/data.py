@@ -15,11 +15,11 @@ from csdiff.data.opening import open_source
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.embeddings.fingerprint import check_same_encoder
-from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.loader import ImageGroups
 from csdiff.embeddings.statistics import EmbeddingStatistics, Moments
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.errors import CSDiffError
+from csdiff.kinds import is_store
 from csdiff.training.config import TrainConfig
 
 DEFAULT_ENCODER = "tiny-clip"

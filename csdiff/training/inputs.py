@@ -18,11 +18,11 @@ from csdiff.embeddings import load_image_encoder, load_text_encoder
 from csdiff.embeddings.encoders import encoder_files
 from csdiff.embeddings.fingerprint import check_same_encoder, weights_sha256
 from csdiff.embeddings.image_encoder import ImageEncoder
-from csdiff.embeddings.layout import is_store
 from csdiff.embeddings.loader import StoreBatches
 from csdiff.embeddings.store import EmbeddingStore
 from csdiff.embeddings.text_encoder import CaptionTokenizer, TextEncoder, load_caption_tokenizer
 from csdiff.errors import CSDiffError
+from csdiff.kinds import is_store
 from csdiff.training.config import TrainConfig
 from csdiff.training.data import Pairs, TrainingData, reads_states, wants_tokens
 
