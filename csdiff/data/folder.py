@@ -14,8 +14,8 @@ from csdiff.data.tables import (
     CAPTION_COLUMNS,
     UnreadableText,
     decode_text,
-    find_column,
     json_fields,
+    known_column,
     lines,
     read_table,
 )
@@ -157,7 +157,7 @@ def _captions(file: Path) -> list[str]:
     if file.suffix.lower() != ".json":
         return caption_list([line for line in lines(text) if line.strip()]) or [""]
     content = json_fields(text)
-    return caption_list(content.get(find_column(content, None, CAPTION_COLUMNS, file, "caption_column")))
+    return caption_list(content.get(known_column(content, CAPTION_COLUMNS)))
 
 
 def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str]) -> None:

@@ -47,12 +47,11 @@ class Problem:
 
 @dataclass
 class Row:
-    """Captions of a file, with the name of their image, the further columns asked for, and their split."""
+    """Captions of a file, with the name of their image and the further columns asked for."""
 
     file: str | None
     captions: list[str]
     extra: dict[str, str | None] = field(default_factory=dict)
-    split: str | None = None
     problem: Problem | None = None
 
 

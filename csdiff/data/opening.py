@@ -13,7 +13,7 @@ from csdiff.data.images import is_image_name
 from csdiff.data.items import Source, SourceOptions
 from csdiff.data.listing import by_ending, data_files, no_split, split_folders, suffix_of, visible_files
 from csdiff.data.rows import HuggingFaceSource, ParquetSource, parquet_footer
-from csdiff.data.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, find_column
+from csdiff.data.tables import TABLE_SUFFIXES, find_columns
 from csdiff.data.web_dataset import WebDatasetSource
 from csdiff.errors import CSDiffError
 from csdiff.kinds import described, kind_of
@@ -139,7 +139,7 @@ def _holds_images(file: Path, options: SourceOptions, among_images: bool = False
         if among_images:  # Nobody asks for it.
             return False
         raise
-    name = find_column(schema.names, options.image_column, IMAGE_COLUMNS, file, "image_column")
+    name, _ = find_columns(schema.names, SourceOptions(image_column=options.image_column), file)
     kind = pa.null() if name is None else schema.field(name).type
     return pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 

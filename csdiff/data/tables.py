@@ -6,8 +6,10 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Row, SourceOptions, caption_list
@@ -79,8 +81,6 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
         raise CSDiffError(f"{path}: expected a table ({', '.join(TABLE_SUFFIXES)}) or .tar, found {path.suffix!r}.")
     try:
         found = _read(path, options)
-        if found and isinstance(found[0], Row):
-            return _of_split(path, found, options)
     except (OSError, CSDiffError):
         raise
     except Exception as error:  # Each parser has its own kinds.
@@ -105,29 +105,25 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
     return rows
 
 
-def find_column(
-    columns: Sequence[str] | dict, asked: str | None, usual: Sequence[str], where: object, option: str
-) -> str | None:
-    """The column asked for, which must be there, or the first of the usual names that is, or None."""
-    if asked is not None:
-        if asked not in columns:
-            found = ", ".join(columns) or "none"
-            raise CSDiffError(f"{where}: expected the column {asked!r} ({option}), found {found}.")
-        return asked
+def known_column(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first of the usual names, in any case, that there is."""
     lower = {name.lower(): name for name in reversed(list(columns))}
-    return next((lower[name] for name in usual if name in lower), None)
+    return next((lower[name] for name in names if name in lower), None)
 
 
 def find_columns(columns: Sequence[str], options: SourceOptions, where: object) -> tuple[str | None, str | None]:
     """The columns of images and of captions; every column that the options name must be there."""
-    for name in options.metadata_columns:
-        find_column(columns, name, (), where, "metadata_columns")
-    image = find_column(columns, options.image_column, IMAGE_COLUMNS, where, "image_column")
-    return image, find_column(columns, options.caption_column, CAPTION_COLUMNS, where, "caption_column")
+    asked = {"image_column": options.image_column, "caption_column": options.caption_column}
+    for option, name in [*asked.items(), *(("metadata_columns", name) for name in options.metadata_columns)]:
+        if name not in (None, *columns):
+            found = ", ".join(columns) or "none"
+            raise CSDiffError(f"{where}: expected the column {name!r} ({option}), found {found}.")
+    image = options.image_column or known_column(columns, IMAGE_COLUMNS)
+    return image, options.caption_column or known_column(columns, CAPTION_COLUMNS)
 
 
-def _read(path: Path, options: SourceOptions) -> list[dict] | list[Row]:
-    """Rows of a table by the names of their columns, or those of a published format.
+def _read(path: Path, options: SourceOptions) -> list[dict]:
+    """Rows of a table by the names of their columns. Unless columns are named, of a split of a published format too.
 
     - COCO captions: `annotations/captions_val2017.json` (`images`, `annotations`).
     - COCO and Flickr30k in Karpathy's form: `dataset_coco.json`, `dataset_flickr30k.json` (`images` with `sentences`).
@@ -138,31 +134,34 @@ def _read(path: Path, options: SourceOptions) -> list[dict] | list[Row]:
     suffix = path.suffix.lower()
     asked = {options.image_column, options.caption_column, *options.metadata_columns} - {None}
     if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         return pq.read_table(path).to_pylist()
     text = decode_text(path.read_bytes())
     if suffix == ".token" or path.name.endswith(".token.txt"):
         pairs = (line.split("\t", 1) for line in lines(text) if line.strip())
-        return [Row(name.rsplit("#", 1)[0], [caption.strip()]) for name, caption in pairs]
-    if suffix in (".jsonl", ".jsonlines"):
-        rows = _json_lines(text)
-        if suffix == ".jsonlines" and not asked and {"image_file", "description"} <= set(rows[0] if rows else ()):
-            return [Row(row["image_file"], [row["description"].strip()], split=row.get("split")) for row in rows]
-        return _objects(rows)
-    if suffix == ".json":
-        content = json.loads(text)
-        found = _coco(content) if isinstance(content, dict) and not asked else None
-        return _objects(content) if found is None else found
+        return [{"image": name.rsplit("#", 1)[0], "caption": caption.strip()} for name, caption in pairs]
+    if suffix in (".json", ".jsonl", ".jsonlines"):
+        content = json.loads(text) if suffix == ".json" else _json_lines(text)
+        if suffix == ".json" and isinstance(content, dict) and not asked and (rows := _coco(content)) is not None:
+            return _of_split(path, rows, options)
+        if isinstance(content, list) and all(isinstance(row, str) for row in content):
+            return [{"caption": row} for row in content]
+        if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+            raise ValueError("expected a list of objects, or of strings")
+        if suffix == ".jsonlines" and not asked and content and {"image_file", "description"} <= content[0].keys():
+            rows = [{**row, "description": row["description"].strip()} for row in content]
+            return _of_split(path, rows, options)
+        return content
     if suffix == ".csv" and not asked and text.partition("\n")[0].replace(" ", "").startswith("image_name|"):
         # One line of the published file lacks its second bar: "...jpg| 4   A dog runs ...".
         parts = [[part.strip() for part in line.split("|", 2)] for line in lines(text)[1:] if line.strip()]
-        return [Row(part[0], [part[2] if len(part) == 3 else part[1].lstrip("01234 ")]) for part in parts]
+        texts = (part[2] if len(part) == 3 else part[1].lstrip("01234 ") for part in parts)
+        return [{"image": part[0], "caption": caption} for part, caption in zip(parts, texts, strict=True)]
     rows = _separated(path, text, asked)
     if asked or not rows or not {"raw", "filename", "split"} <= rows[0].keys():
         return rows
     captions = ([caption.strip() for caption in json.loads(row["raw"])] for row in rows)
-    return [Row(row["filename"], texts, split=row["split"]) for row, texts in zip(rows, captions, strict=True)]
+    rows = [{**row, "captions": texts} for row, texts in zip(rows, captions, strict=True)]
+    return _of_split(path, rows, options)
 
 
 def _separated(path: Path, text: str, asked: set[str]) -> list[dict]:
@@ -207,34 +206,31 @@ def _json_lines(text: str) -> list:
     return rows
 
 
-def _objects(rows: object) -> list[dict]:
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        return rows
-    if isinstance(rows, list) and all(isinstance(row, str) for row in rows):
-        return [{"caption": row} for row in rows]
-    raise ValueError("expected a list of objects, or of strings")
-
-
-def _coco(content: dict) -> list[Row] | None:
+def _coco(content: dict) -> list[dict] | None:
     """COCO captions or Karpathy's form; None where a JSON object is neither."""
     images = content.get("images")
     if isinstance(images, list) and isinstance(content.get("annotations"), list):
-        rows = {image["id"]: Row(image["file_name"], []) for image in images}
+        rows = {image["id"]: {"image": image["file_name"], "captions": []} for image in images}
         for annotation in content["annotations"]:
-            rows[annotation["image_id"]].captions.append(annotation["caption"].strip())
-        return [row for row in rows.values() if row.captions]
+            rows[annotation["image_id"]]["captions"].append(annotation["caption"].strip())
+        return [row for row in rows.values() if row["captions"]]
     if not images or "sentences" not in images[0]:
         return None
-    names = ["/".join(filter(None, (image.get("filepath"), image["filename"]))) for image in images]
-    captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
-    return [Row(n, c, split=i.get("split")) for n, c, i in zip(names, captions, images, strict=True)]
+    return [
+        {
+            "image": "/".join(filter(None, (image.get("filepath"), image["filename"]))),
+            "captions": [sentence["raw"].strip() for sentence in image["sentences"]],
+            "split": image.get("split"),
+        }
+        for image in images
+    ]
 
 
-def _of_split(path: Path, rows: list[Row], options: SourceOptions) -> list[Row]:
+def _of_split(path: Path, rows: list[dict], options: SourceOptions) -> list[dict]:
     """Rows of a split, all where none states one. COCO's "restval" belongs to "train", as everyone trains."""
-    splits, split = {row.split for row in rows if row.split}, options.split
+    splits, split = {row["split"] for row in rows if row.get("split")}, options.split
     options.splits.update(splits)
     if not splits or split == "all":
         return rows
     wanted = {split, "restval"} if split == "train" else {split}
-    return [row for row in rows if row.split in wanted] or no_split(path, split, sorted(splits))
+    return [row for row in rows if row.get("split") in wanted] or no_split(path, split, sorted(splits))

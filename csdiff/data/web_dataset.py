@@ -12,7 +12,7 @@ from pathlib import Path
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Item, Problem, Source, SourceOptions, caption_list, printable
 from csdiff.data.listing import hidden
-from csdiff.data.tables import CAPTION_COLUMNS, UnreadableText, decode_text, find_column, json_fields, lines
+from csdiff.data.tables import CAPTION_COLUMNS, UnreadableText, decode_text, json_fields, known_column, lines
 
 _TEXTS = ("txt", "caption", "json")
 # No image, and no text of captions, is larger; a member may claim anything.
@@ -130,7 +130,7 @@ class WebDatasetSource(Source):
         for name in [asked] if asked else [*_TEXTS[:2], *texts[:1]]:
             if name in parts and name != "json":
                 return caption_list(lines(decode_text(parts[name]))) or [""]
-        field = asked or find_column(fields, None, CAPTION_COLUMNS, "", "caption_column")
+        field = asked or known_column(fields, CAPTION_COLUMNS)
         return caption_list(fields.get(field))
 
 
