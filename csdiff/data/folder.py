@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -163,7 +164,7 @@ def _captions(file: Path) -> list[str]:
 def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str]) -> None:
     """Refuse images without captions beside a file that names them: its captions would be lost without a word."""
     stems = {PurePosixPath(name).stem for name in images}
-    known = {PurePosixPath(name).name for name in images}
+    known = {os.fsencode(PurePosixPath(name).name) for name in images}
     for name in others:
         suffix = suffix_of(name)
         if suffix in _CAPTION_SUFFIXES and PurePosixPath(name).stem in stems:
@@ -173,12 +174,9 @@ def _check_no_captions(folder: Path, images: Sequence[str], others: Sequence[str
             )
         if suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".jsonlines", ".token", ".caption"):
             with (folder / name).open("rb") as file:
-                start = file.read(65536)
-            try:
-                words = decode_text(start[: start.rfind(b"\n") + 1] or start)
-            except UnreadableText:
-                words = start.decode("latin-1")
-            if any(image in words for image in known):
+                # Without zeros UTF-16 is ASCII, where it can be.
+                start = file.read(65536).replace(b"\0", b"")
+            if any(image in start for image in known):
                 raise CSDiffError(
                     f"{folder}: expected captions in metadata.csv or beside the images, or none, found {name}, which "
                     "names images; give it as captions_file, or move it away."

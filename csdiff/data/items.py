@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,15 +112,25 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options of `open_source`, and the splits that it finds on the way."""
+    """What is read of a source; the usual names of the columns are tried by default.
+
+    Attributes:
+        split: Of a data set that has several; "all" for all files of a folder.
+        subset: Configuration of a data set of the hub.
+        image_column: Column of the images or of their file names.
+        caption_column: Column of the captions.
+        metadata_columns: Further columns to keep, as text.
+        allow_outside: Read images that a table names outside the source's folder (`../x.png`, `/data/x.png`).
+        splits: Those that are found on the way.
+    """
 
     split: str = "train"
     subset: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
-    metadata_columns: tuple[str, ...] = ()
+    metadata_columns: Sequence[str] = ()
     allow_outside: bool = False
-    splits: set[str] = field(default_factory=set)
+    splits: set[str] = field(default_factory=set, init=False)
 
     def extra(self, values: dict) -> dict[str, str | None]:
         """The further columns of an entry, as text."""

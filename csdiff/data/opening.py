@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -12,8 +11,7 @@ from csdiff.data.folder import table_source, uncaptioned_folder, urban
 from csdiff.data.images import is_image_name
 from csdiff.data.items import Source, SourceOptions
 from csdiff.data.listing import by_ending, data_files, no_split, split_folders, suffix_of, visible_files
-from csdiff.data.rows import HuggingFaceSource, ParquetSource, parquet_footer
-from csdiff.data.tables import TABLE_SUFFIXES, find_columns
+from csdiff.data.tables import TABLE_SUFFIXES, HuggingFaceSource, ParquetSource, find_columns, parquet_footer
 from csdiff.data.web_dataset import WebDatasetSource
 from csdiff.errors import CSDiffError
 from csdiff.kinds import described, kind_of
@@ -23,33 +21,18 @@ TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.j
 _TARS = (".tar", ".tar.gz", ".tgz")
 
 
-def open_source(
-    source: str | Path,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    captions_file: str | Path | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    metadata_columns: Sequence[str] = (),
-    allow_outside: bool = False,
-) -> Source:
+def open_source(source: str | Path, *, captions_file: str | Path | None = None, **options) -> Source:
     """Open captions and images in any of the forms that people keep them in; iterate over it for the items.
 
     Args:
         source: A folder, a file, a pattern of tar files or an id on the hub: the forms are those of docs/store.md.
-        split: Of a data set that has several; "all" for all files of a folder.
-        subset: Configuration of a data set of the hub.
         captions_file: Table for a folder of images, when it is not in the folder.
-        image_column: Column of the images or of their file names; the usual names are tried by default.
-        caption_column: Column of the captions; the usual names are tried by default.
-        metadata_columns: Further columns to keep, as text.
-        allow_outside: Read images that a table names outside the source's folder (`../x.png`, `/data/x.png`).
+        **options: Any of `SourceOptions`.
 
     Raises:
         CSDiffError: Nothing there, no such split or column, or nothing that is known.
     """
-    options = SourceOptions(split, subset, image_column, caption_column, tuple(metadata_columns), allow_outside)
+    options = SourceOptions(**options)
     opened = _open(source, captions_file, options)
     opened.splits = options.splits
     return opened

@@ -130,7 +130,7 @@ def find_encoder(
 
     Args:
         known: The encoder's part of a `csdiff.json`: `{"id", "revision", "weights_sha256", ...}`.
-        tower: "text" or "image".
+        tower: Which of the two.
         given: The folder or hub id the user names, e.g. of an encoder that has moved.
         of: Whose record it is, for the message.
         beside: Folders that may have moved together with the encoder, see `nearby`.

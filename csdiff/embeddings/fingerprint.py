@@ -92,14 +92,9 @@ def compare_encoders(expected: dict | None, found: dict | None, tower: Tower) ->
 def check_same_encoder(
     expected: dict | None, found: dict | None, tower: Tower, expected_in: str, found_in: str
 ) -> None:
-    """Refuse two records of different encoders; warn where two names do not tell.
+    """Refuse two records of different encoders, see `compare_encoders`; warn where two names do not tell.
 
-    Args:
-        expected: See `compare_encoders`.
-        found: The other one.
-        tower: "text" or "image".
-        expected_in: Where `expected` comes from, for the message.
-        found_in: Where `found` comes from.
+    `expected_in` and `found_in` say where the records come from.
 
     Raises:
         CSDiffError: They are different: the sentence names both and what differs.
@@ -142,7 +137,7 @@ def weights_sha256(folder: str | Path, tower: Tower | None = None) -> str:
 
     Args:
         folder: Holds `model.safetensors`, or several files of it.
-        tower: "text" or "image"; None for all tensors.
+        tower: None for all tensors.
 
     Raises:
         CSDiffError: No safetensors there, or a file that is not one.

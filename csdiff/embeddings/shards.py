@@ -132,8 +132,6 @@ class Extraction:
     def _decode(self, item: Item | Problem) -> tuple[Item | Problem, Tensor | None]:
         if self.image is None or isinstance(item, Problem):
             return item, None
-        if item.image is None:
-            return Problem(item.id, "missing_image", "the entry has no image"), None
         try:
             return item, self.image.preprocess([decode_image(item.image)])[0]
         except UnreadableImage as error:
@@ -184,16 +182,26 @@ class ShardRows:
 
     def add(self, item: Item) -> int:
         """Add one row for each caption of use, or one without a caption; how many. What is wrong is noted."""
-        captions = self._fitting(item, self._usable(item))
-        if not captions and self.tokenizer is None:
-            captions = [(None, None, 0)]
-        for place, text, count in captions:
+        captions, counts, before = self._usable(item), [], len(self.rows)
+        if self.tokenizer is not None and captions:
+            counts = self.tokenizer.lengths([text for _, text in captions])
+        elif self.tokenizer is None:
+            captions = captions or [(None, None)]
+            counts = [0] * len(captions)
+        for (place, text), count in zip(captions, counts, strict=True):
+            if self.tokenizer is not None and count > self.tokenizer.max_length:
+                found = f"caption {place} has {count} tokens"
+                if self.config.long_captions == "skip":
+                    detail = f"{found}, the text encoder takes {self.tokenizer.max_length}"
+                    self.problems.append(Problem(item.id, "long_caption", detail))
+                    continue
+                self.truncated.append(well_formed(f"{item.id}: {found}"))
             row = {"caption": text, "image_id": item.id, "image_path": item.path, "caption_index": place}
             row |= {name: item.extra.get(name) for name in self.config.metadata_columns}
             # Names of files may be no text either.
             self.rows.append({k: well_formed(v) if isinstance(v, str) else v for k, v in row.items()})
             self.lengths.append(count)
-        return len(captions)
+        return len(self.rows) - before
 
     def _usable(self, item: Item) -> list[tuple[int, str]]:
         """Captions that are neither blank nor huge, with their place, as many as are asked for."""
@@ -214,22 +222,6 @@ class ShardRows:
             digest = hashlib.sha256(f"{self.config.seed}/{item.id}".encode(errors="surrogatepass")).digest()
             return [kept[int.from_bytes(digest[:8], "little") % len(kept)]]
         return kept[:1] if self.config.captions_per_image == "first" else kept
-
-    def _fitting(self, item: Item, captions: list[tuple[int, str]]) -> list[tuple[int, str, int]]:
-        """Those that the text encoder takes, with their tokens."""
-        if self.tokenizer is None or not captions:
-            return [(place, text, 0) for place, text in captions]
-        fitting, limit = [], self.tokenizer.max_length
-        counts = self.tokenizer.lengths([text for _, text in captions])
-        for (place, text), count in zip(captions, counts, strict=True):
-            found = f"caption {place} has {count} tokens"
-            if count > limit and self.config.long_captions == "skip":
-                self.problems.append(Problem(item.id, "long_caption", f"{found}, the text encoder takes {limit}"))
-                continue
-            if count > limit:
-                self.truncated.append(well_formed(f"{item.id}: {found}"))
-            fitting.append((place, text, count))
-        return fitting
 
     def table(self, has_captions: bool) -> pa.Table:
         """Metadata of the rows."""

@@ -70,10 +70,10 @@ class Moments:
     squares: np.ndarray  # (D + 1,): sums of squared deviations from the mean
 
     @classmethod
-    def of(cls, rows: Tensor, block: int = 16384) -> Moments:
+    def of(cls, rows: Tensor) -> Moments:
         """Moments of rows `(N, D)`, N >= 0."""
         total = cls(0, np.zeros(rows.shape[1] + 1), np.zeros(rows.shape[1] + 1))
-        for part in rows.split(block):
+        for part in rows.split(16384):
             if len(part):
                 # numpy sums in one thread: the same bits whatever the number of threads.
                 part = part.double().numpy()

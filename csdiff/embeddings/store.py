@@ -55,8 +55,7 @@ class EmbeddingStore:
         fingerprint: Content of `csdiff.json`, or None for a foreign folder.
         keys: The columns there are, as `read` names them.
         metadata: Further columns, by `metadata.names`, or None.
-        text_dim: Width of the text embeddings, or None when there are none.
-        image_dim: Width of the image embeddings, or None when there are none.
+        text_dim, image_dim: Widths of the embeddings, None where there are none.
         normalized: Whether rows (image rows, if there are any) were divided by their norm before they were written.
             Decoders cannot use such rows; retrieval can.
     """
@@ -66,7 +65,6 @@ class EmbeddingStore:
     ):
         self.path, self.fingerprint, self.metadata = path, fingerprint, metadata
         self._columns, self.keys = columns, tuple(columns)
-        self._length = int(next(iter(columns.values())).starts[-1])
         widths = {key: column.row_shape[-1] for key, column in columns.items()}
         self.text_dim, self.image_dim = widths.get("text_embeds"), widths.get("image_embeds")
         stated = None if fingerprint is None else fingerprint.get("normalized")
@@ -116,7 +114,7 @@ class EmbeddingStore:
         return store
 
     def __len__(self) -> int:
-        return self._length
+        return int(next(iter(self._columns.values())).starts[-1])
 
     def __repr__(self) -> str:
         dims = f"text_dim={self.text_dim}, image_dim={self.image_dim}"
@@ -161,21 +159,11 @@ class EmbeddingStore:
         return self._column(key).place(row)
 
     def captions(self, indices: Indices) -> list[str]:
-        """Captions of these rows.
-
-        The caption column is held in memory once it has been asked for (about 80 MB a million captions).
-
-        Raises:
-            CSDiffError: The store has no captions.
-        """
+        """Captions of these rows; once asked for, all are held in memory (about 80 MB a million). See `column`."""
         return self.column("caption", indices)
 
     def image_ids(self, indices: Indices) -> list[str]:
-        """Identity of the image of each row: rows with several captions of one image share it.
-
-        Raises:
-            CSDiffError: The store does not say which image a row belongs to.
-        """
+        """Identity of the image of each row: rows with several captions of one image share it. See `column`."""
         return self.column("image_id", indices)
 
     @property
@@ -184,11 +172,7 @@ class EmbeddingStore:
         return self.metadata is not None and "image_id" in self.metadata.names
 
     def image_numbers(self) -> np.ndarray:
-        """Number (N,) int64 of the image of every row, equal for the captions of one image.
-
-        Raises:
-            CSDiffError: The store does not say which image a row belongs to.
-        """
+        """Number (N,) int64 of the image of every row, equal for the captions of one image. See `column`."""
         self.image_ids([])
         return self.metadata.codes("image_id")
 
@@ -204,11 +188,7 @@ class EmbeddingStore:
         return self.metadata.take(name, self._row_numbers(indices))
 
     def verify(self) -> None:
-        """Compare every file with its checksum.
-
-        Raises:
-            CSDiffError: A file is missing or differs (named, expected and found checksum), or no checksums are known.
-        """
+        """Compare every file with its checksum; CSDiffError names one that differs, or says that none are known."""
         if not self.fingerprint or not self.fingerprint.get("files"):
             raise CSDiffError(
                 f"{self.path} has no checksums to verify: its {FINGERPRINT_FILE} is missing or lists none."

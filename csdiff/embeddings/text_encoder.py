@@ -203,16 +203,7 @@ def load_text_encoder(
 def load_caption_tokenizer(
     id: str | Path, *, revision: str | None = None, max_length: int | None = None
 ) -> CaptionTokenizer:
-    """The tokenizer of a text encoder, as `load_text_encoder` has it, without the encoder's weights.
-
-    Args:
-        id: As for `load_text_encoder`.
-        revision: Branch, tag or commit on the hub.
-        max_length: Tokens a caption may have; by default the tokenizer's limit, at most 512.
-
-    Raises:
-        CSDiffError: No such encoder, or no tokenizer there.
-    """
+    """The tokenizer of a text encoder without the encoder's weights; arguments and errors of `load_text_encoder`."""
     return inspect_text_encoder(encoder_files(id, "text", revision), None, max_length)[1]
 
 

@@ -50,8 +50,7 @@ class StoreWriter:
     def begin(self, plan: dict) -> bool:
         """Start a store, or go on with one that was started with the same plan; whether it is finished already.
 
-        Args:
-            plan: Everything that decides the content of the store.
+        The plan is everything that decides the content of the store.
 
         Raises:
             CSDiffError: The folder holds another store, or something else, or another process writes into it.
@@ -102,9 +101,7 @@ class StoreWriter:
     def finish(self, fingerprint: dict, report: dict) -> None:
         """All shards are whole: move them into place, write the report and, as the last thing, the fingerprint.
 
-        Args:
-            fingerprint: What is known of the encoders; plan, statistics, dtype and checksums are added.
-            report: What was left out.
+        `fingerprint` is what is known of the encoders; plan, statistics, dtype and checksums are added.
         """
         files, total = {}, {}
         for shard in range(self.shards):
