@@ -24,8 +24,8 @@ from csdiff.kinds import described
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "|b1"}
 
 
-class StoreWriter:
-    """A store in the making; its context manager gives up the lock that `begin` takes.
+class StoreWriter(ExitStack):
+    """A store in the making; at the end of its `with` block it gives up the lock that `begin` takes.
 
     Each shard is written aside into `.partial/`, flushed to the disk and renamed: it is whole or not there. Several
     processes may do one shard each. When all are there, `finish` moves their files into place.
@@ -37,15 +37,9 @@ class StoreWriter:
     """
 
     def __init__(self, path: str | Path, shards: int, dtype: str = "float16"):
-        self.path, self.shards, self.dtype = absolute(path), shards, dtype
+        super().__init__()
+        self.path, self.shards, self.dtype, self._plan = absolute(path), shards, dtype, {}
         self.partial = self.path / PARTIAL_FOLDER
-        self._lock, self._plan = ExitStack(), {}
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.close()
 
     def begin(self, plan: dict) -> bool:
         """Start a store, or go on with one that was started with the same plan; whether it is finished already.
@@ -71,7 +65,7 @@ class StoreWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CSDiffError(f"{self.path}: the store cannot be written there ({error.strerror}).") from error
-        self._lock.enter_context(folder_lock(self.partial, "this store"))
+        self.enter_context(folder_lock(self.partial, "this store"))
         if not plan_file.exists():
             write_json(plan_file, plan)
         return False
