@@ -13,11 +13,10 @@ from pathlib import Path
 import gradio as gr
 import matplotlib
 import torch
-from pandas import DataFrame
 
 from csdiff.app.drawing import adapter_name
 from csdiff.app.models import Models, fitted_maps
-from csdiff.app.press import Progress, Report, press, status
+from csdiff.app.press import Progress, Report, buttons, press
 from csdiff.cli.info import InfoConfig, as_text, inspect_path
 from csdiff.embeddings import EmbeddingStore
 from csdiff.errors import CSDiffError
@@ -30,12 +29,11 @@ from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
 from csdiff.resources import assets_dir
 
 MOST_ROWS = 4000
-MOST_FILES = 200
 PLOTS = ("gap", "projection", "similarities", "retrieval")
 # What adapters and stores are made of; nothing else is of use here, and pickles are not even kept.
 SUFFIXES = frozenset((".json", ".safetensors", ".npy", ".parquet", ".md"))
 SHARD = re.compile(r"(?P<folder>img_emb|text_emb|text_states|text_mask|image_tokens|metadata)_\d+\.(npy|parquet)$")
-# Plots on the page, whose colours are turned round on a dark ground (theme.py): no one grey can be read on both.
+# Plots on the page, whose colours are turned round on a dark ground (page.css): no one grey can be read on both.
 GREY = "#475569"
 STYLE = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY
@@ -124,8 +122,10 @@ class Inspector:
             name: embedding_metrics(prediction, pairs.image, pairs.text, pairs.image_ids)
             for name, prediction in {**predictions, **baselines}.items()
         }
-        rows = [[f"{label} ({better})" if better else label, *cells] for label, better, *cells in metric_rows(columns)]
-        seen.table = DataFrame(rows, columns=["metric (better)", *columns]).to_html(index=False, border=0)
+        rows = [["metric (better)", *columns], ["---", *["--:"] * len(columns)]]
+        for label, better, *cells in metric_rows(columns):
+            rows.append([f"{label} ({better})" if better else label, *cells])
+        seen.table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         report(Progress("Plotting", 3, 4))
         shown = next(iter(predictions.values()), baselines["ridge"])
         with matplotlib.rc_context(STYLE):
@@ -164,14 +164,13 @@ def gather(files: Sequence[str], target: Path) -> Path:
     """Copies uploaded files into a folder, shards of a store into the folders of their names.
 
     Raises:
-        CSDiffError: too many files, or none that an adapter or a store is made of.
+        CSDiffError: none that an adapter or a store is made of.
     """
     kept = [Path(file) for file in files if Path(file).suffix.lower() in SUFFIXES]
-    if not kept or len(files) > MOST_FILES:
+    if not kept:
         raise CSDiffError(
-            "Expected the files of an adapter or a store (*.json, *.safetensors, *.npy, *.parquet), at most "
-            f"{MOST_FILES}, found {len(files)}: {', '.join(Path(file).name for file in files[:4])}; type the path of "
-            "a larger one."
+            "Expected the files of an adapter or a store (*.json, *.safetensors, *.npy, *.parquet), found "
+            f"{', '.join(Path(file).name for file in files[:4])}."
         )
     for file in kept:
         shard = SHARD.match(file.name)
@@ -195,10 +194,7 @@ def inside_tab(inspector: Inspector) -> None:
             path = gr.Textbox(label="Folder of an adapter or a store", placeholder=hint, elem_id="path")
             hint = "empty: the shipped held-out images"
             store = gr.Textbox(label="Store to measure an adapter on", placeholder=hint)
-            with gr.Row():
-                look = gr.Button("Look", variant="primary", elem_id="look", min_width=120)
-                stop = gr.Button("Stop", min_width=80)
-            line = gr.HTML(status(), elem_id="look-status", padding=False)
+            row = buttons("Look", "look")
         with gr.Column(scale=2, min_width=320):
             files = gr.File(label="... or drop its files here", file_count="multiple", height=180, elem_id="files")
     with gr.Column(visible=False, elem_id="inside") as inside:
@@ -206,7 +202,7 @@ def inside_tab(inspector: Inspector) -> None:
         with gr.Row():
             look_of = {"show_label": False, "format": "png", "elem_classes": "plot", "min_width": 400}
             plots = {name: gr.Plot(elem_id=f"plot-{name}", **look_of) for name in PLOTS}
-        table = gr.HTML(elem_id="metrics", padding=False)
+        table = gr.Markdown(elem_id="metrics", buttons=["copy"])
         with gr.Accordion("Model card", open=False):
             card = gr.Markdown()
         with gr.Accordion("What is in the folder", open=False):
@@ -228,4 +224,4 @@ def inside_tab(inspector: Inspector) -> None:
         report("")
 
     outputs = [inside, title, *plots.values(), table, card, facts]
-    press([look, path], stop, line, work, [path, files, store], outputs)
+    press(row, [path], work, [path, files, store], outputs)

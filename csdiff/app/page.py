@@ -21,7 +21,7 @@ from csdiff.app.drawing import (
 )
 from csdiff.app.inspection import Inspector, inside_tab
 from csdiff.app.models import RAW_TEXT, SHIPPED, Models
-from csdiff.app.press import ASIDE, PRIVATE, Report, press, status
+from csdiff.app.press import ASIDE, PRIVATE, Report, buttons, failure, press, status
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.decoders import PRESETS, find_models, resolve_decoder
 from csdiff.pipelines.generate import read_settings, redraw_command
@@ -46,7 +46,7 @@ ANSWERED = {"scale": 3, "min_width": 320, "elem_classes": "answered"}
 
 def build_page(models: Models, inspector: Inspector) -> gr.Blocks:
     """The Gradio blocks; everything that someone does stays in their own session."""
-    with gr.Blocks(title="csdiff", analytics_enabled=False, delete_cache=(SECONDS_KEPT // 6, SECONDS_KEPT)) as page:
+    with gr.Blocks(title="csdiff", delete_cache=(SECONDS_KEPT // 6, SECONDS_KEPT)) as page:
         words = "A prompt becomes an image embedding in one step; an unCLIP decoder draws it."
         gr.HTML(f"<h1>csdiff</h1><p>{words}</p>", elem_id="head")
         choice = ModelChoice(models)
@@ -60,6 +60,27 @@ def build_page(models: Models, inspector: Inspector) -> gr.Blocks:
         choice.follow(models, [fields, blend_fields])
         to_blend.click(lambda path: (path, gr.Tabs(selected="blend")), chosen, [upload, tabs], **ASIDE)
     return page
+
+
+def theme() -> gr.themes.Base:
+    """System fonts and one accent; nothing is fetched from elsewhere."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        secondary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        body_background_fill="*neutral_50",
+        block_label_background_fill="transparent",
+        block_label_border_width="0px",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
 
 
 class ModelChoice:
@@ -82,16 +103,21 @@ class ModelChoice:
     def follow(self, models: Models, tabs: list[Fields]) -> None:
         """Checks what was chosen, and sets steps and guidance to what the decoder is made for."""
 
-        def check(adapter: str, decoder: str):
+        def check(adapter: str, decoder: str) -> dict:
             try:
                 find_models(models.options(adapter, decoder))
-                numbers = sampling_of(models, decoder)
+                steps, guidance = sampling_of(models, decoder)
             except (CSDiffError, OSError) as error:
-                return [gr.HTML(status(str(error), error=True), visible=True), *[gr.skip()] * 2 * len(tabs)]
-            return [gr.HTML("", visible=False), *numbers * len(tabs)]
+                return {self.line: gr.HTML(failure(error), visible=True)}
+            numbers = {tab.steps: steps for tab in tabs} | {tab.guidance: guidance for tab in tabs}
+            return {self.line: gr.HTML(visible=False), **numbers}
 
         chosen, targets = [self.adapter, self.decoder], [part for tab in tabs for part in (tab.steps, tab.guidance)]
-        gr.on([part.input for part in chosen], check, chosen, [self.line, *targets], **ASIDE | {"queue": True})
+        # A hub can be slow to answer: what is chosen meanwhile is looked at after it.
+        gr.on(
+            [part.input for part in chosen], check, chosen, [self.line, *targets], trigger_mode="always_last",
+            **ASIDE | {"queue": True},
+        )  # fmt: skip
 
 
 def sampling_of(models: Models, decoder: str | None) -> tuple[int, float]:
@@ -107,7 +133,7 @@ class Fields:
     def __init__(self, models: Models, name: str = ""):
         steps, guidance = sampling_of(models, None)
         hint = "what the images should not show"
-        self.negative = gr.Textbox(label="Negative prompt", placeholder=hint, max_length=LONGEST_PROMPT)
+        self.negative = gr.Textbox("", label="Negative prompt", placeholder=hint, max_length=LONGEST_PROMPT)
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", min_width=120, elem_id=f"{name}seed", precision=0)
             self.random = gr.Checkbox(False, label="New each time", min_width=160)
@@ -137,14 +163,11 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         with gr.Column(**ASKED):
             # With one line, Enter draws and Shift+Enter makes a new line.
             prompt = gr.Textbox(
-                label="Prompt", placeholder=EXAMPLES[0], max_lines=6, max_length=LONGEST_PROMPT, elem_id="prompt",
+                "", label="Prompt", placeholder=EXAMPLES[0], max_lines=6, max_length=LONGEST_PROMPT, elem_id="prompt",
                 autofocus=True,
             )  # fmt: skip
             gr.Examples([[text] for text in EXAMPLES], [prompt], label="For example", **PRIVATE)
-            with gr.Row():
-                draw_it = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
-                stop = gr.Button("Stop", elem_id="stop", min_width=80)
-            line = gr.HTML(status(), elem_id="create-status", padding=False)
+            row = *_, line = buttons("Draw", "draw")
             with gr.Column(elem_classes="settings"):
                 words = "Compare with raw text and a ridge map (draws two more images)"
                 compare = gr.Checkbox(False, label=words, container=False, elem_id="compare")
@@ -166,11 +189,13 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                 gr.Markdown("### Drawn on this page\nClick an image, then choose what to do with it.")
                 earlier = gallery("history", 6, allow_preview=False)
                 with gr.Row():
-                    use_seed = gr.Button("Use this seed", size="sm", elem_id="use-seed")
-                    use_all = gr.Button("Use its settings", size="sm", elem_id="use-settings")
-                    to_blend = gr.Button("Send to Blend", size="sm", elem_id="to-blend")
+                    small = {"size": "sm", "interactive": False}
+                    use_seed = gr.Button("Use this seed", elem_id="use-seed", **small)
+                    use_all = gr.Button("Use its settings", elem_id="use-settings", **small)
+                    to_blend = gr.Button("Send to Blend", elem_id="to-blend", **small)
     asked = [prompt, count, *fields.asked(choice)]
-    own = asked[: len(KEPT)]
+    own = dict(zip(KEPT, asked, strict=False))
+    at_first = tuple(part.value for part in own.values())
 
     def draw(report: Report, request: gr.Request, compares: bool, so_far: list, *values) -> None:
         config, drawn, compared = check(settings(models, *values)), [], []
@@ -201,40 +226,40 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         create(models, config, compares, show)
         report(_done(drawn))
 
-    def shown(record: dict) -> list:
+    def shown(record: dict) -> dict:
         """Settings as values of the fields; what they leave open stays as it is."""
         given, most = from_record(record), MOST | {"num_images": models.config.max_images}
-        given |= {name: min(given[name], bound) for name, bound in most.items() if name in given}
-        return [given.get(name, gr.skip()) for name in KEPT]
+        return {own[name]: min(value, most[name]) if name in most else value for name, value in given.items()}
 
-    def take(path: str | None) -> list:
-        """The fields as the settings in a PNG say."""
+    def take(path: str | None) -> dict:
+        """The fields as the settings in a PNG say; without one, what was said of the one before goes."""
+        if path is None:
+            return {line: status()}
         try:
-            if path is None:
-                raise CSDiffError("Click one of the images above first.")
-            return [status("These are the settings of that image."), *shown(read_settings(path))]
+            return {line: status("These are the settings of that image."), **shown(read_settings(path))}
         except CSDiffError as error:
-            said = str(error).replace(str(path), Path(str(path)).name)
-            return [status(said, error=True), *[gr.skip()] * len(own)]
+            return {line: failure(str(error).replace(path, Path(path).name))}
 
-    def restore(request: gr.Request, remembered: dict) -> list:
+    def restore(request: gr.Request, remembered: dict, *now) -> dict:
+        """The settings of a link or of the last visit, unless someone has begun to type."""
         given = dict(request.query_params) or remembered
-        return shown(given) if isinstance(given, dict) and given else [gr.skip()] * len(own)
+        return shown(given) if given and now == at_first else {prompt: gr.skip()}
 
-    def choose(so_far: list, event: gr.SelectData) -> str:
-        return so_far[event.index][0]
+    def choose(so_far: list, event: gr.SelectData) -> list:
+        return [so_far[event.index][0], *[gr.Button(interactive=True)] * 3]
 
     outputs = [images, beside, strip, command, fields.seed, link, history, earlier, past]
-    press([draw_it, prompt], stop, line, draw, [compare, history, *asked], outputs)
-    earlier.select(choose, history, chosen, **ASIDE)
-    use_all.click(take, chosen, [line, *own], **ASIDE)
-    dropped.upload(take, dropped, [line, *own], **ASIDE)
-    use_seed.click(lambda path: read_settings(path)["seed"] if path else gr.skip(), chosen, fields.seed, **ASIDE)
-    # Settings survive a reload in the browser's own memory; those in a link come first.
+    press(row, [prompt], draw, [compare, history, *asked], outputs)
+    # Every click counts, also while the one before is looked at.
+    earlier.select(choose, history, [chosen, use_seed, use_all, to_blend], trigger_mode="multiple", **ASIDE)
+    use_all.click(take, chosen, [line, *own.values()], **ASIDE)
+    dropped.change(take, dropped, [line, *own.values()], **ASIDE)
+    use_seed.click(lambda path: read_settings(path)["seed"], chosen, fields.seed, **ASIDE)
+    # Settings survive a reload in the browser's own memory, without a word to the server; those in a link come first.
     kept = gr.BrowserState({}, storage_key="csdiff-settings", secret="csdiff")
-    page.load(restore, kept, own, **ASIDE)
-    keep = lambda *values: dict(zip(KEPT, values, strict=True))  # noqa: E731
-    gr.on([part.change for part in own], keep, own, kept, trigger_mode="always_last", **ASIDE)
+    page.load(restore, [kept, *own.values()], [*own.values()], **ASIDE)
+    keep = f"(...values) => Object.fromEntries({list(own)}.map((name, place) => [name, values[place]]))"
+    gr.on([part.change for part in own.values()], None, [*own.values()], kept, js=keep, **ASIDE)
     return fields, chosen, to_blend
 
 
@@ -271,10 +296,7 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
             share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of the second")
             words = "The whole way: five images from the first to the second"
             whole = gr.Checkbox(False, label=words, container=False)
-            with gr.Row():
-                draw_it = gr.Button("Blend", variant="primary", elem_id="blend", min_width=120)
-                stop = gr.Button("Stop", elem_id="stop-blend", min_width=80)
-            line = gr.HTML(status(), elem_id="blend-status", padding=False)
+            row = *_, line = buttons("Blend", "blend")
             with gr.Column(elem_classes="settings"):
                 fields = Fields(models, "blend-")
         with gr.Column(**ANSWERED):
@@ -302,10 +324,10 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
             image = None if path is None else read_upload(path)
             return status(), gr.Image(image, visible=path is not None), gr.Textbox(visible=path is None)
         except CSDiffError as error:
-            return status(str(error), error=True), gr.Image(visible=False), gr.skip()
+            return failure(error), gr.Image(visible=False), gr.skip()
 
-    # One after the other: an answer to the image before must not come last.
-    upload.change(show, upload, [line, preview, second], trigger_mode="always_last", **ASIDE)
+    # Changes are answered one after the other, the last one last.
+    upload.change(show, upload, [line, preview, second], **ASIDE)
     inputs = [first, second, upload, share, whole, *fields.asked(choice)]
-    press([draw_it, first, second], stop, line, draw, inputs, [images, fields.seed])
+    press(row, [first, second], draw, inputs, [images, fields.seed])
     return upload, fields

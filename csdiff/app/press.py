@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,11 @@ PRIVATE = {"api_visibility": "private"}
 ASIDE = {"queue": False, "show_progress": "hidden", **PRIVATE}
 """Options of events that need no models, and no place in the line."""
 Report = Callable[[Any], None]
+# Errors that the command line shares name its options; on the page these are fields.
+FIELDS = {
+    "num_images": "Images", "negative_prompt": "Negative prompt", "seed": "Seed", "steps": "Steps",
+    "guidance": "Guidance", "adapter": "Adapter", "decoder": "Decoder",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,25 @@ def stream(work: Callable[[Report], None]) -> Iterator[Any]:
         closed.set()
 
 
-def press(
-    triggers: list, stop: gr.Button, line: gr.HTML, work: Callable[..., None], inputs: list, outputs: list
-) -> None:
-    """Runs `work(report, request, *values)` when a button is pressed, till it ends or Stop.
+def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button, gr.HTML]:
+    """A button, one that stops what it began, and the line that tells how it goes."""
+    with gr.Row():
+        begin = gr.Button(label, variant="primary", elem_id=name, min_width=120)
+        stop = gr.Button("Stop", elem_id=f"stop-{name}", min_width=80)
+    return begin, stop, gr.HTML(status(), elem_id=f"{name}-status", padding=False)
+
+
+def press(row: tuple, typed: list, work: Callable[..., None], inputs: list, outputs: list) -> None:
+    """Runs `work(report, request, *values)` when a button is pressed, till it ends or Stop, also while it waits.
 
     Args:
-        triggers: The button, which cannot be pressed again meanwhile, and fields where Enter does the same.
-        stop: The button that ends it, also while it waits.
-        line: The component that tells how it goes.
+        row: What `buttons` returned; the first cannot be pressed again meanwhile.
+        typed: Fields where Enter does the same.
         work: Reports `Progress`, `Note`, the last words as a string, and updates of `outputs` as dicts.
         inputs: Components whose values `work` gets.
         outputs: Components that it updates.
     """
-    button, *typed = triggers
+    button, stop, line = row
 
     def run(request: gr.Request, *values) -> Iterator[dict]:
         notes: list[str] = []
@@ -98,31 +107,38 @@ def press(
                 else:
                     yield {line: status(message, notes)} if isinstance(message, (Progress, str)) else message
         except (CSDiffError, OSError) as error:
-            yield {line: status(" ".join(str(error).split()), notes, error=True)}
+            yield {line: failure(error, notes)}
         except Exception:
             logger.exception("The page met a defect")
             words = "Something went wrong that should not; the terminal of csdiff app says what."
-            yield {line: status(words, notes, error=True)}
-        yield {button: gr.Button(interactive=True)}
+            yield {line: failure(words, notes)}
 
     # Who comes first is served first, by `Models.turn`: Gradio's own line tells places in no words.
     started = gr.on(
         [button.click, *(field.submit for field in typed)], run, inputs, [line, button, *outputs],
-        concurrency_limit=None, trigger_mode="once", show_progress="hidden", **PRIVATE,
+        concurrency_limit=None, show_progress="hidden", **PRIVATE,
     )  # fmt: skip
     stop.click(None, cancels=started, **ASIDE)
     # The work itself fails in words: what Gradio calls a failure is a press that was cancelled.
-    started.failure(lambda: (status("Stopped."), gr.Button(interactive=True)), None, [line, button], **ASIDE)
+    started.failure(lambda: status("Stopped."), None, line, **ASIDE)
+    # Not by `run` itself: till it has ended, Gradio drops another press.
+    started.then(lambda: gr.Button(interactive=True), None, button, **ASIDE)
 
 
 def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = False) -> str:
-    """The line under a button as HTML: progress with a bar, what was done, or an error in a sentence."""
-    # Errors that the command line shares name its options; here they are fields.
+    """The line under a button as HTML: progress with a bar, what was done, or an error."""
     text = said.text if isinstance(said, Progress) else said
-    text = re.sub(r"--(\w+)", r"“\1”", text) if error else text
     parts = [f"<p{' class=error role=alert' if error else ''}>{html.escape(text)}</p>"] if text else []
     if isinstance(said, Progress):
         # without a value it moves to and fro
         parts.append(f"<progress {f'value={said.done} max={said.total}' if said.total else ''}></progress>")
     parts += [f"<p class='note'>{html.escape(note)}</p>" for note in notes]
     return f"<div class='status' aria-live='polite'>{''.join(parts)}</div>"
+
+
+def failure(error: Exception | str, notes: Sequence[str] = ()) -> str:
+    """The line for an error, in one sentence and the words of the page."""
+    said = " ".join(str(error).split())
+    for option, label in FIELDS.items():
+        said = said.replace(f"--{option}", f"“{label}”")
+    return status(said, notes, error=True)

@@ -100,8 +100,7 @@ def serving(config: AppConfig) -> Iterator[str]:
             raise CSDiffError(f'The page needs {error.name}; pip install "csdiff[app]".') from error
         from csdiff.app.inspection import Inspector
         from csdiff.app.models import Models
-        from csdiff.app.page import build_page
-        from csdiff.app.theme import CSS, theme
+        from csdiff.app.page import build_page, theme
         from csdiff.pipelines.decoders import find_models
 
         models = Models(config, Path(folder))
@@ -117,20 +116,17 @@ def serving(config: AppConfig) -> Iterator[str]:
                 server_port=config.port or None,
                 auth=(lambda _, given: right_password(given, password)) if password else None,
                 auth_message="Any name, and the password of this page." if password else None,
-                max_file_size=config.max_upload_mb * 10**6,
+                max_file_size=f"{config.max_upload_mb}mb",
                 max_threads=config.max_waiting + 40,  # each of those who wait has one
                 app_kwargs={"middleware": [Middleware(local_only, hosts=hosts)], "docs_url": None, "redoc_url": None},
                 theme=theme(),
-                css=CSS,
+                css_paths=Path(__file__).with_name("page.css"),
                 footer_links=[],
                 run_history=False,
                 share=False,
-                inline=False,
                 quiet=True,
                 ssr_mode=False,
-                pwa=False,
                 enable_monitoring=False,
-                mcp_server=False,
                 prevent_thread_lock=True,
             )
         except OSError as error:

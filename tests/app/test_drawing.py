@@ -15,7 +15,7 @@ from PIL import Image
 from csdiff.adapters import build_adapter
 from csdiff.app.drawing import LARGEST_SIDE, Drawn, blend, check, create, from_record, read_upload, to_record
 from csdiff.app.page import Fields, sampling_of
-from csdiff.app.press import Note, Progress, Stopped, status, stream
+from csdiff.app.press import Note, Progress, Stopped, failure, status, stream
 from csdiff.errors import CSDiffError
 from csdiff.pipelines import generate, read_settings
 from csdiff.resources import assets_dir
@@ -137,8 +137,8 @@ def test_errors_of_the_work_reach_the_page():
 
 def test_what_stands_under_the_button_is_text():
     assert "value=1 max=4" in status(Progress("<b>", 1, 4))
-    assert "give “guidance”" in status("give --guidance 1", error=True)
-    for line in (status(Progress("<b>")), status("<b>", error=True), status("", ["<b>"])):
+    assert "give “Guidance”, or --dtype" in failure("give --guidance, or --dtype")
+    for line in (status(Progress("<b>")), failure("<b>"), status("", ["<b>"])):
         assert "&lt;b&gt;" in line
 
 
