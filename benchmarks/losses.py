@@ -1,4 +1,4 @@
-"""Speed and memory of the losses against matrix products, dense autograd, KeOps and geomloss.
+"""Speed and memory of the losses against matrix products, dense autograd and geomloss.
 
     python benchmarks/losses.py            # the table, about 20 minutes on two idle cores
     python benchmarks/losses.py --quick    # a minute
@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -89,16 +90,6 @@ def dense_divergence(x: Tensor, y: Tensor) -> Tensor:
     return log_mean(x, x) + log_mean(y, y) - 2 * log_mean(x, y)
 
 
-def keops_divergence(x: Tensor, y: Tensor) -> Tensor:
-    from pykeops.torch import LazyTensor
-
-    def log_mean(a, b):
-        square = ((LazyTensor(a[:, None, :]) - LazyTensor(b[None, :, :])) ** 2).sum(-1)
-        return (-square / (2 * BANDWIDTH**2)).logsumexp(1).flatten().logsumexp(0)
-
-    return log_mean(x, x) + log_mean(y, y) - 2 * log_mean(x, y)
-
-
 def geomloss_mmd(x: Tensor, y: Tensor) -> Tensor:
     from geomloss import SamplesLoss
 
@@ -112,7 +103,7 @@ def dense_info_nce(x: Tensor, y: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def contestants(n: int, dim: int, dtype: torch.dtype, both: bool, keops: bool) -> dict:
+def contestants(n: int, dim: int, dtype: torch.dtype, both: bool) -> dict:
     """Name to a function of x, y and the frozen target's constant term."""
     found = {"csdiff": lambda x, y, _: cauchy_schwarz_divergence(x, y, bandwidth=BANDWIDTH)}
     if not both:
@@ -125,17 +116,9 @@ def contestants(n: int, dim: int, dtype: torch.dtype, both: bool, keops: bool) -
     if n <= DENSE_LIMIT and dtype == torch.float32:
         found["cdist + autograd"] = lambda x, y, _: cdist_divergence(x, y)
         found["dense, log space"] = lambda x, y, _: dense_divergence(x, y)
-    if n <= 4096 and dtype == torch.float32 and _installed("geomloss"):
+    if n <= 4096 and dtype == torch.float32 and find_spec("geomloss"):
         found["geomloss gaussian MMD"] = lambda x, y, _: geomloss_mmd(x, y)
-    if keops and n <= 1024 and dtype == torch.float32 and _installed("pykeops"):
-        found["KeOps log-sum-exp"] = lambda x, y, _: keops_divergence(x, y)
     return found
-
-
-def _installed(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
 
 
 clock = time.perf_counter
@@ -223,7 +206,7 @@ def divergence_table(args, shapes) -> None:
         constant = log_mean_kernel(y.detach(), bandwidth=BANDWIDTH)
         functions = {
             name: step(partial(function, x, y, constant), x, y)
-            for name, function in contestants(n, dim, dtype, both, args.keops).items()
+            for name, function in contestants(n, dim, dtype, both).items()
         }
         floor = Products(x, y)
         repeats = max(1, min(50, int(2e10 / floor.flops)))
@@ -284,7 +267,6 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="only N up to 1024")
     parser.add_argument("--growth", action="store_true", help="only memory and time up to N = 65,536; ten minutes")
     parser.add_argument("--headline", action="store_true", help="only N = 8192, D = 1280")
-    parser.add_argument("--keops", action="store_true", help="also KeOps, which compiles for each D")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=None, help="of the processor; all by default")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")

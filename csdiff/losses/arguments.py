@@ -6,9 +6,13 @@ Each failure is one sentence that names the argument.
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from csdiff.losses.process_group import Share, gather_rows
+from csdiff.losses.tiles import compute_dtype, unit_rows
 
 Bandwidth = float | Tensor | Sequence[float] | str
 RULES = ("median", "silverman")
@@ -39,6 +43,35 @@ def check_same_width(**sets: Tensor) -> None:
         raise ValueError(f"{names} must have the same D; found shapes {shapes}")
     if len({rows.device for rows in sets.values()}) > 1:
         raise ValueError(f"{names} must be on one device; found {' and '.join(str(r.device) for r in sets.values())}")
+
+
+class GatheredSet(NamedTuple):
+    """One set of a loss, ready to be computed with.
+
+    `local` are the rows of this process with their graph, `rows` those of all processes without one, `given` the same
+    before they were cast and normalised; `share` says where the local ones stand.
+    """
+
+    local: Tensor
+    rows: Tensor
+    given: Tensor
+    share: Share
+
+
+def gather_sets(
+    named: dict[str, Tensor], normalize: bool, group: torch.distributed.ProcessGroup | None
+) -> dict[str, GatheredSet]:
+    """Checked sets in one dtype of float32 or better, with the rows of all processes; ValueError if there is none."""
+    dtype = compute_dtype(*(rows.dtype for rows in named.values()))
+    prepare = unit_rows if normalize else Tensor.to
+    found = {}
+    for name, rows in named.items():
+        given, share = gather_rows(name, rows, group)
+        if share.total == 0:
+            raise ValueError(f"{name} must have at least one row; found shape {tuple(rows.shape)} (N = 0)")
+        local = prepare(rows, dtype)
+        found[name] = GatheredSet(local, local.detach() if group is None else prepare(given, dtype), given, share)
+    return found
 
 
 def check_finite(name: str, rows: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from csdiff.losses.arguments import Bandwidth, check_finite, check_number
 from csdiff.losses.autograd import without_autocast
-from csdiff.losses.kernels import combine_log_means
+from csdiff.losses.kernels import Kernels
 
 
 def cauchy_schwarz_divergence(
@@ -76,15 +76,15 @@ def cauchy_schwarz_divergence(
         and Parzen windowing", 2006.
     """
     known = None if within_y is None else _check_constant(within_y, y)
-
-    def combine(log_means: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-        value = log_means[0] + (log_means[1] if known is None else known) - 2 * log_means[-1]
-        # Rounding may leave a value just below zero where the true one is zero.
-        value = value.clamp_min(0) if diagonal else value
-        return value, (1, 1, -2) if known is None else (1, -2)
-
-    terms = "xx yy xy" if known is None else "xx xy"
-    return combine_log_means(x, y, terms, combine, bandwidth, diagonal, normalize, block_size, group)
+    kernels = Kernels(x, y, bandwidth, diagonal, normalize, block_size, group)
+    if known is None:
+        value = kernels.log_means({"xx": 1, "yy": 1, "xy": -2})
+    else:
+        value = kernels.log_means({"xx": 1, "xy": -2}) + known
+    if diagonal:
+        # Rounding may leave a value just below zero where the true one is zero; the gradient stays.
+        value.detach().clamp_min_(0)
+    return value.to(kernels.dtype)
 
 
 def log_mean_kernel(
@@ -114,10 +114,8 @@ def log_mean_kernel(
     Source:
         Principe, "Information Theoretic Learning", 2010 (information potential and cross information potential).
     """
-    terms = "xx" if y is None else "xy"
-    return combine_log_means(
-        x, y, terms, lambda found: (found[0], (1,)), bandwidth, diagonal, normalize, block_size, group
-    )
+    kernels = Kernels(x, y, bandwidth, diagonal, normalize, block_size, group)
+    return kernels.log_means({"xx" if y is None else "xy": 1}).to(kernels.dtype)
 
 
 def squared_mmd(
@@ -143,12 +141,9 @@ def squared_mmd(
     Source:
         Gretton et al., "A kernel two-sample test", 2012.
     """
-
-    def combine(log_means: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        xx, yy, xy = (log_mean.exp() for log_mean in log_means)
-        return xx + yy - 2 * xy, (xx, yy, -2 * xy)
-
-    return combine_log_means(x, y, "xx yy xy", combine, bandwidth, diagonal, normalize, block_size, group)
+    kernels = Kernels(x, y, bandwidth, diagonal, normalize, block_size, group)
+    xx, yy, xy = (kernels.log_means({term: 1}).exp() for term in ("xx", "yy", "xy"))
+    return (xx + yy - 2 * xy).to(kernels.dtype)
 
 
 def gaussian_cauchy_schwarz(

@@ -7,19 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from csdiff.losses.arguments import check_block_size, check_finite, check_number, check_sets
-from csdiff.losses.autograd import with_gradient, without_autocast
-from csdiff.losses.process_group import Share, gather_numbers, gather_rows
-from csdiff.losses.tiles import (
-    add_product,
-    compute_dtype,
-    default_block,
-    factor_dtype,
-    fill_own,
-    tiles,
-    unit_rows,
-    wide_dtype,
-)
+from csdiff.losses.arguments import check_block_size, check_finite, check_number, check_sets, gather_sets
+from csdiff.losses.autograd import with_gradient
+from csdiff.losses.process_group import Share, gather_numbers, global_sum
+from csdiff.losses.tiles import add_product, default_block, factor_dtype, tiles, wide_dtype
 
 # Up to this many logits are kept between the two passes, which saves a product: 64 MB, on a GPU 256 MB.
 KEPT_LOGITS, KEPT_LOGITS_GPU = 2**24, 2**26
@@ -60,8 +51,8 @@ def info_nce(
         group: a process group whose processes hold shares of the pairs, of any length. Every process returns the value
             for all pairs; the gradient by the rows is `W` times that of the local rows and that by the temperature is
             the whole one, so that DDP's average over the `W` processes is that of one process that holds all.
-            Each process sends its rows once to each other process, `2 N_local D` elements, and N numbers; no
-            gradients.
+            Each process sends its rows once to each other process, `2 N_local D` elements, and one or two numbers for
+            each row of all; no gradients.
 
     Returns:
         A scalar >= 0, float64 if an input is, else float32.
@@ -81,35 +72,30 @@ def info_nce(
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature must have one element; found shape {tuple(temperature.shape)}")
     scale = 1 / check_number("temperature", temperature.item() if isinstance(temperature, Tensor) else temperature)
-    dtype = compute_dtype(x.dtype, y.dtype)
-    prepare = unit_rows if normalize else Tensor.to
-    with without_autocast(x.device):
-        local = [prepare(rows, dtype) for rows in (x, y)]
+    sets = gather_sets({"x": x, "y": y}, normalize, group)
+    one, other = sets.values()
+    if one.share != other.share:
+        raise ValueError(f"x and y must be pairs on every process; found {one.share} and {other.share}")
     learned = [temperature] if isinstance(temperature, Tensor) else []
 
     def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        (raw_x, share), (raw_y, other) = gather_rows("x", x, group), gather_rows("y", y, group)
-        if share != other:
-            raise ValueError(f"x and y must be pairs on every process; found {share} and {other}")
-        if share.total == 0:
-            raise ValueError(f"x must have at least one row; found shape {tuple(x.shape)} (N = 0)")
-        rows = [one.detach() for one in local] if group is None else [prepare(raw, dtype) for raw in (raw_x, raw_y)]
-        a, b = (one.to(factor_dtype(x, y)) for one in rows)
+        factor, dtype = factor_dtype(x, y), one.rows.dtype
+        a, b = one.rows.to(factor), other.rows.to(factor)
         own = (a.to(dtype) * b.to(dtype)).sum(dim=1) * scale
         if not math.isfinite(own.sum()):
-            check_finite("x", raw_x)
-            check_finite("y", raw_y)
+            check_finite("x", one.given)
+            check_finite("y", other.given)
         wanted = needed[0] or any(needed[2:]), needed[1]
-        value, grad_x, grad_y = _two_passes(a, b, own, scale, share, two_sided, wanted, block_size, group)
+        value, grad_x, grad_y = _two_passes(a, b, own, scale, one.share, two_sided, wanted, block_size, group)
         slope = None
         if any(needed[2:]):
             # The loss sees x / temperature alone, which ties the two derivatives together.
-            slope = (grad_x * local[0].detach()).sum(dtype=wide_dtype(x.device)) / share.world
-            slope = gather_numbers(slope, group).sum() * -scale
+            slope = (grad_x * one.local).sum(dtype=wide_dtype(x.device)) / one.share.world
+            slope = global_sum(slope, group) * -scale
             slope = slope.to(temperature.device, temperature.dtype).reshape(temperature.shape)
-        return value.to(dtype), [grad_x if needed[0] else None, grad_y, slope][: len(needed)]
+        return value, [grad_x if needed[0] else None, grad_y, slope][: len(needed)]
 
-    return with_gradient(evaluate, *local, *learned)
+    return with_gradient(evaluate, one.local, other.local, *learned)
 
 
 def _two_passes(
@@ -129,39 +115,39 @@ def _two_passes(
         return tiles(a[mine], b, scale=scale, block=block, own=share.start)
 
     kept = list(logits(x, y)) if keep else None
-    row, col = torch.full_like(own[mine], -math.inf), torch.full_like(own, -math.inf)
+    # Of rows and, if two-sided, of columns; a row that another process holds stays at -inf.
+    others = own.new_full((1 + two_sided, share.total), -math.inf)
     for rows, cols, tile in kept or logits(x, y):
-        row[rows] = torch.logaddexp(row[rows], tile.logsumexp(dim=1))
+        row, col = others[0, mine][rows], others[-1, cols]
+        torch.logaddexp(row, tile.logsumexp(dim=1), out=row)
         if two_sided:
-            col[cols] = torch.logaddexp(col[cols], tile.logsumexp(dim=0))
-    others = [gather_rows("x", row, group)[0]]
-    if two_sided:
-        others.append(gather_numbers(col, group).logsumexp(dim=0))
+            torch.logaddexp(col, tile.logsumexp(dim=0), out=col)
+    if group is not None:
+        others = gather_numbers(others, group).logsumexp(dim=0)
+    gap = others - own
     # log(1 + exp(others - own)): exact however small or large.
-    losses = [F.softplus(one - own, threshold=50) for one in others]
-    value = sum(loss.sum(dtype=wide_dtype(loss.device)) for loss in losses) / (len(losses) * share.total)
+    value = F.softplus(gap, threshold=50).mean(dtype=wide_dtype(gap.device)).to(own.dtype)
     if not any(wanted):
         return value, None, None
-    sums = [torch.logaddexp(one, own) for one in others]
+    sums = torch.logaddexp(others, own)
     if not two_sided:
         # No column has a softmax.
-        sums.append(torch.full_like(own, math.inf))
-    slopes = -sum(torch.sigmoid(one - own) for one in others)[mine]
-    weight = scale * share.world / (share.total * len(others))
+        sums = torch.cat([sums, torch.full_like(sums, math.inf)])
+    weight = scale * share.world / gap.numel()
+    # The pair itself: its softmaxes, less one, are taken from the others' sum, so that they keep their digits.
+    slopes = (torch.sigmoid(gap).sum(dim=0) * -weight)[:, None]
 
-    def pulls(found, a: Tensor, b: Tensor, a_sums: Tensor, b_sums: Tensor, both: bool):
+    def pulls(found, a: Tensor, b: Tensor, sums: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
         """`sum_j G_ij b_j` of the local rows of a and, if both, `sum_i G_ij a_i` of all of b.
 
         `G`, the derivative by the logits, is the softmaxes over rows and columns of the whole problem, less one for
-        the pair itself, where that is taken from the others' sum, so that it keeps its digits.
+        the pair itself.
         """
-        a, a_sums = a[mine], a_sums[mine]
-        grad_a = torch.zeros_like(a, dtype=own.dtype)
-        grad_b = torch.zeros_like(b, dtype=own.dtype) if both else None
+        a_sums, b_sums = sums[0, mine, None], sums[1]
+        grad_a = slopes[mine] * b[mine]
+        grad_b = slopes * a if both else None
         for rows, cols, tile in found:
-            softmax = (tile - a_sums[rows, None]).exp_().add_(tile.sub_(b_sums[cols]).exp_())
-            offset = share.start + rows.start - cols.start
-            fill_own(softmax, offset, slopes[rows][max(0, -offset) :])
+            softmax = (tile - a_sums[rows]).exp_().add_(tile.sub_(b_sums[cols]).exp_())
             add_product(grad_a[rows], softmax, b[cols], weight)
             if both:
                 add_product(grad_b[cols], softmax.T, a[rows], weight)
@@ -169,8 +155,8 @@ def _two_passes(
 
     grad_x = grad_y = None
     if wanted[0]:
-        grad_x, grad_y = pulls(kept or logits(x, y), x, y, *sums, both=wanted[1] and share.world == 1)
+        grad_x, grad_y = pulls(kept or logits(x, y), x, y, sums, both=wanted[1] and share.world == 1)
     if wanted[1] and grad_y is None:
         # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-        grad_y, _ = pulls(logits(y, x), y, x, *reversed(sums), both=False)
+        grad_y, _ = pulls(logits(y, x), y, x, sums.flip(0), both=False)
     return value, grad_x, grad_y

@@ -13,144 +13,139 @@ evaluated once and counted twice.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from csdiff.losses.arguments import Bandwidth, check_block_size, check_finite, check_sets, resolve_bandwidth
-from csdiff.losses.autograd import with_gradient, without_autocast
-from csdiff.losses.process_group import Share, gather_numbers, gather_rows
-from csdiff.losses.tiles import add_product, compute_dtype, default_block, factor_dtype, tiles, unit_rows, wide_dtype
+from csdiff.losses.arguments import (
+    Bandwidth,
+    check_block_size,
+    check_finite,
+    check_sets,
+    gather_sets,
+    resolve_bandwidth,
+)
+from csdiff.losses.autograd import with_gradient
+from csdiff.losses.process_group import gather_numbers
+from csdiff.losses.tiles import add_product, default_block, factor_dtype, tiles, wide_dtype
 
 
 class Points(NamedTuple):
-    """Centred rows `(N, D)` as the products take them, with their squared norms `(N,)` in the dtype of the sums."""
+    """Centred rows `(N, D)` as the products take them, with `-s_0 |row|^2` `(N,)` in the dtype of the sums."""
 
     rows: Tensor
-    square: Tensor
+    norm: Tensor
 
 
-class _Set(NamedTuple):
-    """One argument: its local rows with their graph, where they stand, and the points of all processes."""
+class Kernels:
+    """The Gaussian kernels of the sets x `(N, D)` and y `(M, D)`, or of x alone.
 
-    local: Tensor
-    share: Share
-    points: Points
-
-
-def combine_log_means(
-    x: Tensor,
-    y: Tensor | None,
-    terms: str,
-    combine: Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor | float]]],
-    bandwidth: Bandwidth,
-    diagonal: bool,
-    normalize: bool,
-    block_size: int | None,
-    group: torch.distributed.ProcessGroup | None,
-) -> Tensor:
-    """A function of some of `log V(x, x)`, `log V(y, y)`, `log V(x, y)`, differentiable by x `(N, D)` and y `(M, D)`.
-
-    `terms` are those wanted, of "xx", "yy" and "xy", separated by spaces; `combine` takes their values, 0-d tensors in
-    float64 (float32 where the device has no other), to the value of the function and its derivatives by each of them.
     The options are those of `cauchy_schwarz_divergence`.
     """
-    check_block_size(block_size)
-    named = {"x": x} if y is None else {"x": x, "y": y}
-    check_sets(**named)
-    dtype = compute_dtype(*(rows.dtype for rows in named.values()))
-    with without_autocast(x.device):
-        sets, widths = _centred(named, dtype, bandwidth, unit_rows if normalize else Tensor.to, group)
-    for name, one in sets.items():
-        if name * 2 in terms and not diagonal and one.share.total == 1:
-            raise ValueError(f"a mean without the diagonal needs at least two rows in {name}; found N = 1")
-    block = block_size or default_block(x.device)
 
-    def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        wanted = {name for name, one in zip(sets, needed, strict=True) if one}
-        found = [_log_mean(term, sets, wanted, widths, block, diagonal, group) for term in terms.split()]
-        value, derivatives = combine([log_mean for log_mean, _ in found])
-        gradients: dict[str, Tensor] = {}
-        for (_, pulls), derivative in zip(found, derivatives, strict=True):
-            for name, (pull, scale) in pulls.items():
-                pull.mul_(scale * derivative)
-                gradients[name] = gradients[name].add_(pull) if name in gradients else pull
-        return value.to(dtype), [gradients.get(name) for name in sets]
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        bandwidth: Bandwidth,
+        diagonal: bool,
+        normalize: bool,
+        block_size: int | None,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> None:
+        check_block_size(block_size)
+        named = {"x": x} if y is None else {"x": x, "y": y}
+        check_sets(**named)
+        sets = gather_sets(named, normalize, group)
+        self.block, self.diagonal, self.group = block_size or default_block(x.device), diagonal, group
+        self.local = {name: one.local for name, one in sets.items()}
+        self.share = {name: one.share for name, one in sets.items()}
+        self.dtype = self.local["x"].dtype
+        centre = sum(one.rows.mean(dim=0) for one in sets.values()) / len(sets)
+        rows = [one.rows - centre for one in sets.values()]
+        # The widest first.
+        self.widths = resolve_bandwidth(bandwidth, *rows)[::-1]
+        factor = factor_dtype(*(one.given for one in sets.values()))
+        rows = [one.to(factor) for one in rows]
+        squares = [torch.linalg.vector_norm(one, dim=1, dtype=self.dtype).square_() for one in rows]
+        if not math.isfinite(sum(one.sum() for one in squares)):
+            for name, one in sets.items():
+                check_finite(name, one.given)
+            raise ValueError(f"the rows must have squared lengths within the range of {self.dtype}; found longer ones")
+        norms = [square.mul_(-1 / (2 * self.widths[0] ** 2)) for square in squares]
+        self.points = dict(zip(sets, map(Points, rows, norms), strict=True))
 
-    return with_gradient(evaluate, *(one.local for one in sets.values()))
+    def log_means(self, weights: dict[str, float]) -> Tensor:
+        """The sum of `weight * log V` over the terms "xx", "yy" and "xy" named, differentiable by x and y.
 
+        A 0-d tensor in float64 (float32 where the device has no other).
+        """
 
-def _centred(
-    named: dict[str, Tensor], dtype: torch.dtype, bandwidth: Bandwidth, prepare: Callable, group
-) -> tuple[dict[str, _Set], tuple[float, ...]]:
-    """The sets, with the origin between them, and the widths of the kernel, the widest first."""
-    raw, shares = {}, {}
-    for name, local in named.items():
-        raw[name], shares[name] = gather_rows(name, local, group)
-        if shares[name].total == 0:
-            raise ValueError(f"{name} must have at least one row; found shape {tuple(local.shape)} (N = 0)")
-    locals_ = {name: prepare(rows, dtype) for name, rows in named.items()}
-    rows = [locals_[name].detach() if group is None else prepare(raw[name], dtype) for name in named]
-    centre = sum(one.mean(dim=0) for one in rows) / len(rows)
-    rows = [one - centre for one in rows]
-    widths = resolve_bandwidth(bandwidth, *rows)[::-1]
-    rows = [one.to(factor_dtype(*raw.values())) for one in rows]
-    squares = [torch.linalg.vector_norm(one, dim=1, dtype=dtype).square_() for one in rows]
-    if not math.isfinite(sum(one.sum() for one in squares)):
-        for name, given in raw.items():
-            check_finite(name, given)
-        raise ValueError(f"the rows must have squared lengths within the range of {dtype}; found longer ones")
-    points = map(Points, rows, squares)
-    return dict(zip(named, map(_Set, locals_.values(), shares.values(), points), strict=True)), widths
+        def evaluate(needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            value, gradients = None, {}
+            wanted = {name for name, one in zip(self.local, needed, strict=True) if one}
+            for term, weight in weights.items():
+                log_mean, pulls = self._log_mean(term, wanted)
+                value = weight * log_mean if value is None else value.add_(log_mean, alpha=weight)
+                for name, (pull, scale) in pulls.items():
+                    scale = (weight * scale).to(pull.dtype)
+                    gradients[name] = gradients[name].addcmul_(pull, scale) if name in gradients else pull.mul_(scale)
+            return value, [gradients.get(name) for name in self.local]
 
+        return with_gradient(evaluate, *self.local.values())
 
-def _log_mean(
-    term: str, sets: dict[str, _Set], wanted: set[str], widths: tuple[float, ...], block: int, diagonal: bool, group
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """`log V` over the rows of all processes, and for sets by name a pull on the local rows with what scales it."""
-    left, right = (sets[name] for name in term)
-    world, pairs = left.share.world, left.share.total * right.share.total
+    def _log_mean(self, term: str, wanted: set[str]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """`log V` over the rows of all processes; for the sets wanted, a pull on the local rows and what scales it."""
+        left, right = term
+        total, world = self.share[left].total, self.share[left].world
+        pairs = total * self.share[right].total
+        if left != right:
+            log_total, scale, (row, col) = self._sums(left, right, left in wanted, right in wanted and world == 1)
+            pulls = {left: (row, scale), right: (col, scale)}
+            if right in wanted and world > 1:
+                # The local rows of y meet all of x here: computing this again is cheaper than sending gradients.
+                _, scale, (row, _) = self._sums(right, left, True, False)
+                pulls[right] = row, scale
+        else:
+            pairs -= 0 if self.diagonal else total
+            if pairs == 0:
+                raise ValueError(f"a mean without the diagonal needs at least two rows in {left}; found N = 1")
+            log_total, scale, (row, _) = self._sums(left, left, left in wanted, False)
+            # Each row stands on both sides of its pairs.
+            pulls = {left: (row, 2 * scale)}
+        return log_total - math.log(pairs), {name: pull for name, pull in pulls.items() if name in wanted}
 
-    def sums(a: _Set, b: _Set, **options) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        local = Points(*(part[a.share.start : a.share.stop] for part in a.points))
-        total, own_shift, *pulls = kernel_sums(local, b.points, widths, block=block, **options)
-        shift, scale = own_shift, world / widths[0] ** 2
-        if group is not None:
-            totals, shifts = gather_numbers(torch.stack([total, own_shift]), group).unbind(dim=1)
+    def _sums(
+        self, left: str, right: str, row_pull: bool, col_pull: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The logarithm of the sum of kernels over all processes, what scales the pulls, the pulls of this process."""
+        share = self.share[left]
+        local = Points(*(part[share.start : share.stop] for part in self.points[left]))
+        own = share.start if left == right else None
+        total, own_shift, *pulls = kernel_sums(
+            local, self.points[right], self.widths, self.block, own, self.diagonal, row_pull, col_pull
+        )
+        shift, scale = own_shift, share.world / self.widths[0] ** 2
+        if self.group is not None:
+            totals, shifts = gather_numbers(torch.stack([total, own_shift]), self.group).unbind(dim=1)
             shift = shifts.max()
             total = (totals * torch.exp(shifts - shift)).sum()
             # Not from the logarithm of the total, whose digits a large shift takes up.
             scale = scale * torch.exp(own_shift - shift)
         return torch.log(total) + shift, scale / total, pulls
 
-    if left is right:
-        own = {"own": left.share.start, "diagonal": diagonal}
-        log_total, scale, (pull, _) = sums(left, left, row_pull=term[0] in wanted, **own)
-        pairs -= 0 if diagonal else left.share.total
-        # Each row stands on both sides of its pairs.
-        pulls = {term[0]: (pull, 2 * scale)}
-    else:
-        log_total, scale, (row, col) = sums(left, right, row_pull="x" in wanted, col_pull="y" in wanted and world == 1)
-        pulls = {"x": (row, scale), "y": (col, scale)}
-        if "y" in wanted and world > 1:
-            # The local rows of y meet all of x here: computing this again is cheaper than sending partial gradients.
-            _, scale, (row, _) = sums(right, left, row_pull=True)
-            pulls["y"] = row, scale
-    return log_total - math.log(pairs), {name: pull for name, pull in pulls.items() if name in wanted}
-
 
 def kernel_sums(
     a: Points,
     b: Points,
     widths: tuple[float, ...],
-    *,
     block: int,
-    own: int | None = None,
-    diagonal: bool = True,
-    row_pull: bool = False,
-    col_pull: bool = False,
+    own: int | None,
+    diagonal: bool,
+    row_pull: bool,
+    col_pull: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One pass over all pairs of `a` and `b` in tiles of `block` rows and columns, with the widest width first.
 
@@ -159,32 +154,32 @@ def kernel_sums(
     Where `a` is a part of `b`, `own` is the index in `b` of its first row, and `diagonal` says whether the pairs of a
     point with itself are counted; where it is all of `b`, tiles are used for both of their places.
     """
-    base = 1 / (2 * widths[0] ** 2)
-    count, like, wide = len(a.square), a.square, wide_dtype(a.square.device)
-    symmetric = own == 0 and count == len(b.square)
+    ratios = [(widths[0] / width) ** 2 for width in widths]
+    wide = wide_dtype(a.norm.device)
+    symmetric = own == 0 and len(a.norm) == len(b.norm)
     # A pair of a point with itself has kernel 1: no exponent is above it, and the shift stays 0.
-    ones = count if own is not None and diagonal else 0
-    shift = None if ones else like.new_full((), torch.finfo(like.dtype).min / 2)
-    total = like.new_full((), float(ones), dtype=wide)
+    ones = len(a.norm) if own is not None and diagonal else 0
+    shift = a.norm.new_full((), 0.0 if ones else torch.finfo(a.norm.dtype).min / 2)
+    total = shift.new_full((), float(ones), dtype=wide)
     row_pulls = _Pull(a, block) if row_pull else None
     col_pulls = row_pulls if symmetric else _Pull(b, block) if col_pull else None
-    norms, bias = (base * a.square)[:, None], -base * b.square
-    for rows, cols, tile in tiles(a.rows, b.rows, scale=2 * base, bias=bias, block=block, own=own, upper=symmetric):
-        tile.sub_(norms[rows])
-        if shift is not None:
+    options = {"scale": 1 / widths[0] ** 2, "bias": b.norm, "block": block, "own": own, "upper": symmetric}
+    for rows, cols, tile in tiles(a.rows, b.rows, **options):
+        tile.add_(a.norm[rows, None])
+        if not ones:
             before, shift = shift, torch.maximum(shift, tile.amax())
             total *= torch.exp((before - shift).to(wide))
-        value, weight = _kernels(tile, [(widths[0] / width) ** 2 for width in widths], shift)
+        value, weight = _kernels(tile, ratios, None if ones else shift)
         mirrored = symmetric and rows != cols
         row_sums = value.sum(dim=1)
-        total += row_sums.sum(dtype=wide) * (2 if mirrored else 1)
+        total.add_(row_sums.sum(dtype=wide), alpha=2 if mirrored else 1)
         if row_pulls is not None:
             row_pulls.add(rows, weight, row_sums if weight is value else weight.sum(dim=1), b.rows[cols], shift)
         if col_pulls is not None and (mirrored or not symmetric):
             col_pulls.add(cols, weight.T, weight.sum(dim=0), a.rows[rows], shift)
     row = None if row_pulls is None else row_pulls.finish(shift)
     col = None if col_pulls is None or symmetric else col_pulls.finish(shift)
-    return total, total.new_zeros(()) if shift is None else shift.to(wide), row, col
+    return total, shift.to(wide), row, col
 
 
 def _kernels(tile: Tensor, ratios: list[float], shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -206,14 +201,13 @@ class _Pull:
 
     def __init__(self, points: Points, block: int):
         self.points, self.block = points, block
-        self.weight = torch.zeros_like(points.square)
-        self.mix = torch.zeros_like(points.rows, dtype=points.square.dtype)
+        self.weight = torch.zeros_like(points.norm)
+        self.mix = torch.zeros_like(points.rows, dtype=points.norm.dtype)
         self.shifts: dict[int, Tensor] = {}
 
-    def add(self, part: slice, weight: Tensor, weight_sums: Tensor, others: Tensor, shift: Tensor | None) -> None:
-        if shift is not None:
-            self._move_to(shift, part)
-        self.weight[part] += weight_sums
+    def add(self, part: slice, weight: Tensor, weight_sums: Tensor, others: Tensor, shift: Tensor) -> None:
+        self._move_to(shift, part)
+        self.weight[part].add_(weight_sums)
         add_product(self.mix[part], weight, others)
 
     def _move_to(self, shift: Tensor, part: slice) -> None:
@@ -221,10 +215,10 @@ class _Pull:
         self.shifts[part.start] = shift
         if before is not shift:
             factor = torch.exp(before - shift)
-            self.weight[part] *= factor
-            self.mix[part] *= factor
+            self.weight[part].mul_(factor)
+            self.mix[part].mul_(factor)
 
-    def finish(self, shift: Tensor | None) -> Tensor:
+    def finish(self, shift: Tensor) -> Tensor:
         """`mix_i - weight_i a_i` at one shift."""
         for start in self.shifts:
             self._move_to(shift, slice(start, start + self.block))

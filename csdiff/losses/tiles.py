@@ -69,16 +69,9 @@ def tiles(
                 torch.mul(multiply(a[rows], b[cols].T), scale, out=tile)
                 if bias is not None:
                     tile += bias[cols]
-            if own is not None:
-                fill_own(tile, own + i - j, -math.inf)
+            if own is not None and -shape[0] < own + i - j < shape[1]:
+                tile.diagonal(own + i - j).fill_(-math.inf)
             yield rows, cols, tile
-
-
-def fill_own(tile: Tensor, offset: int, value: float | Tensor) -> None:
-    """Set the entries `(i, i + offset)` of a tile, those of a pair with itself."""
-    if -tile.shape[0] < offset < tile.shape[1]:
-        entries = tile.diagonal(offset)
-        entries.copy_(value[: len(entries)]) if isinstance(value, Tensor) else entries.fill_(value)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
