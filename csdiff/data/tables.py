@@ -88,9 +88,11 @@ def read_table(path: Path, options: SourceOptions) -> list[Row]:
     except Exception as error:  # Each parser has its own kinds.
         reason = " ".join(str(error).split())[:300]
         raise CSDiffError(f"{path} is not a readable {path.suffix} table ({reason}); correct it.") from error
+    if not found:
+        return []
     columns = list(dict.fromkeys(name for row in found for name in row))
-    image, caption = find_columns(columns, options, path) if found else (None, None)
-    if found and image is None and caption is None:
+    image, caption = find_columns(columns, options, path)
+    if image is None and caption is None:
         raise CSDiffError(
             f"{path}: expected a column of captions (caption, text, ...) or of image files (file_name, image, ...), "
             f"found {', '.join(map(repr, columns)) or 'none'}; name it with caption_column or image_column."

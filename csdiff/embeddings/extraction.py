@@ -110,8 +110,7 @@ def embed(config: EmbedConfig, source: Source | None = None) -> EmbedReport:
             state.wait_for_everyone()
             mine = todo[state.process_index :: state.num_processes]
             if mine:
-                with Extraction(config, source, writer, towers, device, state) as extraction:
-                    extraction.run(mine)
+                Extraction(config, source, writer, towers, device, state).run(mine)
             state.wait_for_everyone()
             if state.is_main_process:
                 _finish(config, source, writer, identities)

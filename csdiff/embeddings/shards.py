@@ -55,20 +55,7 @@ class Extraction:
             self.facts["preprocessing"] = self.image.describe_preprocessing()
         done = [writer.record(shard) for shard in range(writer.shards) if writer.done(shard)]
         self._problems = sum(len(record["problems"]) for record in done)
-        self._torch_threads = torch.get_num_threads()
-        self._threads = self._torch_threads if device.type == "cpu" else 1
-
-    def __enter__(self) -> Extraction:
-        if self._threads > 1:
-            torch.set_num_threads(1)
-        self.decoders = ThreadPoolExecutor(self.config.workers, thread_name_prefix="decode")
-        self.encoders = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for pool in (self.decoders, self.encoders):
-            pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._torch_threads)
+        self._threads = torch.get_num_threads() if device.type == "cpu" else 1
 
     def run(self, shards: list[int]) -> None:
         """Make these shards."""
@@ -80,12 +67,22 @@ class Extraction:
         # None: a bar on a terminal, nothing in a log file
         disable = None if self.config.progress and self.state.is_main_process else True
         options = {"unit": " items", "dynamic_ncols": True, "smoothing": 0.05, "disable": disable}
-        with tqdm(total=total, desc=f"Embedding{share}", **options) as bar:
-            for number, shard in enumerate(shards, 1):
-                self._shard(shard, bar)
-                if known is None:
-                    # Only the shards read so far tell how long the others are.
-                    bar.total = round(bar.n * len(shards) / number)
+        self.decoders = ThreadPoolExecutor(self.config.workers, thread_name_prefix="decode")
+        self.encoders = ThreadPoolExecutor(self._threads, thread_name_prefix="encode")
+        torch_threads = torch.get_num_threads()
+        try:
+            if self._threads > 1:
+                torch.set_num_threads(1)
+            with tqdm(total=total, desc=f"Embedding{share}", **options) as bar:
+                for number, shard in enumerate(shards, 1):
+                    self._shard(shard, bar)
+                    if known is None:
+                        # Only the shards read so far tell how long the others are.
+                        bar.total = round(bar.n * len(shards) / number)
+        finally:
+            for pool in (self.decoders, self.encoders):
+                pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(torch_threads)
 
     def _shard(self, number: int, bar) -> None:
         rows = ShardRows(self.config, self.text and self.text.caption_tokenizer)
