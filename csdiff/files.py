@@ -5,11 +5,13 @@ Nothing here executes what it reads: JSON and safetensors headers only. No model
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -152,7 +154,7 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock", blocking=False)
+    lock = FileLock(folder / ".lock", blocking=False, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -228,6 +230,24 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
             f"{path}: expected a whole safetensors file, found one cut short, damaged or of another kind ({error}); "
             "copy it again (a pickle can run code and is never loaded)."
         ) from error
+
+
+def plain(value: object) -> object:
+    """Dataclasses, paths, arrays and tensors as what JSON has; null stands for numbers that are not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # numpy scalars and arrays, torch tensors
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -27,13 +27,9 @@ def unreachable() -> str | None:
 
 
 def download(repo: str, what: str, file: str | None = None, **options: Any) -> Path:
-    """The snapshot of a hub repository, or one file of it; what is here already where the hub cannot be asked.
+    """The snapshot of a hub repository ("owner/name"), or one file; what is here where the hub cannot be asked.
 
-    Args:
-        repo: "owner/name".
-        what: What is expected there, for the message.
-        file: Its path in the repository.
-        **options: As `huggingface_hub.snapshot_download` and `hf_hub_download` take them.
+    `options` are those of `huggingface_hub.snapshot_download` and `hf_hub_download`; `what` is for the message.
 
     Raises:
         CSDiffError: It is neither here nor to be had from the hub, and why.

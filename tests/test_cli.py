@@ -16,8 +16,8 @@ from csdiff import cli
 from csdiff.cli.commands import Command
 from csdiff.cli.parser import parse_command
 from csdiff.errors import CSDiffError
+from csdiff.files import plain
 from csdiff.options import NonEmpty, PositiveInt, check_options, option_types
-from csdiff.plain import plain
 from csdiff.resources import assets_dir
 
 

@@ -31,7 +31,8 @@ def start_at_zero(layer: nn.Linear) -> None:
 class Adapter(Persistent, ModelMixin, ConfigMixin):
     r"""A map from text embeddings to raw image embeddings that diffusers pipelines accept as their prior.
 
-    A subclass implements `predict`; everything else is shared. With text embedding `t` (B, Dt) the adapter computes
+    A subclass implements `predict`; everything else is shared. All take `embedding_dim` (D) and `text_dim` (Dt, by
+    default D), the widths of image and text embeddings. With text embedding `t` (B, Dt) the adapter computes
 
         z = predict((t - text_mean) / text_std)               whitened prediction
         r = z * clip_std + clip_mean                          raw image embedding

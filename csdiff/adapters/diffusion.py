@@ -35,8 +35,6 @@ class DiffusionAdapter(Adapter, PriorTransformer):
     `PriorTransformer.from_pretrained` loads its folder (where `states_dim` equals `embedding_dim`).
 
     Args:
-        embedding_dim (`int`): Width of the image embeddings.
-        text_dim (`int`, *optional*): Width of the pooled text embeddings; `embedding_dim` by default.
         states_dim (`int`, *optional*): Width of the text encoder's token states; `embedding_dim` by default.
         num_layers, num_attention_heads, attention_head_dim (`int`): 10, 16 and 32 by default (the adapters' size;
             Kandinsky's own prior has 20, 32 and 64).

@@ -282,7 +282,7 @@ def check_tensors(path: Path, expected: dict[str, Tensor], found: Header) -> Non
             )
 
 
-def check_values(path: Path, tensors: dict[str, Tensor], found: Header | None = None) -> None:
+def check_values(tensors: dict[str, Tensor], found: Header) -> None:
     """Raises a `CSDiffError` that names file and tensor when a value is not finite, or a deviation not positive."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -292,6 +292,6 @@ def check_values(path: Path, tensors: dict[str, Tensor], found: Header | None = 
         if not good.all():
             kind = "zero, negative, NaN or infinite deviations" if deviation else "values that are NaN or infinite"
             raise CSDiffError(
-                f"{found[name][2] if found else path}: tensor {name} holds {int((~good).sum())} {kind}; train again, "
-                "or save the adapter again."
+                f"{found[name][2]}: tensor {name} holds {int((~good).sum())} {kind}; train again, or save the adapter "
+                "again."
             )

@@ -78,8 +78,6 @@ class LinearAdapter(Adapter):
     with `b = mean(y) - A mean(x)`, `C` covariances (shrunk, for `coral`), `mean_var` the mean of `diag(Cxx)`.
 
     Args:
-        embedding_dim (`int`): Width of the image embeddings.
-        text_dim (`int`, *optional*): Width of the text embeddings; `embedding_dim` by default.
         method (`str`, *optional*, defaults to `"ridge"`): How it was fitted; `fit` fills the layer.
 
     Source: ridge, Hoerl and Kennard 1970; Procrustes, Schoenemann 1966; CORAL, Sun et al. 2016 (arXiv 1511.05547).

@@ -37,8 +37,7 @@ class LoRAAdapter(Adapter):
     small safetensors file with the statistics; the frozen encoder is neither saved nor in `state_dict()`.
 
     Args:
-        embedding_dim (`int`): Width of the image embeddings; the encoder's projection has the same.
-        text_dim (`int`, *optional*): Equal to `embedding_dim`.
+        embedding_dim (`int`): Width of the encoder's projection, and of the image embeddings.
         text_encoder (`str`, *optional*, defaults to `"tiny-clip"`): Encoder id: a preset name, a folder or a Hub id.
         rank (`int`, *optional*, defaults to 8): Rank of each update.
         alpha (`float`, *optional*, defaults to 16): Scale, over `rank`.
@@ -168,7 +167,7 @@ class LoRAAdapter(Adapter):
         statistics = {name: getattr(adapter, name) for name in cls._STATISTICS}
         for file, header, tensors in zip(files, headers, (statistics, lora), strict=True):
             folder.check_tensors(path, tensors, header)
-            folder.check_values(path, load_file(file), header)
+            folder.check_values(load_file(file), header)
         set_peft_model_state_dict(adapter.peft_model, load_file(files[1]))
         adapter.load_state_dict(load_file(files[0]), strict=False)
         return adapter.eval(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}

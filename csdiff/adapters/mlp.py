@@ -31,8 +31,6 @@ class MLPAdapter(Adapter):
     every text embedding the image embeddings' mean and spread. Where they differ, start at a map by `init_from`.
 
     Args:
-        embedding_dim (`int`): Width of the image embeddings.
-        text_dim (`int`, *optional*): Width of the text embeddings; `embedding_dim` by default.
         width (`int`, *optional*): Width of the residual branch; `embedding_dim` by default.
         num_layers (`int`, *optional*, defaults to 2): Number of residual blocks.
         expansion (`int`, *optional*, defaults to 4): Hidden width of a block over `width`.

@@ -125,5 +125,5 @@ class Persistent:
         folder.check_tensors(path, expected, found)
         options = {**options, "use_safetensors": True, "use_flashpack": False, "output_loading_info": True}
         adapter, info = super().from_pretrained(path, **options)
-        folder.check_values(path, adapter.state_dict(), found)
+        folder.check_values(adapter.state_dict(), found)
         return adapter, info

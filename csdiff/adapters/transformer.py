@@ -66,16 +66,13 @@ class TransformerAdapter(Adapter, PeftAdapterMixin):
     added to the whitened text embedding, and training begins at that.
 
     Args:
-        embedding_dim (`int`): Width of the image embeddings.
-        text_dim (`int`, *optional*): Width of the pooled text embeddings; `embedding_dim` by default.
         states_dim (`int`, *optional*): Width of the text encoder's token states; `text_dim` by default.
         num_layers (`int`, *optional*, defaults to 10): Number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 16): Heads of each block.
         attention_head_dim (`int`, *optional*, defaults to 32): Width of a head.
         num_embeddings (`int`, *optional*, defaults to 77): Largest number of text tokens.
         noise_token (`bool`, *optional*, defaults to `False`): Whether `start` is noise.
-        linear_skip (`bool`, *optional*, defaults to `False`): Whether the skip is a trained linear layer rather than
-            the identity; `init_from` switches it on.
+        linear_skip (`bool`, *optional*, defaults to `False`): Whether the skip is a trained layer, as by `init_from`.
         dropout (`float`, *optional*, defaults to 0.0): In attention outputs and feed-forward layers.
 
     Source: ECLIPSE, arXiv 2312.04655, section 3 and its appendix; masks as in diffusers' `PriorTransformer`.

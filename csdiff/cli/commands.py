@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 
 import csdiff
 from csdiff.errors import CSDiffError, did_you_mean
-from csdiff.plain import plain
+from csdiff.files import plain
 
 DONE, DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 

@@ -21,9 +21,8 @@ from csdiff.evaluation.config import EvaluateConfig, check
 from csdiff.evaluation.data import check_fits, check_source, open_store, predict, read_pairs, training_store
 from csdiff.evaluation.embedding_metrics import LIMIT, held_out_metrics, real_metrics
 from csdiff.evaluation.metrics import BASELINES
-from csdiff.files import absolute, write_json, write_text
+from csdiff.files import absolute, plain, write_json, write_text
 from csdiff.pipelines.decoders import AdapterCard, read_adapter_card
-from csdiff.plain import plain
 from csdiff.resources import assets_dir
 
 logger = logging.getLogger(__name__)

@@ -50,10 +50,6 @@ class EMA:
 
     The growing decay forgets the random start of short runs. Unlike diffusers' `EMAModel`, decay 0 gives the weights
     bit for bit, and averages have names, as checkpoints want them.
-
-    Args:
-        parameters: Trainable float32 parameters by name.
-        decay: Weight of the past; 0 keeps the last weights.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):

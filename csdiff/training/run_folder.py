@@ -21,13 +21,13 @@ from csdiff.files import (
     flatten,
     folder_lock,
     move,
+    plain,
     read_json,
     read_jsonl,
     remove_partial,
     write_text,
     writing_folder,
 )
-from csdiff.plain import plain
 from csdiff.training.config import TrainConfig
 
 CONFIG_NAME = "training.yaml"

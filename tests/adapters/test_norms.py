@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from training_runs import config
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.adapters import MLPAdapter, build_adapter
 from csdiff.embeddings import EmbeddingStore, load_text_encoder, write_store
 from csdiff.embeddings.fingerprint import weights_sha256
 from csdiff.training import train
-from csdiff.training.config import TrainConfig
 from tests.adapters.adapter_tester import DIM, embed, make_adapter, text_inputs
 
 
@@ -141,31 +141,21 @@ def stores(tiny_clip, tmp_path_factory):
     text = encoder.encode(captions)
     noise = text.embeds.std(0) * torch.randn(text.embeds.shape, generator=generator)
     image = 2 * text.embeds + torch.randn(1, 16, generator=generator) + 0.5 * noise
-    known = {"id": str(tiny_clip), "weights_sha256": weights_sha256(tiny_clip, "text")}
+    known = {"text_encoder": {"id": str(tiny_clip), "weights_sha256": weights_sha256(tiny_clip, "text")}}
+    columns = {"text_embeds": text.embeds, "text_states": text.states, "text_mask": text.mask}
+    columns |= {"image_embeds": image, "captions": captions}
     for name, rows in (("train", slice(0, 1200)), ("held_out", slice(1200, None))):
-        write_store(
-            folder / name,
-            text_embeds=text.embeds[rows],
-            image_embeds=image[rows],
-            text_states=text.states[rows],
-            text_mask=text.mask[rows],
-            captions=captions[rows],
-            fingerprint={"text_encoder": known},
-            dtype="float32",
-        )
+        part = {key: values[rows] for key, values in columns.items()}
+        write_store(folder / name, **part, fingerprint=known, dtype="float32")
     return folder
 
 
 @torch.no_grad()
 def test_trained_adapters_of_every_kind_give_unseen_rows_the_norms_of_real_ones(name, stores, tiny_clip, tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path), adapter=name, max_steps=20, batch_size=64, **RUNS.get(name, {}))
-    config.data.train, config.data.validation_fraction = str(stores / "train"), 0.5
-    config.validation.limit = 64
-    config.ema.decay = 0.9
-    config.validation.every = config.checkpoint.every = 0
-    config.logging.progress, config.logging.trackers = False, []
+    options = {"max_steps": 20, "batch_size": 64, "learning_rate": 1e-3, "ema.decay": 0.9, "adapter_options": {}}
+    options |= {"data.validation_fraction": 0.5, "validation.limit": 64, "validation.every": 0, "checkpoint.every": 0}
     with torch.enable_grad():
-        train(config)
+        train(config(stores / "train", tmp_path, adapter=name, **{**options, **RUNS.get(name, {})}))
     adapter = AutoAdapter.from_pretrained(tmp_path)
     store = EmbeddingStore.open(stores / "held_out")
     rows = store.read(range(len(store)))
