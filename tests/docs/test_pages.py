@@ -66,22 +66,6 @@ def test_no_page_has_a_diagram_for_which_the_site_would_fetch_a_library(root):
     assert not [name for name in PAGES if "```mermaid" in (root / name).read_text("utf-8")]
 
 
-def test_the_workflow_runs_what_runs_at_home(root):
-    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text("utf-8"))
-    steps = [step.get("run") for step in workflow["jobs"]["run"]["steps"]]
-    assert [step for step in steps if step] == [".ci/run"]
-
-
-def test_forms_and_templates_are_valid(root):
-    for form in (root / ".github/ISSUE_TEMPLATE").glob("*.yml"):
-        content = yaml.safe_load(form.read_text("utf-8"))
-        if form.name != "config.yml":
-            assert {"name", "description", "body"} <= content.keys()
-            fields = [field for field in content["body"] if field["type"] != "markdown"]
-            assert all(field["attributes"]["label"] for field in fields)
-            assert len({field["id"] for field in fields}) == len(fields)
-
-
 # What a browser fetches by itself; links that people follow may lead anywhere.
 FETCHED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?([^"'\s>]+)""")
 STYLES = re.compile(

@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 import warnings
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from tiny import make_plain_store
 
-from csdiff.embeddings import EmbedConfig, EmbeddingStore, write_store
+from csdiff.embeddings import EmbeddingStore, write_store
 from csdiff.errors import CSDiffError
 
 FILE = "img_emb/img_emb_1.npy"
@@ -317,15 +315,3 @@ def test_a_fingerprint_of_another_store_does_not_change_what_is_measured(tmp_pat
     known = EmbeddingStore.open(tmp_path / "whole").fingerprint
     write_store(tmp_path / "part", text_embeds=values[:3], image_embeds=values[:3], fingerprint=known, dtype="float32")
     assert len(EmbeddingStore.open(tmp_path / "part")) == 3
-
-
-def test_the_python_of_the_page_runs_and_its_options_are_options(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    [code] = re.findall(r"```python\n(.*?)```", (root / "docs/store.md").read_text(), flags=re.DOTALL)
-    names: dict = {}
-    exec(code, names)
-    store = names["store"]
-    assert (len(store), store.text_dim, store.image_dim, store.normalized) == (1000, 32, 48, False)
-    assert names["batch"]["image_embeds"].shape == (128, 48)
-    named = set(re.findall(r"--(\w+)", (root / "docs/store.md").read_text())) - {"module", "config"}
-    assert named <= asdict(EmbedConfig()).keys()

@@ -111,11 +111,6 @@ def test_kernel_distances_against_sums_over_pairs(measure, kernel):
     assert measure(3 * x, y) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_kernel_distance_is_unbiased():
-    values = torch.tensor([kernel_distance(cloud(20, 6, seed), cloud(20, 6, seed + 1000)) for seed in range(200)])
-    assert abs(values.mean()) < 4 * values.std() / 200**0.5
-
-
 def test_p_values_are_uniform_for_one_distribution_and_small_for_two():
     values = [mmd_test(cloud(30, 5, seed), cloud(30, 5, seed + 500), permutations=99).p_value for seed in range(100)]
     # 5 of 100 are expected below 0.05; 14 or more happen once in 5,000.
@@ -253,7 +248,6 @@ def test_estimates_agree_with_all_rows_within_their_errors():
     [
         (lambda: embedding_metrics(cloud(4, 3), cloud(5, 3)), "one shape"),
         (lambda: embedding_metrics(cloud(4, 3), torch.ones(4, 3)), "2 different images"),
-        (lambda: held_out_metrics(cloud(3, 4), cloud(3, 4)), "8 different images to evaluate on, found 3"),
         (lambda: kernel_distance(cloud(1, 3), cloud(4, 3)), "at least 2 rows"),
         (
             lambda: retrieval_ranks(cloud(2, 3), cloud(2, 3), torch.tensor([0, 5]), torch.tensor([0, 1])),

@@ -31,8 +31,6 @@ def refused(store, output, *words, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_steps": -1}, ["max_steps", "-1"]),
-        ({"learning_rate": 0.0}, ["learning_rate"]),
         ({"ema.decay": 1.0}, ["ema.decay", "1"]),
         ({"batch_size": 1}, ["--batch_size 1", "at least 2"]),
         ({"data.train": ""}, ["--data.train", "missing"]),
@@ -118,23 +116,13 @@ def test_stores_that_do_not_fit(plain_store, tmp_path):
     refused(images, out, "no text embeddings")
 
 
-def fingerprint(path, **content):
-    """A store with a `csdiff.json`."""
-    store = make_plain_store(path)
-    (store / "csdiff.json").write_text(json.dumps({"format": 1, "kind": "store", **content}))
-    return store
-
-
 def test_stores_of_different_encoders(tmp_path):
-    encoders = [{"id": name, "weights_sha256": name * 20} for name in ("one", "two")]
-    one, two = (fingerprint(tmp_path / e["id"], text_encoder=e, image_encoder=e) for e in encoders)
-    refused(one, tmp_path / "out", "one", "two", "differ", **{"data.validation": str(two)})
-
-
-@pytest.mark.parametrize("name", ["text_encoder", "files", "data"])
-def test_a_fingerprint_of_other_types(tmp_path, name):
-    store = fingerprint(tmp_path / "store", **{name: "tiny-clip"})
-    refused(store, tmp_path / "out", "csdiff.json", name, "tiny-clip")
+    for name in ("one", "two"):
+        encoder = {"id": name, "weights_sha256": name * 20}
+        content = {"format": 1, "kind": "store", "text_encoder": encoder, "image_encoder": encoder}
+        (make_plain_store(tmp_path / name) / "csdiff.json").write_text(json.dumps(content))
+    other = {"data.validation": str(tmp_path / "two")}
+    refused(tmp_path / "one", tmp_path / "out", "one", "two", "differ", **other)
 
 
 def test_another_run_in_the_output_folder(plain_store, tmp_path):
