@@ -9,9 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from csdiff.errors import CSDiffError
 from csdiff.files import (
-    folder_lock,
     fsync,
     read_safetensors_header,
     remove_partial,
@@ -56,24 +54,6 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
     (tmp_path / f".partial-{os.getppid()}-x").mkdir()
     remove_partial(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [f".partial-{os.getppid()}-x"]
-
-
-def test_a_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
-    code = (
-        "import os, signal, sys; from pathlib import Path; from csdiff.files import folder_lock\n"
-        "with folder_lock(Path(sys.argv[1]), 'a run'): print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(CSDiffError, match="another process"), folder_lock(tmp_path, "a run"):
-        pass
-    holder.kill()
-    holder.wait()
-    with folder_lock(tmp_path, "a run"):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):

@@ -41,16 +41,12 @@ def test_tokens_are_seen_and_padding_is_not(adapter, left):
 def test_noise_token_samples_and_repeats(text_encoder):
     adapter = make_adapter("transformer", text_encoder, noise_token=True)
     embeds, states, mask = text_inputs("transformer", batch=2)
-    draw = lambda seed: adapter.embed(embeds, states, mask, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.allclose(draw(0), draw(1), atol=1e-3)
-    one_prompt = (embeds[:1].repeat(2, 1), states[:1].repeat(2, 1, 1), mask[:1].repeat(2, 1))
-    first, second = adapter.embed(*one_prompt, generator=torch.Generator().manual_seed(0))
-    assert not torch.allclose(first, second, atol=1e-3)
+    draws = [adapter.embed(embeds, states, mask, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    assert not torch.allclose(*draws, atol=1e-3)
     # A pipeline hands its latents over: they are the noise, so its generator decides.
     latents = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
     whitened = adapter(latents, 0, embeds, states, mask)[0]
-    torch.testing.assert_close(adapter.post_process_latents(whitened), draw(0), rtol=0, atol=0)
+    torch.testing.assert_close(adapter.post_process_latents(whitened), draws[0], rtol=0, atol=0)
 
 
 def token_embeds():
@@ -121,22 +117,6 @@ def test_tokens_of_another_shape_are_refused(adapter):
     for wrong in (states, token_embeds()[:, 1:]):
         with pytest.raises(CSDiffError, match=rf"\(3, {TOKENS}, {DIM}\), found \(3, "):
             adapter.embed_with_tokens(embeds, wrong, states)
-
-
-def test_diffusers_lora_layers_train(adapter, tmp_path):
-    from peft import LoraConfig
-
-    inputs = text_inputs("transformer")
-    before = adapter.embed(*inputs)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    adapter.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    changed = adapter.embed(*inputs)
-    assert not torch.allclose(changed, before, atol=1e-4)
-    adapter.save_lora_adapter(tmp_path)
-    adapter.delete_adapters("default")
-    torch.testing.assert_close(adapter.embed(*inputs), before, rtol=0, atol=1e-6)
-    adapter.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    torch.testing.assert_close(adapter.embed(*inputs), changed, rtol=0, atol=1e-6)
 
 
 SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}

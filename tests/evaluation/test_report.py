@@ -2,6 +2,7 @@
 
 import base64
 import io
+import subprocess
 import sys
 
 import pytest
@@ -95,3 +96,8 @@ def test_tables_hold_long_names_and_brackets_and_no_colour():
     for part in ("x" * 300, "[bold]runs/a[/bold]", "[red]row[/red]", "12,345", "[i]title[/i]"):
         assert part in text
     assert "\x1b" not in text
+
+
+def test_names_of_metrics_cost_no_model_library():
+    code = "import sys, csdiff.evaluation.metrics; print({'torch', 'sklearn', 'rich'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
