@@ -130,10 +130,14 @@ def test_a_folder_in_the_way_stays_unless_told(run, tmp_path, text):
     export(ExportConfig(**options, overwrite=True))
     assert torch.equal(embed(out, text), embed(run, text))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # A training run is never replaced.
-    with pytest.raises(CSDiffError, match="not replaced"):
-        export(ExportConfig(source=str(out), output=str(run), overwrite=True))
-    assert (run / "checkpoints" / "latest").exists()
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "csdiff.json").write_text('{"kind": "store"}')
+    for folder in (run, run / "checkpoints" / "step-00000004", store):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(CSDiffError, match="not replaced"):
+            export(ExportConfig(source=str(out), output=str(folder), overwrite=True))
+        assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,6 @@ class _Look:
         return self.read(read_json, file) if file.is_file() else {}
 
     def kind(self, path: Path) -> Callable[[Path], dict]:
-        """What describes a folder."""
         if kind := kind_of(path):
             return getattr(self, kind)
         raise CSDiffError(
@@ -116,7 +115,6 @@ class _Look:
         return self.weights(*self.read(weight_files, folder, find_variant(folder, name=name), name))
 
     def read_all(self, files: Iterable[Path]) -> None:
-        """Look for values that are not finite."""
         from safetensors.torch import load_file
 
         for file in files:
@@ -174,7 +172,6 @@ class _Look:
         return facts | progress | self.adapter(folder if finished else newest)
 
     def checkpoint(self, folder: Path) -> dict:
-        """The counters of a checkpoint and its adapter."""
         self.weights(*(folder / "state").glob("*.safetensors"))
         return {"progress": self.progress(folder), **self.adapter(folder)}
 
@@ -248,7 +245,6 @@ class _Look:
         }
 
     def encoder(self, folder: Path) -> dict:
-        """Class, dimensions and, with --check, the hashes of the weights of a transformers model."""
         from csdiff.embeddings.fingerprint import weights_sha256
 
         config = self.json(folder / "config.json")
