@@ -163,9 +163,8 @@ def kernel_sums(
     total = shift.new_full((), float(ones), dtype=wide)
     row_pulls = _Pull(a, block) if row_pull else None
     col_pulls = row_pulls if symmetric else _Pull(b, block) if col_pull else None
-    options = {"scale": 1 / widths[0] ** 2, "bias": b.norm, "block": block, "own": own, "upper": symmetric}
+    options = {"scale": 1 / widths[0] ** 2, "biases": (a.norm, b.norm), "block": block, "own": own, "upper": symmetric}
     for rows, cols, tile in tiles(a.rows, b.rows, **options):
-        tile.add_(a.norm[rows, None])
         if not ones:
             before, shift = shift, torch.maximum(shift, tile.amax())
             total *= torch.exp((before - shift).to(wide))

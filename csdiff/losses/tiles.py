@@ -46,14 +46,14 @@ def tiles(
     *,
     scale: float,
     block: int,
-    bias: Tensor | None = None,
+    biases: tuple[Tensor, Tensor] | None = None,
     own: int | None = None,
     upper: bool = False,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and values of the tiles of `scale a_i . b_j + bias_j`, `a` (N, D), `b` (M, D), in one buffer.
+    """Rows, columns and values of the tiles of `scale a_i . b_j`, `a` (N, D), `b` (M, D), in one buffer.
 
-    Where a is a part of b, `own` is the index in b of its first row: a pair of a row with itself gets -inf. `upper`
-    leaves out the tiles below the diagonal.
+    `biases`, (N,) and (M,), add one number for each row and one for each column. Where a is a part of b, `own` is the
+    index in b of its first row: a pair of a row with itself gets -inf. `upper` leaves out the tiles below.
     """
     dtype = compute_dtype(a.dtype)
     buffer = torch.empty(min(block, len(a)) * min(block, len(b)), dtype=dtype, device=a.device)
@@ -62,13 +62,14 @@ def tiles(
             rows, cols = slice(i, min(i + block, len(a))), slice(j, min(j + block, len(b)))
             shape = (rows.stop - i, cols.stop - j)
             tile = buffer[: shape[0] * shape[1]].view(shape)
+            if biases is not None:
+                torch.add(biases[0][rows, None], biases[1][cols], out=tile)
             if a.dtype == dtype:
-                start = tile if bias is None else bias[cols]
-                torch.addmm(start, a[rows], b[cols].T, beta=0 if bias is None else 1, alpha=scale, out=tile)
-            else:
+                tile.addmm_(a[rows], b[cols].T, beta=0 if biases is None else 1, alpha=scale)
+            elif biases is None:
                 torch.mul(multiply(a[rows], b[cols].T), scale, out=tile)
-                if bias is not None:
-                    tile += bias[cols]
+            else:
+                tile.add_(multiply(a[rows], b[cols].T), alpha=scale)
             if own is not None and -shape[0] < own + i - j < shape[1]:
                 tile.diagonal(own + i - j).fill_(-math.inf)
             yield rows, cols, tile
