@@ -71,8 +71,12 @@ class StoreWriter(ExitStack):
         return False
 
     def done(self, shard: int) -> bool:
-        """Whether a shard is whole."""
-        return self._folder(shard).is_dir()
+        """Whether a shard is whole, here or where `finish` moves it; one of an earlier csdiff's names is not."""
+        folders = self._folder(shard), self.path
+        there = folders[0].is_dir()
+        return there and all(
+            any((folder / name).exists() for folder in folders) for name in self.record(shard)["files"]
+        )
 
     def record(self, shard: int) -> dict:
         """What is known of a whole shard, with what its writer was told to note."""
@@ -81,7 +85,7 @@ class StoreWriter(ExitStack):
     @contextmanager
     def shard(self, number: int, keys: Sequence[str]) -> Iterator[ShardWriter]:
         """Writes the columns of one shard; at the end it is whole, after an error it is not there."""
-        with writing_folder(self._folder(number)) as folder:
+        with writing_folder(self._folder(number), whole=True) as folder:
             # Padded with zeros, so that names sort in shard order.
             writer = ShardWriter(folder, f"{number:0{len(str(max(self.shards - 1, 0)))}d}", keys, self.dtype)
             yield writer

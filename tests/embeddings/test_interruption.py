@@ -82,6 +82,22 @@ def test_killed_in_the_middle_the_store_is_the_same(store, dataset, tiny_clip, t
     assert content(output) == content(store)
 
 
+def test_shards_whose_files_have_other_names_are_made_again(store, dataset, tiny_clip, tmp_path, root):
+    """As an earlier csdiff named them: flat in the folder of their shard."""
+    output = tmp_path / "s"
+    process = start(dataset, tiny_clip, output, root)
+    shard = output / ".partial/shard_000000"
+    while process.poll() is None and not shard.is_dir():
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    for file in [*shard.glob("*/*")]:
+        file.rename(shard / f"{file.parent.name}{file.suffix}")
+        file.parent.rmdir()
+    embed(config(dataset, tiny_clip, output))
+    assert content(output) == content(store)
+
+
 def test_two_processes_write_the_bytes_of_one(store, dataset, tiny_clip, tmp_path, root):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
