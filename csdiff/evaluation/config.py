@@ -1,5 +1,6 @@
 """Every option of `csdiff evaluate`: the command line, the YAML file, the help text and the checks come from here."""
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -106,5 +107,13 @@ def check(config: EvaluateConfig) -> None:
         raise CSDiffError(f"size: expected a multiple of 8 pixels, found {config.size}.")
     for option in ("json", "report"):
         path = getattr(config, option)
-        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir() or not folder.is_dir():
             raise CSDiffError(f"{option}: expected the name of a file in an existing folder, found {path!r}.")
+        try:
+            # Before anything is measured; permission bits do not tell of read-only disks and special folders.
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise CSDiffError(f"{option}: {path} cannot be written ({error.strerror}); name another.") from error

@@ -216,6 +216,7 @@ def test_refuses_another_encoder(adapters, copy_store, changed, run, refused):
         ({"data": "nowhere/at/all"}, "nowhere/at/all: expected an embedding store"),
         ({"data": "x", "adapter": "nowhere/at/all"}, "nowhere/at/all"),
         ({"data": "x", "json": "nowhere/at/all.json"}, "a file in an existing folder"),
+        ({"data": "x", "report": "/proc/all.html"}, "report: /proc/all.html cannot be written"),
         ({"data": "x", "compare": ["a", "./a"]}, "two or more different adapters"),
         ({"data": "x", "prompts": "p.txt"}, "prompts: expected a decoder to draw them with"),
         ({"data": "x", "picture_baselines": "magic"}, "found magic"),
