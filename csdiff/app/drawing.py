@@ -100,8 +100,10 @@ def adapter_name(card: AdapterCard | None) -> str:
     """What an adapter is called beside the baselines: by its objective."""
     if card is None:
         return "Raw text"
-    objective = (card.metadata.get("objective") or {}).get("name")
-    return _OBJECTIVES.get(objective, objective or card.kind)
+    name = (card.metadata.get("objective") or {}).get("name")
+    # A file may say anything there, and this stands in a table.
+    name = name if isinstance(name, str) and name.isidentifier() else card.kind
+    return _OBJECTIVES.get(name, name)
 
 
 def create(models: Models, config: GenerateConfig, compare: bool, report: Report) -> None:

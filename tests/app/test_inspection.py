@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from csdiff.adapters import AutoAdapter, build_adapter
+from csdiff.app.drawing import adapter_name
 from csdiff.app.inspection import PLOTS, Inspector, gather, plain_markdown
 from csdiff.embeddings import EmbeddingStore
 from csdiff.embeddings.config import EmbedConfig
 from csdiff.embeddings.extraction import embed
 from csdiff.errors import CSDiffError
-from csdiff.pipelines.decoders import find_models
+from csdiff.pipelines.decoders import find_models, read_adapter_card
 from csdiff.resources import assets_dir
 
 
@@ -97,6 +98,19 @@ def test_cards_bring_no_pictures_and_no_html():
     assert card.lstrip().startswith("# T")
     assert "![" not in card
     assert "<img" not in card
+
+
+def test_an_adapter_is_called_by_a_name_alone(tmp_path):
+    adapter = build_adapter("mlp", embedding_dim=16)
+    for said, name in (
+        ("cs_aligner", "CS-Aligner"),
+        ("my_loss", "my_loss"),
+        ("![x](//y) | z", "MLPAdapter"),
+        ({}, "MLPAdapter"),
+    ):
+        adapter.metadata["objective"] = {"name": said}
+        adapter.save_pretrained(tmp_path)
+        assert adapter_name(read_adapter_card(tmp_path)) == name
 
 
 def test_waits_for_whoever_uses_the_models(models):
