@@ -203,7 +203,7 @@ def inside_tab(inspector: Inspector) -> None:
             look_of = {"show_label": False, "format": "png", "elem_classes": "plot", "min_width": 400}
             plots = {name: gr.Plot(elem_id=f"plot-{name}", **look_of) for name in PLOTS}
         table = gr.Markdown(elem_id="metrics", buttons=["copy"])
-        with gr.Accordion("Model card", open=False):
+        with gr.Accordion("Model card", open=False) as about:
             card = gr.Markdown()
         with gr.Accordion("What is in the folder", open=False):
             facts = gr.Textbox(show_label=False, lines=12, max_lines=40, elem_id="facts", buttons=["copy"])
@@ -217,11 +217,12 @@ def inside_tab(inspector: Inspector) -> None:
                 title: f"### {seen.title} ({place})\n\n{seen.note}",
                 **{plot: gr.Plot(seen.figures.get(name), visible=bool(seen.figures)) for name, plot in plots.items()},
                 table: seen.table,
-                card: seen.card or "It has none.",
+                about: gr.Accordion(visible=bool(seen.card)),
+                card: seen.card,
                 facts: seen.facts,
             }
         )
         report("")
 
-    outputs = [inside, title, *plots.values(), table, card, facts]
+    outputs = [inside, title, *plots.values(), table, about, card, facts]
     press(row, [path], work, [path, files, store], outputs)
