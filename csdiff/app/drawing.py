@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from csdiff.app.models import RAW_TEXT, SHIPPED, Models
-from csdiff.app.press import Note, Progress, Report
+from csdiff.app.press import UNFINISHED, Note, Progress, Report
 from csdiff.data.images import UnreadableImage, decode_image
 from csdiff.errors import CSDiffError
 from csdiff.pipelines.config import GenerateConfig
@@ -151,7 +151,7 @@ def blend(
         images = drawing.draw(beside, embeds, negative, [noise(seed) for _ in weights])
         for weight, image in zip(weights, images, strict=True):
             path = drawing.write(image, seed, {"blend": {"second": other, "share": weight}})
-            report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)}"))
+            report(Drawn(path, f"{round(100 * (1 - weight))} : {round(100 * weight)} · {first} : {other}"))
 
 
 class _Drawing:
@@ -212,7 +212,7 @@ class _Drawing:
         what = f"To compare: {OTHER_MAPS[self.place].lower()}, " if self.place in OTHER_MAPS else what
         self.report(Progress(f"{what}step {step} of {steps}{left}".capitalize(), done, of_all))
         if step % max(2, steps // 5) == 0 and step < steps and (seen := preview()):
-            self.report(Drawn(seen, "still being drawn", self.place))
+            self.report(Drawn(seen, UNFINISHED, self.place))
 
     def write(self, image: Image.Image, seed: int, more: Mapping[str, Any]) -> str:
         """Writes a PNG that holds its settings, under a name that says what it is; returns the path."""
@@ -232,7 +232,7 @@ def read_upload(path: str | None) -> Image.Image:
     except (UnreadableImage, OSError) as error:
         # Pillow's own words name folders of this machine.
         ours = str(error).startswith("it")
-        said = f": {error}." if ours else " is no image that csdiff reads; save it as PNG or JPEG."
+        said = f": {error}." if ours else " is damaged, or no image that csdiff reads; save it again as PNG or JPEG."
         raise CSDiffError(Path(path).name + said) from error
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return image

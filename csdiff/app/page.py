@@ -58,6 +58,7 @@ def build_page(models: Models, inspector: Inspector) -> gr.Blocks:
             with gr.Tab("Look inside", id="inside"):
                 inside_tab(inspector)
         choice.follow(models, [fields, blend_fields])
+        page.load(lambda: gr.Dropdown(choices=choice.adapters()), None, choice.adapter, **ASIDE)
         to_blend.click(lambda path: (path, gr.Tabs(selected="blend")), chosen, [upload, tabs], **ASIDE)
     return page
 
@@ -78,6 +79,8 @@ def theme() -> gr.themes.Base:
         body_background_fill="*neutral_50",
         block_label_background_fill="transparent",
         block_label_border_width="0px",
+        checkbox_border_color_dark="*neutral_400",
+        checkbox_border_color_hover_dark="*neutral_200",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
@@ -87,18 +90,22 @@ class ModelChoice:
     """The adapter and the decoder that the whole page uses; both take a folder or a hub repository typed in."""
 
     def __init__(self, models: Models):
-        start = models.config.adapter or SHIPPED
-        runs = [str(path.parent) for path in sorted(Path("runs").glob("*/csdiff.json"))][:50]
-        labels = {SHIPPED: "shipped with csdiff", RAW_TEXT: "none: the raw text embedding"}
-        adapters = [(labels.get(name, name), name) for name in dict.fromkeys([start, SHIPPED, RAW_TEXT, *runs])]
+        self.start = models.config.adapter or SHIPPED
         decoders = list(dict.fromkeys([models.config.decoder, *PRESETS]))
         typed = {"allow_custom_value": True}
         with gr.Accordion("Models", open=False), gr.Row():
             hint = "Choose one, or type a folder or a hub repository"
-            self.adapter = gr.Dropdown(adapters, value=start, label="Adapter", info=hint, elem_id="adapter", **typed)
+            look = {"value": self.start, "label": "Adapter", "elem_id": "adapter"}
+            self.adapter = gr.Dropdown(self.adapters(), info=hint, **look, **typed)
             hint = "A preset, a folder saved by diffusers, or a hub repository"
             self.decoder = gr.Dropdown(decoders, value=decoders[0], label="Decoder", info=hint, **typed)
         self.line = gr.HTML("", elem_id="models-status", visible=False)
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Labels and names of the adapters to choose from, those in `runs/` as they are now."""
+        runs = [str(path.parent) for path in sorted(Path("runs").glob("*/csdiff.json"))][:50]
+        labels = {SHIPPED: "shipped with csdiff", RAW_TEXT: "none: the raw text embedding"}
+        return [(labels.get(name, name), name) for name in dict.fromkeys([self.start, SHIPPED, RAW_TEXT, *runs])]
 
     def follow(self, models: Models, tabs: list[Fields]) -> None:
         """Checks what was chosen, and sets steps and guidance to what the decoder is made for."""
@@ -176,11 +183,11 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
                 with gr.Accordion("Settings of an image, and a link", open=False):
                     words = "Drop a PNG that csdiff drew: its settings come back"
                     dropped = gr.File(label=words, file_types=[".png"], height=150, elem_id="dropped")
-                    words = "A link with these settings"
+                    words = "A link with the settings of the last drawing"
                     link = gr.Textbox(label=words, interactive=False, buttons=["copy"], elem_id="link")
         with gr.Column(**ANSWERED):
             images = gallery("images", 2)
-            with gr.Column(visible=False) as beside:
+            with gr.Column(elem_id="beside"):
                 strip = gallery("strip", 3)
                 gr.Markdown("One seed; only the map from text to image embedding differs.")
             look = {"elem_id": "command", "interactive": False, "lines": 2, "buttons": ["copy"]}
@@ -204,7 +211,6 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         report(
             {
                 images: [],
-                beside: gr.Column(visible=compares),
                 strip: [],
                 command: gr.Textbox(again, visible=True),
                 fields.seed: config.seed,
@@ -236,9 +242,15 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
         if path is None:
             return {line: status()}
         try:
-            return {line: status("These are the settings of that image."), **shown(read_settings(path))}
+            record = read_settings(path)
         except CSDiffError as error:
             return {line: failure(str(error).replace(path, Path(path).name))}
+        given = shown(record)
+        more = [
+            f"{own[name].label} {value}" for name, value in from_record(record).items() if value != given[own[name]]
+        ]
+        notes = [f"{', '.join(more)}: more than this page takes, its most stands there instead."] if more else []
+        return {line: status("These are the settings of that image.", notes), **given}
 
     def restore(request: gr.Request, remembered: dict, *now) -> dict:
         """The settings of a link or of the last visit, unless someone has begun to type."""
@@ -248,7 +260,7 @@ def _create_tab(page: gr.Blocks, models: Models, choice: ModelChoice) -> tuple[F
     def choose(so_far: list, event: gr.SelectData) -> list:
         return [so_far[event.index][0], *[gr.Button(interactive=True)] * 3]
 
-    outputs = [images, beside, strip, command, fields.seed, link, history, earlier, past]
+    outputs = [images, strip, command, fields.seed, link, history, earlier, past]
     press(row, [prompt], draw, [compare, history, *asked], outputs)
     # Every click counts, also while the one before is looked at.
     earlier.select(choose, history, [chosen, use_seed, use_all, to_blend], trigger_mode="multiple", **ASIDE)
@@ -289,7 +301,7 @@ def _blend_tab(models: Models, choice: ModelChoice) -> tuple[gr.File, Fields]:
             first = gr.Textbox("a red apple, 3d style", label="First prompt", elem_id="first", **text)
             second = gr.Textbox("a yellow duck", label="Second prompt", elem_id="second", **text)
             # A file, not an image field: it is looked at before anything decodes it.
-            words = "... or drop an image in its place"
+            words = "An image in place of the second prompt"
             upload = gr.File(label=words, file_types=["image"], height=150, elem_id="upload")
             look = {"interactive": False, "height": 180, "buttons": [], "elem_id": "uploaded"}
             preview = gr.Image(show_label=False, visible=False, **look)

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 PRIVATE = {"api_visibility": "private"}
 ASIDE = {"queue": False, "show_progress": "hidden", **PRIVATE}
 """Options of events that need no models, and no place in the line."""
+UNFINISHED = "still being drawn"
+"""Caption of an image till it is finished; the page replaces it when a press has ended before."""
 Report = Callable[[Any], None]
 # Errors that the command line shares name its options; on the page these are fields.
 FIELDS = {
@@ -123,6 +125,9 @@ def press(row: tuple, typed: list, work: Callable[..., None], inputs: list, outp
     started.failure(lambda: status("Stopped."), None, line, **ASIDE)
     # Not by `run` itself: till it has ended, Gradio drops another press.
     started.then(lambda: gr.Button(interactive=True), None, button, **ASIDE)
+    shown = [part for part in outputs if isinstance(part, gr.Gallery)]
+    ended = f"image => image.caption === '{UNFINISHED}' ? {{...image, caption: 'stopped'}} : image"
+    started.then(None, shown, shown, js=f"(...shown) => shown.map(images => images?.map({ended}))", **ASIDE)
 
 
 def status(said: Progress | str = "", notes: Sequence[str] = (), error: bool = False) -> str:

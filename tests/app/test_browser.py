@@ -15,6 +15,7 @@ from PIL import Image
 from csdiff.app.config import AppConfig
 from csdiff.app.server import serving
 from csdiff.pipelines import GenerateConfig, generate
+from csdiff.pipelines.generate import write_picture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -164,7 +165,7 @@ def test_a_blend_with_an_uploaded_image(new_page, tmp_path):
     page.get_by_role("tab", name="Blend").click()
     (tmp_path / "broken.png").write_bytes(b"no image")
     page.set_input_files("#upload input[type=file]", tmp_path / "broken.png")
-    wait_for(page, "#blend-status", "broken.png is no image that csdiff reads")
+    wait_for(page, "#blend-status", "broken.png is damaged, or no image that csdiff reads")
     for name in ("photo.png", "photo.webp", "photo.jpg"):
         Image.new("RGB", (90, 60), "blue").save(tmp_path / name)
         page.locator("#upload").get_by_label("Clear").click()
@@ -189,6 +190,12 @@ def test_files_that_are_refused(new_page, tmp_path):
     wait_for(page, "#draw-status", "found no settings in no.png")
     page.locator("#dropped").get_by_label("Clear").click()
     page.wait_for_selector("#draw-status .error", state="detached")
+    path = write_picture(tmp_path, "long", Image.new("RGB", (8, 8)), {"prompt": "a cat", "steps": 900})
+    page.set_input_files("#dropped input[type=file]", path)
+    wait_for(page, "#draw-status", "Steps 900: more than this page takes")
+    wait_for_value(page, "#steps input[type=number]", "200")
+    page.locator("#dropped").get_by_label("Clear").click()
+    page.wait_for_selector("#draw-status .note", state="detached")
     page.set_input_files("#dropped input[type=file]", tmp_path / "notes.txt")
     wait_for(page, ".toast-wrap", "notes.txt. Only .png allowed")
     page.set_input_files("#dropped input[type=file]", tmp_path / "big.png")
@@ -245,10 +252,13 @@ def test_history_reload_link_and_dropped_image(new_page, tmp_path):
 
 def test_stop_and_an_empty_prompt(new_page):
     page = new_page()
+    page.check("#compare input")
     draw(page, "a red apple", 0, 200, MANY)
-    wait_for(page, "#draw-status", "step")
+    wait_for(page, "#images", "still being drawn")
     page.click("#stop-draw")
     wait_for(page, "#draw-status", "Stopped.")
+    wait_for(page, "#images", "stopped")
+    page.wait_for_selector("#strip", state="hidden")
     draw(page, "   ", 0, 1)
     wait_for(page, "#draw-status", "the prompt is empty")
     draw(page, "a red apple", -3, 1)
@@ -281,6 +291,17 @@ def test_stop_of_a_press_that_waits(new_page):
     second.get_by_role("tab", name="Create").click()
     wait_for(second, "#draw-status", "Stopped.")
     assert not second.query_selector_all("#images img")
+
+
+def test_adapters_trained_meanwhile_are_listed_at_the_next_load(new_page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = new_page()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "csdiff.json").write_text("{}")
+    page.reload()
+    page.get_by_text("Models", exact=True).click()
+    page.click("#adapter input")
+    page.get_by_role("option", name="runs/mine").wait_for()
 
 
 def test_a_store_can_be_looked_at(new_page, plain_store):
