@@ -16,6 +16,7 @@ from csdiff.embeddings.encoders import find_encoder
 from csdiff.errors import CSDiffError
 from csdiff.files import writing_folder
 from csdiff.hub import push
+from csdiff.kinds import KINDS, kind_of
 
 
 class Persistent:
@@ -43,13 +44,19 @@ class Persistent:
         `ModelMixin.save_pretrained`; only the main process writes. Weights of other variants in the folder stay.
 
         Raises:
-            CSDiffError: The folder cannot be written, or `safe_serialization=False` (no pickle is ever written).
+            CSDiffError: The folder cannot be written, is a training run or a checkpoint of one, or
+                `safe_serialization=False` (no pickle is ever written).
         """
         if not safe_serialization or kwargs.pop("use_flashpack", False):
             raise CSDiffError("Adapters are saved as safetensors only; leave `safe_serialization` at True.")
         if not is_main_process:
             return
         target, location = Path(save_directory), kwargs.pop("card_location", ".")
+        if not kwargs.pop("of_this_run", False) and (kind := kind_of(target)) in ("run", "checkpoint"):
+            raise CSDiffError(
+                f"Cannot save the adapter to {target}: expected a folder of its own, found {KINDS[kind]}, whose "
+                "adapter it would replace; choose another folder."
+            )
         metadata = folder.complete_metadata(self.metadata)
         try:
             if target.is_file():

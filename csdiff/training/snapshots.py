@@ -79,7 +79,7 @@ class Snapshots:
         for adapter, place in ((made.adapter, folder), (made.image_adapter, folder / "image_adapter")):
             if adapter is not None:
                 adapter.metadata = metadata
-                adapter.save_pretrained(place)
+                adapter.save_pretrained(place, of_this_run=True)
 
     def draw(self, step: int) -> list[Path]:
         """Draw the prompts of a run with the averaged weights, always from the same noise.

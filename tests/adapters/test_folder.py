@@ -105,6 +105,15 @@ def test_unwritable_place_is_one_sentence(tmp_path, text_encoder, place):
     assert names(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("kind", ["a training run", "a checkpoint of a training run"])
+def test_a_run_is_never_saved_into(tmp_path, kind):
+    MLPAdapter(embedding_dim=4).save_pretrained(tmp_path)
+    (tmp_path / "state").mkdir() if "checkpoint" in kind else (tmp_path / "training.yaml").write_text("seed: 0\n")
+    with pytest.raises(CSDiffError, match=f"found {kind}, whose adapter"):
+        MLPAdapter(embedding_dim=8).save_pretrained(tmp_path)
+    assert AutoAdapter.from_pretrained(tmp_path).config.embedding_dim == 4
+
+
 def test_pickle_is_never_written(tmp_path):
     with pytest.raises(CSDiffError, match="safetensors only"):
         MLPAdapter(embedding_dim=4).save_pretrained(tmp_path / "adapter", safe_serialization=False)
