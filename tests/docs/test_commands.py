@@ -18,10 +18,12 @@ from csdiff.options import option_types
 
 SCRIPTS = {"generate.py": "generate", "train_adapter.py": "train"}
 SLOW = ("train", "embed", "evaluate", "app")
+# Folders that the code of a page makes.
+WRITTEN = re.compile(r"""(?:--output(?:_dir)?[ =]|(?:save_pretrained|write_store|Path)\(\s*["'])([\w./-]+)""")
 # What stands there once the quick part of a page was followed.
 MADE = {
     "README.md": ["apple.png", "outputs/a-red-apple-3d-style-0.png", "outputs/a-red-apple-3d-style-0.json"],
-    "docs/cli.md": ["my-adapter/config.json", "my-prior/model_index.json", "csdiff.bash"],
+    "docs/cli.md": ["my-export/config.json", "my-prior/model_index.json", "csdiff.bash"],
     "docs/quickstart.md": [
         "apple.png",
         "pictures/a-red-apple-3d-style-0.png",
@@ -61,7 +63,7 @@ def test_what_is_quick_runs(name, root, checkout, capsys):
         if language == "python":
             exec(compile(code.replace("num_inference_steps=25", "num_inference_steps=2"), name, "exec"), {})
         for words in commands(language, code):
-            trained = words[1] in ("info", "generate") and {"my-adapter", "runs/mine"} & set(words)
+            trained = words[1] in ("info", "generate") and {"my-first-adapter", "runs/mine"} & set(words)
             if words[1] in SLOW or trained:
                 continue
             file = words[words.index(">") + 1] if ">" in words else None
@@ -76,6 +78,17 @@ def test_what_is_quick_runs(name, root, checkout, capsys):
             if file:
                 Path(file).write_text(captured.out)
     assert [file for file in MADE[name] if not (checkout / file).is_file()] == []
+
+
+def test_no_two_pages_write_into_one_folder(root):
+    pages = {}
+    for name in PAGES:
+        for language, code in code_blocks(root / name):
+            if language in ("bash", "python"):
+                for folder in WRITTEN.findall(code):
+                    pages.setdefault(folder, set()).add(name)
+    assert {"my-first-adapter", "my-pictures", "my-mlp", "my-held-out"} <= set(pages)
+    assert {folder: names for folder, names in pages.items() if len(names) > 1} == {}
 
 
 def test_the_script_of_the_readme_draws_with_its_defaults(checkout):
