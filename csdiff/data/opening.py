@@ -51,6 +51,8 @@ def _open(source: str | Path, captions_file: str | Path | None, options: SourceO
             return WebDatasetSource([path], options)
         if suffix_of(path.name) == ".parquet" and _holds_images(path, options):
             return ParquetSource([path], options)
+        if is_image_name(path.name):
+            raise CSDiffError(f"{source}: expected a folder or a table, found one image; name its folder.")
         return table_source(path.parent, [path.name], options)
     if str(source).endswith(".tar"):
         return _open_shards(str(source), options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from csdiff.embeddings.fingerprint import HUB_ID, PUBLISHED, Tower, check_same_encoder, weights_sha256
-from csdiff.errors import CSDiffError
+from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.files import absolute
 from csdiff.hub import download
 from csdiff.resources import assets_dir
@@ -100,7 +100,8 @@ def encoder_files(id: str | Path, tower: Tower, revision: str | None = None) -> 
                 f"{name}: expected a folder with a {tower} encoder, found none; check --{tower}_encoder."
             )
         options = {"allow_patterns": _HUB_PATTERNS[tower], "ignore_patterns": "*.fp16.*"}
-        folder = download(name, f"a {tower} encoder", revision=revision, **options)
+        near = did_you_mean(name, ["tiny-clip"]).removeprefix("; ")
+        folder = download(name, f"a {tower} encoder{near and f' ({near})'}", revision=revision, **options)
         commit = folder.name
     if (folder / "model_index.json").exists():
         model, processors = _PIPELINE_FOLDERS[tower]

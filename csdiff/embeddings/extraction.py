@@ -93,6 +93,9 @@ def embed(config: EmbedConfig, source: Source | None = None) -> EmbedReport:
     device = state.device if config.device == "auto" else choose_device(config.device)
     if config.text_encoder and "text" not in towers and state.is_main_process:
         print(f"{config.source} has no captions: only its images are embedded; {HOW_TO_CAPTION}.", file=sys.stderr)
+    if config.image_encoder and "image" not in towers and state.is_main_process:
+        use = "which serve as --data.unpaired_text; to train on pairs, name a dataset with images"
+        print(f"{config.source} has no images: only its captions are embedded, {use}.", file=sys.stderr)
     with state.main_process_first():
         identities = {tower: _identity(config, tower) for tower in towers}
     plan = {
@@ -110,7 +113,13 @@ def embed(config: EmbedConfig, source: Source | None = None) -> EmbedReport:
             state.wait_for_everyone()
             mine = todo[state.process_index :: state.num_processes]
             if mine:
-                Extraction(config, source, writer, towers, device, state).run(mine)
+                try:
+                    Extraction(config, source, writer, towers, device, state).run(mine)
+                except BaseException as error:
+                    if state.is_main_process and not isinstance(error, Exception):  # Ctrl-C, SIGTERM
+                        kept = f"{sum(map(writer.done, range(units))):,} of {units:,} shards are kept"
+                        print(f"{writer.path}: {kept}; the same command goes on from there.", file=sys.stderr)
+                    raise
             state.wait_for_everyone()
             if state.is_main_process:
                 _finish(config, source, writer, identities)
@@ -127,8 +136,10 @@ def embed(config: EmbedConfig, source: Source | None = None) -> EmbedReport:
 
 def _check(config: EmbedConfig) -> None:
     check_options(config)
-    if not config.source or not config.output:
-        raise CSDiffError("source, output: expected a data set and a folder for the store, found nothing; give both.")
+    needed = {"source": "a data set", "output": "a folder for the store"}
+    if missing := [name for name in needed if not getattr(config, name)]:
+        expected, options = " and ".join(needed[n] for n in missing), " and ".join(f"--{n}" for n in missing)
+        raise CSDiffError(f"{', '.join(missing)}: expected {expected}, found nothing; give {options}.")
     if not config.text_encoder and not config.image_encoder:
         raise CSDiffError("text_encoder, image_encoder: expected at least one encoder, found none; name one.")
     for option, tower in (("text_states", "text"), ("image_tokens", "image")):

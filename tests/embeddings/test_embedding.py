@@ -171,7 +171,7 @@ def test_a_shard_of_which_nothing_is_left_is_empty(embedded, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": ""}, "source, output: expected a data set and a folder"),
+        ({"source": ""}, "source: expected a data set, found nothing; give --source"),
         ({"text_encoder": None, "image_encoder": None}, "expected at least one encoder"),
         ({"text_encoder": None, "text_states": True}, "text_states: .*text_encoder"),
         ({"max_skipped": 1.5}, "max_skipped"),

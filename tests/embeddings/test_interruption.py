@@ -28,7 +28,7 @@ def visible_shards_are_whole(output):
         np.load(file, allow_pickle=False)
 
 
-def test_stopped_before_any_rename_the_store_is_the_same(dataset, tiny_clip, tmp_path, monkeypatch):
+def test_stopped_before_any_rename_the_store_is_the_same(dataset, tiny_clip, tmp_path, monkeypatch, capsys):
     """Every change of the store is a rename: stop before each of them in turn, and go on."""
     left = 1000
 
@@ -58,6 +58,8 @@ def test_stopped_before_any_rename_the_store_is_the_same(dataset, tiny_clip, tmp
         left = 1000
         embed(config(dataset, tiny_clip, output, shard_size=7))
         assert content(output) == content(tmp_path / "whole"), stop
+    said = capsys.readouterr().err
+    assert all(f"{kept} of 2 shards are kept; the same command goes on" in said for kept in (0, 1))
 
 
 def start(dataset, tiny_clip, output, root, **environment):
