@@ -135,8 +135,9 @@ def test_a_folder_in_the_way_stays_unless_told(run, tmp_path, text):
     (store / "csdiff.json").write_text('{"kind": "store"}')
     for folder in (run, run / "checkpoints" / "step-00000004", store):
         before = sorted(folder.rglob("*"))
-        with pytest.raises(CSDiffError, match="not replaced"):
-            export(ExportConfig(source=str(out), output=str(folder), overwrite=True))
+        for overwrite in (False, True):
+            with pytest.raises(CSDiffError, match="not replaced"):
+                export(ExportConfig(source=str(out), output=str(folder), overwrite=overwrite))
         assert sorted(folder.rglob("*")) == before
 
 

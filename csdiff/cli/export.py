@@ -143,14 +143,14 @@ def _check_output(config: ExportConfig, source: str | Path) -> Path | None:
     if output.exists() and not output.is_dir():
         raise CSDiffError(f"output: expected a folder, found the file {output}; give another --output.")
     if output.is_dir() and any(output.iterdir()):
-        if not config.overwrite:
-            raise CSDiffError(f"output: {output} is not empty; give another --output, or --overwrite to replace it.")
         inside = Path(source).exists() and absolute(source).is_relative_to(absolute(output))
         if kind_of(output) not in ("adapter", "pipeline") or inside:
             raise CSDiffError(
                 f"output: {output} is not an exported adapter or pipeline, or holds the adapter that is exported, and "
                 "is not replaced; give another --output."
             )
+        if not config.overwrite:
+            raise CSDiffError(f"output: {output} is not empty; give another --output, or --overwrite to replace it.")
     return output
 
 
