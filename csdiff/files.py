@@ -170,6 +170,21 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the `folder_lock` of a folder; nothing in it changes."""
+    from filelock import FileLock, Timeout
+
+    try:
+        if (folder / ".lock").exists():
+            with FileLock(folder / ".lock", blocking=False, thread_local=False):
+                pass
+    except Timeout:
+        return True
+    except OSError:  # A file system without locks, or the file of somebody else.
+        pass
+    return False
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error, or the one it came from, says that no more can be written."""
     if isinstance(error, OSError) and error.errno in _FULL:

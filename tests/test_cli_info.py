@@ -12,7 +12,8 @@ from training_runs import config as run_config
 
 from csdiff import AutoAdapter, CSDiffError
 from csdiff.cli.info import InfoConfig, as_text, decoders, inspect_path
-from csdiff.embeddings import EmbedConfig, embed, write_store
+from csdiff.embeddings import EmbedConfig, StoreWriter, embed, write_store
+from csdiff.files import folder_lock
 from csdiff.kinds import kind_of
 from csdiff.resources import assets_dir
 from csdiff.training import train
@@ -133,12 +134,29 @@ def test_a_run_and_its_checkpoints(plain_store, tmp_path):
     facts = inspect(folder, check=True)
     assert (facts["kind"], facts["finished"], facts["steps"]) == ("run", True, 12)
     assert facts["checkpoints"] == [4, 8, 12]
-    assert facts["problems"] == []
+    assert (facts["running"], facts["problems"]) == (False, [])
     checkpoint = inspect(folder / "checkpoints" / "step-00000008")
     assert (checkpoint["kind"], checkpoint["progress"]["step"]) == ("checkpoint", 8)
     (folder / "checkpoints" / "step-00000004" / "state" / "optimizer.safetensors").write_bytes(b"half")
+    shutil.copy(assets_dir() / "adapter" / "config.json", folder)
+    assert any("found another in its place" in problem for problem in inspect(folder)["problems"])
     (folder / "config.json").unlink()
     assert any("step-00000004" in problem for problem in inspect(folder, check=True)["problems"])
+    shutil.rmtree(folder / "checkpoints")
+    assert "no checkpoint" in inspect(folder)["problems"][0]
+    with folder_lock(folder, "a training run"):
+        assert (inspect(folder)["running"], inspect(folder)["problems"]) == (True, [])
+    assert not (folder / ".lock").exists()
+
+
+def test_a_store_that_is_not_finished(tmp_path):
+    with StoreWriter(tmp_path / "store", 1) as writer:
+        writer.begin({})
+        facts = inspect(tmp_path / "store")
+        assert (facts["layout"], facts["problems"]) == ("csdiff, being written", [])
+    facts = inspect(tmp_path / "store")
+    assert facts["layout"] == "csdiff, not finished"
+    assert "same `csdiff embed`" in facts["problems"][0]
 
 
 def test_a_decoder_and_an_encoder(tiny_decoder, tiny_clip, tmp_path):

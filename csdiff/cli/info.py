@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csdiff.errors import CSDiffError
-from csdiff.files import PICKLES, flatten, read_json, read_safetensors_header
+from csdiff.files import PICKLES, flatten, is_locked, read_json, read_safetensors_header
 from csdiff.kinds import described, kind_of
 from csdiff.tables import number
 
@@ -157,6 +157,7 @@ class _Look:
         best, config = run.checkpoints.named("best"), self.read(run.saved_options)
         facts = {
             "finished": finished,
+            "running": is_locked(folder),
             "steps": steps[-1] if steps else 0,
             "max_steps": config.get("max_steps"),
             "train": config.get("data.train"),
@@ -164,10 +165,21 @@ class _Look:
             "best": best and best.name,
         }
         if newest is None and not finished:
-            self.problems.append(f"{folder}: the run has left no checkpoint yet; the same command starts it anew")
+            if not facts["running"]:
+                self.problems.append(f"{folder}: the run has left no checkpoint yet; the same command starts it anew")
             return facts
         if best is not None and not best.is_dir():
             self.problems.append(f"{best}, the best checkpoint, is missing")
+        if finished and newest:
+            with suppress(CSDiffError):
+                places = (folder, newest)
+                found, own = (read_json(p / "config.json") | {"_diffusers_version": None} for p in places)
+                if found != own:
+                    differing = [key for key in sorted(found.keys() | own.keys()) if found.get(key) != own.get(key)]
+                    self.problems.append(
+                        f"{folder}: expected this run's adapter, found another in its place (by {', '.join(differing[:3])}; "
+                        f"see {newest.name}); csdiff export {folder} --checkpoint latest --output DIR has the run's own"
+                    )
         progress = {"progress": self.progress(newest)} if newest else {}
         return facts | progress | self.adapter(folder if finished else newest)
 
@@ -182,7 +194,7 @@ class _Look:
     def store(self, folder: Path) -> dict:
         """What `csdiff.json` and `report.json` say, rows, columns and statistics."""
         from csdiff.embeddings import EmbeddingStore
-        from csdiff.embeddings.store_files import FINGERPRINT_FILE, REPORT_FILE
+        from csdiff.embeddings.store_files import FINGERPRINT_FILE, PARTIAL_FOLDER, REPORT_FILE
 
         metadata, report = self.json(folder / FINGERPRINT_FILE), self.json(folder / REPORT_FILE)
         facts = {
@@ -191,6 +203,11 @@ class _Look:
             **{key: report.get(key) for key in ("items", "truncated_captions")},
             "left_out": report.get("skipped") or {},
         }
+        if not metadata and (partial := folder / PARTIAL_FOLDER).is_dir():
+            running = is_locked(partial)
+            facts["layout"] = f"csdiff, {'being written' if running else 'not finished'}"
+            if running:
+                return facts
         with self.noting(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             store = EmbeddingStore.open(folder, verify=self.options.check)
