@@ -177,8 +177,8 @@ class _Look:
                 if found != own:
                     differing = [key for key in sorted(found.keys() | own.keys()) if found.get(key) != own.get(key)]
                     self.problems.append(
-                        f"{folder}: expected this run's adapter, found another in its place (by {', '.join(differing[:3])}; "
-                        f"see {newest.name}); csdiff export {folder} --checkpoint latest --output DIR has the run's own"
+                        f"{folder}: expected the adapter of {newest.name}, found another in its place (told by "
+                        f"{', '.join(differing[:3])}); the run's own: csdiff export {folder} --checkpoint latest"
                     )
         progress = {"progress": self.progress(newest)} if newest else {}
         return facts | progress | self.adapter(folder if finished else newest)
