@@ -312,6 +312,8 @@ def test_a_store_can_be_looked_at(new_page, plain_store):
     page.wait_for_selector("#plot-projection img")
     wait_for(page, "#inside", "64 of 64 rows")
     wait_for(page, "#metrics", "ridge")
+    page.wait_for_selector("#inside >> text=What is in the folder")
+    page.wait_for_selector("#inside >> text=Model card", state="hidden")
 
 
 def test_browsers_are_forbidden_to_fetch_from_elsewhere(new_page):
