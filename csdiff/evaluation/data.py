@@ -151,13 +151,16 @@ def read_pairs(
 
 
 def training_store(card: AdapterCard) -> str | None:
-    """The store that an adapter was trained on, if its `csdiff.json` names one that is still there and the same."""
+    """The store that an adapter was trained on, if it is still there and the same.
+
+    It is the one that `csdiff.json` names, or the one that the run embedded its data into, in its own folder.
+    """
     data = card.metadata.get("data") or {}
-    path = data.get("train")
-    if isinstance(path, str) and is_store(path):
-        with suppress(CSDiffError):
-            if (EmbeddingStore.open(path).fingerprint or {}).get("data") == data.get("source"):
-                return path
+    for path in (data.get("train"), data.get("store"), str(card.path / "store" / "train")):
+        if isinstance(path, str) and is_store(path):
+            with suppress(CSDiffError):
+                if (EmbeddingStore.open(path).fingerprint or {}).get("data") == data.get("source"):
+                    return path
     return None
 
 

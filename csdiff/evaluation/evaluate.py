@@ -60,11 +60,12 @@ def evaluate(config: EvaluateConfig) -> dict:
     described = {n: {"path": str(card.path), "class": card.kind, "sha256": card.sha256} for n, card in cards.items()}
     manifest = {"adapters": described, "seed": config.seed, "versions": versions()}
     if config.data is not None:
-        *measured, fitted = _predictions(config, cards, device)
+        *measured, fitted, seen_by = _predictions(config, cards, device)
         fitted_on = {**dict.fromkeys(BASELINES, fitted["words"]), "raw_text": "nothing"}
         fitted_on |= {name: _trained_on(card) for name, card in cards.items()}
         result = _metrics(config, *measured, fitted_on)
-        manifest |= {"data": measured[0].describe(), "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
+        data = {**measured[0].describe(), "seen_by": seen_by}
+        manifest |= {"data": data, "baselines_fitted_to": fitted, "bandwidths": config.bandwidths}
     if drawing is not None:
         result["pictures"], manifest["pictures"] = drawing.measure()
     result = plain({**result, "manifest": manifest})
@@ -116,7 +117,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: str):
-    """Pairs, predictions of the adapters and of the baselines, and what the baselines were fitted to."""
+    """Pairs, predictions of adapters and of baselines, what these were fitted to, and who was trained on the pairs."""
     first = next(iter(cards.values()))
     require("sklearn", "linear separability")
     fit_on = config.train or training_store(first)
@@ -136,24 +137,26 @@ def _predictions(config: EvaluateConfig, cards: dict[str, AdapterCard], device: 
 
         store, split = opened(config.data, config.split)
         source = ((store.fingerprint or {}).get("data") or {}).get("source")
+        seen_by = []
         for name, card in cards.items():
             check_fits(card, store, config.data)
             trained = ((card.metadata.get("data") or {}).get("source") or {}).get("source")
             if trained is not None and trained == source:
+                seen_by.append(name)
                 logger.warning("%s was trained on %s: these numbers are not held out.", name, config.data)
         pairs = read_pairs(config.data, store, None if config.full else config.max_rows, config.concepts, split)
         predictions = {name: predict(card, pairs, device, config.seed) for name, card in cards.items()}
         if fit_on is None:
             baselines = cross_fitted_predictions(pairs.text, pairs.image, pairs.image_ids, seed=config.seed)
             fitted = {"source": config.data, "folds": 5, "words": "these rows, cross-fitted"}
-            return pairs, predictions, baselines, fitted
+            return pairs, predictions, baselines, fitted, seen_by
         fitting, _ = opened(fit_on, "train")
         check_fits(first, fitting, fit_on)
         train = read_pairs(fit_on, fitting, None if config.full else TRAIN_ROWS)
         baselines = baseline_predictions(train.text, train.image, pairs.text)
         words = f"{Path(fit_on).name}, {len(train.rows):,} rows"
         fitted = {**train.describe(), "own_training_store": config.train is None, "words": words}
-        return pairs, predictions, baselines, fitted
+        return pairs, predictions, baselines, fitted, seen_by
 
 
 def _metrics(config: EvaluateConfig, pairs, predictions: dict, baselines: dict, fitted_on: dict[str, str]) -> dict:

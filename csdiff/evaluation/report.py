@@ -57,6 +57,8 @@ def _measured_on(result: Mapping) -> str:
             f"; ranks of {estimated['queries']:,} queries and kernels of {estimated['kernel_rows']:,} rows, ± one "
             "standard error (--full for all)"
         )
+    if data["seen_by"]:
+        text += f"; not held out: {', '.join(data['seen_by'])} trained on this data"
     return text
 
 

@@ -1,5 +1,6 @@
 """`csdiff evaluate` on embeddings, as users call it, and the page about it."""
 
+import json
 import re
 import shutil
 import sys
@@ -80,16 +81,20 @@ def test_baselines_are_fitted_to_train(adapters, plain_store, scores):
         ("mine", {}, "mine", {"rows": 64, "own_training_store": True}),
         ("mine", {"train": "other"}, "other", {"rows": 40, "own_training_store": False}),
         ("changed", {}, "cross-fitted", {"folds": 5}),
+        ("other", {}, "other", {"rows": 40, "own_training_store": True}),
+        ("inside", {}, "train", {"rows": 50, "own_training_store": True}),
     ],
 )
 def test_baselines_are_fitted_to_the_adapters_own_training_store(
     source, more, words, manifest, adapters, plain_store, copy_store, changed, scores, run, tmp_path, monkeypatch
 ):
-    """Where `csdiff.json` names one, by any name; an explicit --train wins, and a store that has changed is not it."""
+    """Where `csdiff.json` names one, by any name, or one lies where a run puts it; an explicit --train wins, and a store
+    that has changed is not it."""
     monkeypatch.chdir(tmp_path)
     copy_store("mine", data={"source": "mine"})
     copy_store("other", rows=40, data={"source": "other"})
-    trained = {"train": "mine", "rows": 64, "source": {"source": source}}
+    copy_store("adapter/store/train", rows=50, data={"source": "inside"})
+    trained = {"train": "mine", "store": "other", "rows": 64, "source": {"source": source}}
     adapter = changed(adapters["good"], lambda metadata: metadata.update(data=trained))
     found = scores(adapter=adapter, data=plain_store, **more)
     said = found["baselines"]["ridge"]["fitted_on"]
@@ -237,12 +242,16 @@ def test_short_names_are_told_from_baselines_and_from_each_other(monkeypatch, tm
     assert list(short_names(["1/a/x", "2/a/x"]).values()) == ["1/a/x", "2/a/x"]
 
 
-def test_data_the_adapter_was_trained_on_is_told_of(adapters, copy_store, changed, run, caplog):
+def test_data_the_adapter_was_trained_on_is_told_of(adapters, copy_store, changed, run, caplog, tmp_path):
     adapter = changed(adapters["good"], lambda metadata: metadata.update(data={"source": {"source": "seen"}}))
     for name in ("unseen", "seen"):
         caplog.clear()
-        assert run(adapter=adapter, data=copy_store(name, data={"source": name}))[0] == 0
-        assert ("these numbers are not held out" in caplog.text) == (name == "seen")
+        files = {kind: tmp_path / f"scores.{kind}" for kind in ("json", "report")}
+        assert run(adapter=adapter, data=copy_store(name, data={"source": name}), **files)[0] == 0
+        seen = name == "seen"
+        assert json.loads(files["json"].read_text())["manifest"]["data"]["seen_by"] == ["adapter"] * seen
+        for text in (caplog.text, run.table, files["report"].read_text()):
+            assert ("not held out" in text) == seen
 
 
 def nothing_is_measured(*_, **__):
