@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from csdiff.adapters import folder
@@ -23,6 +24,15 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
+def check_adapter_options(name: str, options: Iterable[str]) -> None:
+    """Raises a CSDiffError for an option that the adapter `name` does not have, with the known ones."""
+    cls = ADAPTERS[name]
+    known = [*list(inspect.signature(cls.__init__).parameters)[1:], *["preset"] * hasattr(cls, "from_preset")]
+    if unknown := sorted(set(options) - set(known)):
+        near = did_you_mean(unknown[0], known) or "."
+        raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}{near}")
+
+
 def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None, **options: Any) -> Adapter:
     """Builds the adapter `name` with the given dimensions; `options` are the other arguments of its class
     (and `preset` for the transformer).
@@ -32,13 +42,8 @@ def build_adapter(name: str, *, embedding_dim: int, text_dim: int | None = None,
     """
     if name not in ADAPTERS:
         raise CSDiffError(f"Unknown adapter {name!r}; known: {', '.join(ADAPTERS)}.")
-    cls = ADAPTERS[name]
-    known = list(inspect.signature(cls.__init__).parameters)[1:]
-    preset = options.pop("preset", None) if hasattr(cls, "from_preset") else None
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        near = did_you_mean(unknown[0], known) or "."
-        raise CSDiffError(f"Adapter {name!r} has no option {unknown[0]!r}; known: {', '.join(known)}{near}")
+    check_adapter_options(name, options)
+    cls, preset = ADAPTERS[name], options.pop("preset", None)
     options.update(embedding_dim=embedding_dim, text_dim=text_dim)
     return cls(**options) if preset is None else cls.from_preset(preset, **options)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from csdiff.adapters.base import Adapter
 from csdiff.adapters.folder import on_hub
 from csdiff.adapters.linear import METHODS, LinearAdapter
-from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter
+from csdiff.adapters.registry import ADAPTERS, AutoAdapter, build_adapter, check_adapter_options
 from csdiff.errors import CSDiffError, did_you_mean
 from csdiff.losses.objectives import OBJECTIVES, ObjectiveOutput, build_objective, objective_options
 from csdiff.losses.process_group import global_sum
@@ -24,13 +24,18 @@ _FIT_ROWS = 200_000
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse unknown names, and adapters and objectives that do not go together, before any data is opened."""
+    """Refuse unknown names and options, and what does not go together, before any data is opened."""
     objectives = {*OBJECTIVES, DIFFUSION}
     for option, known in (("adapter", ADAPTERS), ("image_adapter", ADAPTERS), ("objective", objectives)):
         name = getattr(config, option)
         if name is not None and name not in known:
             near = did_you_mean(name, known) or "."
             raise CSDiffError(f"--{option} {name}: expected one of {', '.join(sorted(known))}{near}")
+        if name is not None and known is ADAPTERS:
+            try:
+                check_adapter_options(name, getattr(config, f"{option}_options"))
+            except CSDiffError as error:
+                raise CSDiffError(f"--{option}_options: {error}") from error
     begin = config.init_from
     if begin is not None and begin not in METHODS and not Path(begin).exists() and not on_hub(begin):
         near = did_you_mean(begin, METHODS) or "."
@@ -42,6 +47,7 @@ def check_names(config: TrainConfig) -> None:
         )
     if config.objective == DIFFUSION and config.objective_options:
         raise CSDiffError(f"--objective_options: {DIFFUSION} takes none, found {sorted(config.objective_options)}.")
+    make_objective(config, None)
     if config.batch_size < 2 and config.objective not in ("mse", DIFFUSION):
         raise CSDiffError(f"--batch_size {config.batch_size}: {config.objective} compares pairs, expected at least 2.")
     able = sorted(name for name, objective in OBJECTIVES.items() if objective.uses_unpaired)
@@ -172,9 +178,13 @@ def _start(adapter: Adapter, config: TrainConfig, data: TrainingData) -> None:
     try:
         adapter.load_state_dict(given.state_dict())
     except RuntimeError as error:
+        expected, found = ({"kind": type(a).__name__, **a.config} for a in (adapter, given))
+        differ = [name for name in expected if name[0] != "_" and expected[name] != found.get(name)]
+        differ = differ[:1] if "kind" in differ else differ
+        wanted, other = (", ".join(f"{name} {of.get(name)}" for name in differ) for of in (expected, found))
         raise CSDiffError(
-            f"--init_from {begin}: expected an adapter of the kind and adapter_options to be trained, found another "
-            f"({' '.join(str(error).split())[:200]})."
+            f"--init_from {begin}: expected an adapter with {wanted}, found {other}; give another, or other --adapter "
+            "and --adapter_options."
         ) from error
 
 

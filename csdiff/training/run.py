@@ -96,7 +96,9 @@ class Run:
             f"{config.max_steps:,} steps of {config.batch_size:,} pairs ({epochs:.1f} epochs), processes: "
             f"{accelerator.num_processes} on {accelerator.device.type}; output in {self.folder.path}."
         )
-        if self.start is not None:
+        if self.progress.step == config.max_steps:
+            self.console.say(f"Nothing is left to train: {self.start} is the last step.")
+        elif self.start is not None:
             self.console.say(f"Continuing from {self.start} at step {self.progress.step}.")
 
     def go(self) -> None:
@@ -241,7 +243,8 @@ class Run:
         if progress.skipped:
             notes.append(f"{progress.skipped} steps skipped")
         say(f"Trained for {timedelta(seconds=round(progress.seconds))} ({', '.join(notes)}).")
-        if step == progress.step and progress.best_step not in (None, step):
+        best_is_better = metrics and self.validator.better(progress.best_value, self.validator.value(metrics))
+        if step == progress.step and best_is_better:
             say(f"To export step {progress.best_step} instead, run the same command with --export best.")
         say(f"Adapter: {self.folder.path} (step {step})")
         return metrics

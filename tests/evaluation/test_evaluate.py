@@ -88,8 +88,7 @@ def test_baselines_are_fitted_to_train(adapters, plain_store, scores):
 def test_baselines_are_fitted_to_the_adapters_own_training_store(
     source, more, words, manifest, adapters, plain_store, copy_store, changed, scores, run, tmp_path, monkeypatch
 ):
-    """Where `csdiff.json` names one, by any name, or one lies where a run puts it; an explicit --train wins, and a store
-    that has changed is not it."""
+    """Where `csdiff.json` names one or a run puts it; an explicit --train wins, a store that has changed is not it."""
     monkeypatch.chdir(tmp_path)
     copy_store("mine", data={"source": "mine"})
     copy_store("other", rows=40, data={"source": "other"})

@@ -40,8 +40,11 @@ def refused(store, output, *words, **changes):
         ({"data.train": "RUN"}, ["expected images or captions", "is an unfinished training run"]),
         ({"adapter": "mpl"}, ["--adapter mpl", "did you mean mlp?"]),
         ({"objective": "cs-aligner"}, ["--objective cs-aligner", "did you mean cs_aligner?"]),
-        ({"adapter_options": {"widht": 3}}, ["--adapter_options", "widht", "did you mean width?"]),
-        ({"objective_options": {"bandwith": 1}}, ["--objective_options", "did you mean bandwidth?"]),
+        ({"adapter_options": {"widht": 3}, "batch_size": 1000}, ["--adapter_options", "widht", "did you mean width?"]),
+        (
+            {"objective_options": {"bandwith": 1}, "data.train": "nothing"},
+            ["--objective_options", "did you mean bandwidth?"],
+        ),
         ({"objective_options": {"bandwidth": -1.0}}, ["--objective_options", "bandwidth", "-1"]),
         ({"adapter": "diffusion"}, ["--adapter diffusion", "--objective"]),
         ({"objective": "diffusion"}, ["--adapter mlp", "--objective diffusion"]),

@@ -88,19 +88,20 @@ def test_the_seed_decides_everything(plain_store, tmp_path):
     assert runs["one"] == runs["again"] != runs["other"]
 
 
-def test_keeps_the_newest_and_the_best(plain_store, tmp_path):
+def test_keeps_the_newest_and_the_best(plain_store, tmp_path, capsys):
     made = config(plain_store, tmp_path, **{"checkpoint.every": 1, "checkpoint.keep": 2})
     made.validation.every, made.validation.metric = 1, "cosine.text"
     train(made)
     values = [line["average"]["cosine"]["text"] for line in log(tmp_path, "validation")]
     best = 1 + values.index(max(values))
+    assert ("--export best" in capsys.readouterr().out) == (best != 12)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest", "best", f"step-{best:08d}", "step-00000011", "step-00000012"}
     assert Checkpoints(tmp_path / "checkpoints").named("best").name == f"step-{best:08d}"
     assert Checkpoints(tmp_path / "checkpoints").named("latest").name == "step-00000012"
 
 
-def test_the_best_checkpoint_is_exported(plain_store, tmp_path):
+def test_the_best_checkpoint_is_exported(plain_store, tmp_path, capsys):
     best_first = {"validation.metric": "count", "validation.every": 1, "checkpoint.every": 0, "max_steps": 3}
 
     def export(which):
@@ -108,7 +109,10 @@ def test_the_best_checkpoint_is_exported(plain_store, tmp_path):
         folders = tmp_path, tmp_path / "online"
         return metrics, [json.loads((folder / "csdiff.json").read_text())["training"]["steps"] for folder in folders]
 
-    last, best = export("last"), export("best")
+    last = export("last")
+    assert "--export best" not in capsys.readouterr().out  # All steps are equally good.
+    best = export("best")
+    assert "Nothing is left to train" in capsys.readouterr().out
     for name in ("diffusion_pytorch_model.safetensors", "csdiff.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "checkpoints" / "step-00000001" / name).read_bytes()
     assert (last[1], best[1]) == ([3, 3], [1, 1])
