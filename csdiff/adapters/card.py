@@ -82,6 +82,7 @@ def model_card(adapter: Any, metadata: dict[str, Any], location: str = ".") -> s
     ids = {tower: (metadata.get(f"{tower}_encoder") or {}).get("id") for tower in ("text", "image")}
     names = {tower: f"`{id}`" if id else "an encoder that is not recorded" for tower, id in ids.items()}
     metrics = flatten(metadata.get("metrics") or {}).items()
+    metrics = [("pairs measured on" if name == "count" else name, value) for name, value in metrics]
     rows = [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in metrics]
     card = _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
