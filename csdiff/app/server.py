@@ -73,7 +73,9 @@ def serve(config: AppConfig) -> None:
         if config.open_browser:
             webbrowser.open(url)
         try:
-            threading.Event().wait()
+            # Not one endless wait: a signal that another thread takes would not end it.
+            while True:
+                time.sleep(1)
         except KeyboardInterrupt:
             print("\ncsdiff app: ended", file=sys.stderr)
 
