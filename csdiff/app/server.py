@@ -136,11 +136,14 @@ def serving(config: AppConfig) -> Iterator[str]:
                 f"Cannot serve on {config.host}, port {config.port}, which is taken or not ours to open; give another "
                 "--port (0 takes a free one) or --host."
             ) from error
-        threading.Thread(target=models.warm_up, daemon=True).start()
+        warming = threading.Thread(target=models.warm_up, daemon=True)
+        warming.start()
         try:
             yield url
         finally:
             page.close(verbose=False)
+            # Python aborts where it ends in the middle of the loading of weights; a download is not waited for.
+            warming.join(timeout=10)
             inspector.resources.close()
 
 
