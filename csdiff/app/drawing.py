@@ -65,11 +65,13 @@ def check(config: GenerateConfig) -> GenerateConfig:
     """The same options, checked as far as that goes without loading models.
 
     Raises:
-        CSDiffError: an empty prompt, an option out of range, or models that are not there or do not fit.
+        CSDiffError: an empty prompt, an option out of range or one that the decoder does not read, or models that are
+            not there or do not fit.
     """
     if not config.prompt[0]:
         raise CSDiffError("Type what to draw first: the prompt is empty.")
-    find_models(config)
+    _, decoder = find_models(config)
+    decoder.sampling(config)
     return check_config(config)
 
 

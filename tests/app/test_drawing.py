@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import save_decoder
 
 from csdiff.adapters import build_adapter
 from csdiff.app.drawing import LARGEST_SIDE, Drawn, blend, check, create, from_record, read_upload, to_record
@@ -29,6 +30,12 @@ def run(models, config, compare=False) -> list:
     messages: list = []
     create(models, config, compare, messages.append)
     return messages
+
+
+def test_what_the_decoder_does_not_read_is_refused_before_the_line(models, tiny_clip, tmp_path):
+    decoder = save_decoder("UnCLIPPipeline", tiny_clip, tmp_path / "decoder")["decoder"]
+    with pytest.raises(CSDiffError, match="Karlo takes no negative prompt"):
+        asked(models, "a red apple", "none", str(decoder), negative_prompt="blurry")
 
 
 def images(messages, place="images") -> list[bytes]:
