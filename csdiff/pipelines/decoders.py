@@ -104,9 +104,6 @@ class DecoderSource:
         return getattr(torch, name)
 
 
-# The name of those in PRESETS.
-DecoderPreset = DecoderSource
-
 _VIT_L = "openai/clip-vit-large-patch14"
 _VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _VIT_BIGG = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
